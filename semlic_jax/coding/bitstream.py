@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 
 MAGIC = b"\x89SLC"
-VERSION = 1
+BITSTREAM_VERSION = 1
 FINGERPRINT_BYTES = 4
 MAX_SIDE = 65535
 MAX_PIXELS = 2**28
@@ -91,7 +91,7 @@ def pack(header: Header, payload: bytes, *, max_pixels: int = MAX_PIXELS) -> byt
     """The bytes of a file."""
     _check_pixels(header.width, header.height, max_pixels)
     out = bytearray(MAGIC)
-    out.append(VERSION)
+    out.append(BITSTREAM_VERSION)
     out += header.fingerprint
     out += _varint(header.width)
     out += _varint(header.height)
@@ -117,9 +117,9 @@ def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]
     reader = _Reader(data)
     reader.take(len(MAGIC))
     version = reader.byte()
-    if version != VERSION:
+    if version != BITSTREAM_VERSION:
         raise BitstreamError(
-            f"expected format version {VERSION}, found {version}: "
+            f"expected format version {BITSTREAM_VERSION}, found {version}: "
             "the file needs another release of this program, or is damaged"
         )
     body, crc = data[:-_CRC_BYTES], int.from_bytes(data[-_CRC_BYTES:], "little")
