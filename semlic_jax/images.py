@@ -249,7 +249,7 @@ def _to_rgb(
     notes.append(f"{kinds.get(image.mode, image.mode + ' pixels')} was made RGB")
     if image.mode == "1":
         image = image.convert("L")
-    if icc_profile and {b"GRAY": "L", b"CMYK": "CMYK"}.get(space) == image.mode:
+    if icc_profile and {b"GRAY": "L", b"CMYK": "CMYK"}.get(space or b"") == image.mode:
         try:
             return _through_profile(image, icc_profile), None
         except (ImageCms.PyCMSError, OSError):

@@ -15,7 +15,7 @@ import importlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, features
@@ -34,9 +34,9 @@ class ClassicalCodec(Protocol):
       settings: integers in the order of growing files and growing quality.
     """
 
-    name: ClassVar[str]
-    suffix: ClassVar[str]
-    settings: ClassVar[range]
+    name: str
+    suffix: str
+    settings: range
 
     def encode(self, image: np.ndarray, setting: int) -> bytes:
         """uint8 [H, W, 3] -> the bytes of a whole file."""
