@@ -19,7 +19,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,13 +103,19 @@ def read_photograph(
       OSError: the file cannot be opened at all.
     """
     name = _name_of(source)
-    with warnings.catch_warnings():
-        # Our own limit is the one that counts; see MAX_PIXELS.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         image = _open(source, name)
         with image:
             _check_size(image.size, name, max_pixels)
-            return _convert(image, name, background)
+            photograph = _convert(image, name, background)
+    notes = [
+        f"the reader warns: {_one_line(warning.message)}"
+        for warning in caught
+        # Our own limit is the one that counts; see MAX_PIXELS.
+        if not issubclass(warning.category, Image.DecompressionBombWarning)
+    ]
+    return replace(photograph, notes=(*photograph.notes, *dict.fromkeys(notes)))
 
 
 def photograph_of(
@@ -290,19 +296,24 @@ def _through_profile(image: Image.Image, icc_profile: bytes) -> Image.Image:
     return converted
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_suffix(suffix: str) -> None:
+    """Refuses kinds of image files that `encode_image` does not write."""
+    if suffix.lower() not in _SAVE_OPTIONS:
+        raise ValueError(
+            f"cannot write {suffix or 'a file without a suffix'}: "
+            f"expected one of {' '.join(_SAVE_OPTIONS)}"
+        )
 
 
 def encode_image(
     pixels: np.ndarray, suffix: str, *, icc_profile: bytes | None = None
 ) -> bytes:
     """uint8 [H, W, 3] -> the bytes of an image file of the kind that `suffix` names."""
-    if suffix.lower() not in _SAVE_OPTIONS:
-        raise ValueError(
-            f"cannot write {suffix or 'files without a suffix'}: "
-            f"expected one of {' '.join(_SAVE_OPTIONS)}"
-        )
+    check_suffix(suffix)
     kind, options = _SAVE_OPTIONS[suffix.lower()]
     if icc_profile and kind not in ("BMP", "PPM"):  # these have no place for it
         options = {**options, "icc_profile": icc_profile}

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading photographs that nobody has checked, and writing files whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from semlic_jax import images
+
+RNG_SEED = 7
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(RNG_SEED).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+def read(image: Image.Image, *, kind: str = "PNG", background=None, **options):
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **options)
+    stream.seek(0)
+    return images.read_photograph(stream, background=background)
+
+
+def test_rgb_is_read_as_it_is_without_a_note(pixels):
+    photograph = read(Image.fromarray(pixels))
+    np.testing.assert_array_equal(photograph.pixels, pixels)
+    assert photograph.pixels.dtype == np.uint8
+    assert photograph.pixels.flags.writeable
+    assert photograph.notes == () and photograph.icc_profile is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(pixels, orientation):
+    # The eight cases of the EXIF standard: how stored pixels become upright ones.
+    upright = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph = read(Image.fromarray(pixels), exif=exif)
+    np.testing.assert_array_equal(photograph.pixels, upright)
+
+
+def test_damaged_exif_does_not_stop_reading(pixels):
+    photograph = read(Image.fromarray(pixels), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    np.testing.assert_array_equal(photograph.pixels, pixels)
+    assert any("EXIF" in note for note in photograph.notes)
+
+
+def test_rgb_icc_profile_is_kept(pixels):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photograph = read(Image.fromarray(pixels), icc_profile=profile)
+    assert photograph.icc_profile == profile
+
+
+def test_profile_of_another_colour_space_is_not_kept(pixels):
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    photograph = read(Image.fromarray(pixels[..., 0]), icc_profile=lab)
+    assert photograph.icc_profile is None
+    assert any("ICC profile" in note for note in photograph.notes)
+
+
+def test_greyscale(pixels):
+    photograph = read(Image.fromarray(pixels[..., 0]))
+    np.testing.assert_array_equal(
+        photograph.pixels, np.repeat(pixels[..., :1], 3, axis=2)
+    )
+    assert photograph.notes == ("a greyscale image was made RGB",)
+
+
+def test_black_and_white():
+    photograph = read(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))
+    np.testing.assert_array_equal(photograph.pixels[0], [[0] * 3, [255] * 3])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_greyscale_is_rounded(kind):
+    wide = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    photograph = read(Image.fromarray(wide), kind=kind)
+    expected = np.round(wide / 257).astype(np.uint8)
+    np.testing.assert_array_equal(photograph.pixels[..., 1], expected)
+    assert "16-bit samples were rounded to 8 bits" in photograph.notes
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
+    """A PNG file of kinds that Pillow reads but does not write."""
+
+    def chunk(tag: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(tag + body))
+        return struct.pack(">I", len(body)) + tag + body + check
+
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_16_bit_colour_is_noted():
+    data = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 0, 256))
+    photograph = images.read_photograph(io.BytesIO(data))
+    np.testing.assert_array_equal(photograph.pixels, [[[255, 0, 1]]])
+    assert "16-bit samples were rounded to 8 bits" in photograph.notes
+
+
+def test_palette(pixels):
+    image = Image.fromarray(pixels).quantize(16)
+    photograph = read(image)
+    np.testing.assert_array_equal(photograph.pixels, np.array(image.convert("RGB")))
+    assert photograph.notes == ("a palette image was made RGB",)
+
+
+def test_cmyk():
+    photograph = read(Image.new("CMYK", (3, 2), (255, 0, 0, 0)), kind="TIFF")
+    np.testing.assert_array_equal(photograph.pixels[0, 0], [0, 255, 255])
+    assert photograph.notes == ("a CMYK image was made RGB",)
+
+
+def test_floating_point_samples_are_refused():
+    with pytest.raises(ValueError, match="floating-point"):
+        read(Image.fromarray(np.zeros((2, 2), np.float32)), kind="TIFF")
+
+
+def test_samples_beyond_16_bits_are_refused():
+    with pytest.raises(ValueError, match="0 to 65535"):
+        read(Image.fromarray(np.full((2, 2), 70000, np.int32)), kind="TIFF")
+
+
+TRANSPARENT = {
+    "RGBA": Image.new("RGBA", (2, 1), (200, 100, 0, 0)),
+    "LA": Image.new("LA", (2, 1), (200, 0)),
+    "half": Image.new("RGBA", (2, 1), (200, 100, 0, 128)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparency_needs_a_background(name):
+    with pytest.raises(ValueError, match="background"):
+        read(TRANSPARENT[name])
+
+
+def test_transparent_pixels_are_laid_on_the_background():
+    photograph = read(TRANSPARENT["RGBA"], background=(1, 2, 3))
+    np.testing.assert_array_equal(photograph.pixels, [[[1, 2, 3]] * 2])
+    photograph = read(TRANSPARENT["half"], background=(0, 0, 0))
+    np.testing.assert_allclose(photograph.pixels[0, 0], [100, 50, 0], atol=1)
+    assert photograph.notes == (
+        "transparent pixels were laid on the background colour",
+    )
+
+
+def test_transparent_palette_entry(pixels):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    with pytest.raises(ValueError, match="transparent"):
+        read(image, transparency=0)
+    photograph = read(image, transparency=0, background=(255, 255, 255))
+    np.testing.assert_array_equal(photograph.pixels[0], [[255] * 3, [40, 50, 60]])
+
+
+def test_transparent_grey_value_of_a_16_bit_png():
+    wide = Image.fromarray(np.array([[1000, 60000]], np.uint16))
+    photograph = read(wide, transparency=1000, background=(9, 8, 7))
+    np.testing.assert_array_equal(photograph.pixels[0], [[9, 8, 7], [233] * 3])
+
+
+def test_opaque_alpha_is_dropped_with_a_note(pixels):
+    photograph = read(Image.fromarray(pixels).convert("RGBA"))
+    np.testing.assert_array_equal(photograph.pixels, pixels)
+    assert "opaque" in photograph.notes[0]
+
+
+def test_animations_give_their_first_frame(pixels):
+    first, second = Image.fromarray(pixels), Image.fromarray(255 - pixels)
+    photograph = read(first, save_all=True, append_images=[second])
+    np.testing.assert_array_equal(photograph.pixels, pixels)
+    assert photograph.notes == ("only the first of 2 frames is used",)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(100)]
+)
+def test_not_an_image(tmp_path, data):
+    path = tmp_path / "letter.txt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="letter.txt is not a") as caught:
+        images.read_photograph(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "AVIF"])
+def test_cut_off_image_is_refused(tmp_path, kind):
+    noise = np.random.default_rng(RNG_SEED).integers(0, 256, (64, 64, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, format=kind)
+    path = tmp_path / "photo"
+    path.write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
+    with pytest.raises(ValueError, match="^photo is (damaged|not a)"):
+        images.read_photograph(path)
+
+
+def test_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        images.read_photograph(tmp_path)
+
+
+def test_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        images.read_photograph(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("size", [(30000, 30000), (12000, 12000), (65536, 1)])
+def test_huge_images_are_refused_from_their_header(size):
+    data = png(*size, 8, 2, b"")  # the pixels are not there: they must not be asked for
+    with pytest.raises(ValueError, match="size|too large"):
+        images.read_photograph(io.BytesIO(data))
+
+
+def test_max_pixels():
+    data = io.BytesIO(png(10, 10, 8, 2, (b"\0" + bytes(30)) * 10))
+    assert images.read_photograph(data, max_pixels=100).pixels.shape == (10, 10, 3)
+    data.seek(0)
+    with pytest.raises(ValueError, match="10x10"):
+        images.read_photograph(data, max_pixels=99)
+
+
+@pytest.mark.parametrize(
+    ("text", "colour"),
+    [("white", (255, 255, 255)), ("#ff8800", (255, 136, 0)), ("rgb(1,2,3)", (1, 2, 3))],
+)
+def test_colours(text, colour):
+    assert images.parse_colour(text) == colour
+
+
+def test_unknown_colour():
+    with pytest.raises(ValueError, match="'whyte'"):
+        images.parse_colour("whyte")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".tiff", ".bmp", ".ppm", ".webp"])
+def test_lossless_kinds_keep_every_value(pixels, suffix):
+    data = images.encode_image(pixels, suffix)
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(data))), pixels)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".jpg"])
+def test_profiles_are_written(pixels, suffix):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = images.encode_image(pixels, suffix, icc_profile=profile)
+    assert Image.open(io.BytesIO(data)).info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize("suffix", ["", ".txt", ".semlic"])
+def test_unknown_kinds_are_refused(pixels, suffix):
+    with pytest.raises(ValueError, match="cannot write"):
+        images.encode_image(pixels, suffix)
+
+
+def test_write_file_replaces_only_when_forced(tmp_path):
+    path = tmp_path / "a"
+    images.write_file(path, b"one")
+    with pytest.raises(ValueError, match="--force"):
+        images.write_file(path, b"two")
+    assert path.read_bytes() == b"one"
+    images.write_file(path, b"two", force=True)
+    assert path.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_write_file_respects_a_file_that_appeared_meanwhile(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    check = images.check_outputs
+
+    def check_then_lose_the_race(*args, **options):
+        check(*args, **options)
+        path.write_bytes(b"theirs")
+
+    monkeypatch.setattr(images, "check_outputs", check_then_lose_the_race)
+    with pytest.raises(ValueError, match="exists"):
+        images.write_file(path, b"ours")
+    assert path.read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        images.write_file(path, b"new", force=True)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_write_file_follows_links_and_spares_devices(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    images.write_file(link, b"new", force=True)
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    images.write_file(os.devnull, b"gone")
+    assert not os.path.isfile(os.devnull)
+
+
+def test_new_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").touch()
+    images.write_file(tmp_path / "ours", b"")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("path", ["", "none/a"])
+def test_places_that_cannot_be_written(tmp_path, path):
+    with pytest.raises(ValueError, match="folder"):
+        images.write_file(tmp_path / path, b"", force=True)
