@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers to bytes and back: entropy coding and the container. NumPy only, no JAX."""
+"""Integers to bytes and back: exact networks, entropy coding, the container.
+
+May import: `semlic_jax.model`. Imported by: `semlic_jax.codec`.
+"""

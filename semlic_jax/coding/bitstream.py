@@ -1,5 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The container of `.semlic` files, version 1."""
+"""The `.semlic` file, format version 1: this docstring is the format document.
+
+Whole numbers of more than one byte are little-endian. A *varint* is a whole number in
+groups of 7 bits, least significant group first, one byte each, the top bit set on all
+but the last; at most 4 bytes, and no more than needed.
+
+The container
+=============
+
+========  ============================================================================
+bytes     content
+========  ============================================================================
+4         magic: 89 53 4C 43 (0x89 "SLC"; not text, so that nothing mends line ends)
+1         format version: 1
+4         model fingerprint: the first 4 bytes of the model's SHA-256
+1 to 3    width in pixels, varint, 1 to 65535
+1 to 3    height in pixels, varint, 1 to 65535
+1         quality q, 0 to 255
+1         flags: 1 if chunks follow, 0 if not; other values are not used
+chunks    if the flag is set: their number as a varint, 1 to 16; then for each a tag of
+          4 ASCII letters or digits, its length in bytes as a varint (at most 2**24)
+          and its content. Tags are unique and in rising order of their bytes.
+rest      payload
+4         CRC-32 (that of zlib and PNG) of all bytes before it
+========  ============================================================================
+
+That is 19 bytes besides the payload for an image of 768 x 512 without chunks.
+
+Chunks say more about the image than its pixels; a reader may ignore any of them.
+`ICCP` is an ICC profile. There is none for orientation: it is applied before coding.
+
+A reader refuses a file with another magic or version, a wrong CRC, a number out of the
+ranges above, or more pixels than it is willing to decode (`MAX_PIXELS` by default). A
+change to the meaning of any byte, in the container or in the payload, is a new version.
+
+What the payload codes
+======================
+
+The model, named by its fingerprint, supplies the tables and the integer networks that
+choose among them. The payload is one stream of symbols:
+
+1. z, the hyper-latents: z_hat at the positions of the ceil(H / 64) x ceil(W / 64) grid,
+   each channel with the z table of its number; one *push*.
+2. y, the latents, on the ceil(H / 16) x ceil(W / 16) grid: `round(y - mean)`, one push
+   for each pass of the coding order, first to last. A pass is a range of channels and
+   one colour of the checkerboard: the channel groups in rising order, and in each group
+   first the positions with even row + column, then the others. What earlier pushes
+   decoded gives the table index and the mean of every symbol of a pass
+   (`semlic_jax.model.context`).
+
+Positions outside those grids, to which an implementation may pad, are not coded. Within
+a push the symbols are ordered by row, then column, then channel.
+
+The tables
+==========
+
+Table t has the smallest symbol `offset` and positive counts c[0], ..., c[n], which sum
+to 2**24. *Slot* i < n stands for the symbol offset + i; slot n is the escape. Slot i
+starts at s[i] = c[0] + ... + c[i-1].
+
+A push is decoded in this order:
+
+1. The slots of all its symbols, grouped by table: the tables in rising order and,
+   within a table, the symbols in the order of the push.
+2. If slots are the escape, then for each of these symbols, in the order of the push,
+   its length L from 0 to 16, with the counts 2**23, 2**22, ..., 2**8, 2**8.
+3. For each L that occurs, in rising order, and for each symbol of this length, in the
+   order of the push: a number v below 2**(L+1), all equally likely (counts of
+   2**(23-L)). Its top bit, of value 2**L, is the side; the rest is r, and
+   k = 2**L - 1 + r. The symbol is offset + n + k if the side is 1, and offset - 1 - k
+   if it is 0.
+
+A symbol is within +-2**15; a reader refuses others.
+
+The coder
+=========
+
+An asymmetric numeral system (ANS) with a 64-bit state and 32-bit words: the coder of
+`constriction.stream.stack.AnsCoder`. The payload, with zero bytes appended up to a
+multiple of 4 bytes, is a stack of words whose top is at the end. A payload never ends
+in a zero byte: the encoder drops those, they are the top bytes of its last state.
+
+Start: the state is 0. Pop up to two words, each as `state = state * 2**32 + word`.
+
+To decode a slot of a table: let q = state mod 2**24 and i the slot with
+s[i] <= q < s[i] + c[i]. Then `state = (state div 2**24) * c[i] + q - s[i]`, and if the
+state is now below 2**32 and there are words left, `state = state * 2**32 + word` with
+the next word popped.
+
+End: after the last symbol the state is 49374 (C0DE) and no words are left; a reader
+refuses a payload where it is otherwise. The encoder starts there and works backwards:
+before it codes a slot it moves the low word of the state to the stack if
+state div 2**40 >= c[i], and then sets
+`state = (state div c[i]) * 2**24 + s[i] + state mod c[i]`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +111,7 @@ MAX_CHUNK_BYTES = 2**24
 
 _FLAG_CHUNKS = 1
 _CRC_BYTES = 4
+_VARINT_BYTES = 4
 
 
 class BitstreamError(ValueError):
@@ -32,14 +127,15 @@ class Header:
     """What a file says about itself besides the payload.
 
     Attributes:
-      width: pixels, 1..65535.
-      height: pixels, 1..65535.
-      quality: the gain q as a byte, 0..255 (q = quality / 255).
-      fingerprint: of the model, at least 4 bytes; only the first 4 are kept.
-      chunks: side data by 4-character tag, e.g. `{b"ICCP": profile}`.
+        width: pixels, 1 to 65535.
+        height: pixels, 1 to 65535.
+        quality: the gain q in steps of 1/255, 0 to 255.
+        fingerprint: of the model, at least 4 bytes; the first 4 are kept.
+        chunks: content by tag of 4 ASCII letters or digits, e.g. b"ICCP"; at most 16
+            of at most 2**24 bytes each.
 
     Raises:
-      ValueError: a field is out of range.
+        ValueError: a field is out of range.
     """
 
     width: int
@@ -49,13 +145,9 @@ class Header:
     chunks: Mapping[bytes, bytes] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("width", "height"):
-            if not 1 <= getattr(self, name) <= MAX_SIDE:
-                raise ValueError(
-                    f"expected {name} in 1..{MAX_SIDE}, found {getattr(self, name)}"
-                )
-        if not 0 <= self.quality <= 255:
-            raise ValueError(f"expected quality in 0..255, found {self.quality}")
+        _check_range("width", self.width, 1, MAX_SIDE)
+        _check_range("height", self.height, 1, MAX_SIDE)
+        _check_range("quality", self.quality, 0, 255)
         if len(self.fingerprint) < FINGERPRINT_BYTES:
             raise ValueError(
                 f"expected a fingerprint of at least {FINGERPRINT_BYTES} bytes, "
@@ -63,33 +155,44 @@ class Header:
             )
         fingerprint = bytes(self.fingerprint[:FINGERPRINT_BYTES])
         object.__setattr__(self, "fingerprint", fingerprint)
-        if len(self.chunks) > MAX_CHUNKS:
-            raise ValueError(
-                f"expected at most {MAX_CHUNKS} chunks, found {len(self.chunks)}"
-            )
+        _check_range("the number of chunks", len(self.chunks), 0, MAX_CHUNKS)
         for tag, content in self.chunks.items():
             if len(tag) != 4 or not tag.isalnum():
                 raise ValueError(
-                    f"expected a chunk tag of 4 letters or digits, found {tag!r}"
+                    f"expected a chunk tag of 4 ASCII letters or digits, found {tag!r}"
                 )
-            if len(content) > MAX_CHUNK_BYTES:
-                raise ValueError(
-                    f"expected at most {MAX_CHUNK_BYTES} bytes in chunk "
-                    f"{tag.decode()}, found {len(content)}"
-                )
+            size_name = f"the size in bytes of chunk {tag.decode('ascii')}"
+            _check_range(size_name, len(content), 0, MAX_CHUNK_BYTES)
 
     def require_model(self, fingerprint: bytes) -> None:
-        """Raises IncompatibleModelError unless `fingerprint` is the file's model."""
-        if fingerprint[:FINGERPRINT_BYTES] != self.fingerprint:
+        """Check that the file was made with the model of this fingerprint.
+
+        Args:
+            fingerprint: of the model at hand, at least 4 bytes.
+
+        Raises:
+            IncompatibleModelError: it was not; the message names both.
+        """
+        found = fingerprint[:FINGERPRINT_BYTES]
+        if found != self.fingerprint:
             raise IncompatibleModelError(
-                f"the file needs the model {self.fingerprint.hex()}, this one is "
-                f"{fingerprint[:FINGERPRINT_BYTES].hex()}"
+                f"expected the model {self.fingerprint.hex()} that made the file, "
+                f"found the model {found.hex()}"
             )
 
 
 def pack(header: Header, payload: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of a file."""
-    _check_pixels(header.width, header.height, max_pixels)
+    """The bytes of a file. `unpack` inverts it.
+
+    Args:
+        header: see `Header`.
+        payload: what `SymbolEncoder.finish` returned.
+        max_pixels: largest image; a reader has to allow as many.
+
+    Raises:
+        ValueError: the image is too large.
+    """
+    _check_pixels(header, max_pixels)
     out = bytearray(MAGIC)
     out.append(BITSTREAM_VERSION)
     out += header.fingerprint
@@ -107,25 +210,39 @@ def pack(header: Header, payload: bytes, *, max_pixels: int = MAX_PIXELS) -> byt
 
 
 def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
-    """Header and payload of a file; everything is checked before it is used."""
+    """Header and payload of a file.
+
+    Nothing is allocated by what the header claims, and whether the model fits is left
+    to `Header.require_model`.
+
+    Args:
+        data: the bytes of the file.
+        max_pixels: refuse larger images.
+
+    Returns:
+        the header and the payload.
+
+    Raises:
+        BitstreamError: the data is not a `.semlic` file, of another format version,
+            damaged, or out of the ranges of the format.
+    """
     data = bytes(data)
     if not data.startswith(MAGIC):
+        found = data[: len(MAGIC)].hex() or "no bytes"
         raise BitstreamError(
-            f"expected a .semlic file (first bytes {MAGIC.hex()}), "
-            f"found {data[: len(MAGIC)].hex() or 'nothing'}"
+            f"expected a .semlic file, which starts with {MAGIC.hex()}, found {found}"
         )
-    reader = _Reader(data)
-    reader.take(len(MAGIC))
+    reader = _Reader(data, len(MAGIC))
     version = reader.byte()
     if version != BITSTREAM_VERSION:
         raise BitstreamError(
-            f"expected format version {BITSTREAM_VERSION}, found {version}: "
-            "the file needs another release of this program, or is damaged"
+            f"expected .semlic format version {BITSTREAM_VERSION}, found {version}: "
+            "the file needs another release of semlic_jax, or is damaged"
         )
     body, crc = data[:-_CRC_BYTES], int.from_bytes(data[-_CRC_BYTES:], "little")
-    if len(body) <= len(MAGIC) or zlib.crc32(body) != crc:
+    if zlib.crc32(body) != crc:
         raise BitstreamError(
-            f"expected checksum {zlib.crc32(body):08x}, found {crc:08x}: "
+            f"expected the checksum {zlib.crc32(body):08x}, found {crc:08x}: "
             "the file is damaged or cut off"
         )
     reader = _Reader(body, len(MAGIC) + 1)
@@ -133,20 +250,26 @@ def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]
     width, height = reader.varint(), reader.varint()
     quality, flags = reader.byte(), reader.byte()
     if flags & ~_FLAG_CHUNKS:
-        raise BitstreamError(f"expected flags 0 or 1, found {flags}")
-    chunks = reader.chunks() if flags & _FLAG_CHUNKS else {}
+        raise BitstreamError(f"expected the flags 0 or 1, found {flags}")
+    chunks = reader.chunks() if flags else {}
     try:
         header = Header(width, height, quality, fingerprint, chunks)
-        _check_pixels(width, height, max_pixels)
+        _check_pixels(header, max_pixels)
     except ValueError as error:
-        raise BitstreamError(f"bad header: {error}") from None
+        raise BitstreamError(str(error)) from None
     return header, reader.rest()
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"expected {name} from {low} to {high}, found {value}")
+
+
+def _check_pixels(header: Header, max_pixels: int) -> None:
+    if header.width * header.height > max_pixels:
         raise ValueError(
-            f"expected at most {max_pixels} pixels, found {width} x {height}"
+            f"expected an image of at most {max_pixels} pixels, "
+            f"found {header.width} x {header.height}"
         )
 
 
@@ -162,7 +285,7 @@ def _varint(value: int) -> bytes:
 class _Reader:
     """A cursor over bytes that refuses to run past the end."""
 
-    def __init__(self, data: bytes, position: int = 0) -> None:
+    def __init__(self, data: bytes, position: int) -> None:
         self._data = data
         self._position = position
 
@@ -170,8 +293,8 @@ class _Reader:
         start, stop = self._position, self._position + size
         if stop > len(self._data):
             raise BitstreamError(
-                f"expected {size} bytes at position {start}, "
-                f"found {len(self._data) - start}: the file is cut off"
+                f"expected {size} more bytes at position {start}, "
+                f"found {len(self._data) - start}: the file is damaged or cut off"
             )
         self._position = stop
         return self._data[start:stop]
@@ -181,25 +304,34 @@ class _Reader:
 
     def varint(self) -> int:
         value = 0
-        for shift in range(0, 28, 7):
+        for shift in range(0, 7 * _VARINT_BYTES, 7):
             byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:
-                if byte == 0 and shift:
-                    break
+                if byte == 0 and shift > 0:
+                    raise BitstreamError(
+                        "expected a number in as few bytes as it needs, found more"
+                    )
                 return value
-        raise BitstreamError("expected a number of at most 4 bytes, none padded")
+        raise BitstreamError(
+            f"expected a number of at most {_VARINT_BYTES} bytes, found a longer one"
+        )
 
     def chunks(self) -> dict[bytes, bytes]:
         count = self.varint()
+        # Also bounds the loop. The other limits are checked by Header.
         if not 1 <= count <= MAX_CHUNKS:
-            raise BitstreamError(f"expected 1..{MAX_CHUNKS} chunks, found {count}")
+            raise BitstreamError(f"expected 1 to {MAX_CHUNKS} chunks, found {count}")
         chunks: dict[bytes, bytes] = {}
+        last = b""
         for _ in range(count):
             tag = self.take(4)
-            if chunks and tag <= max(chunks):
-                raise BitstreamError("expected chunks in rising order of their tags")
+            if tag <= last:
+                raise BitstreamError(
+                    f"expected chunk tags in rising order, found {tag!r} after {last!r}"
+                )
             chunks[tag] = self.take(self.varint())
+            last = tag
         return chunks
 
     def rest(self) -> bytes:

@@ -14,9 +14,10 @@ encoder keeps what is pushed and codes it backwards at the end; the decoder runs
 forwards, pass by pass. The usual choice is the same library's range coder, which
 streams. On the skewed tables of an image codec (97 % zeros, 0.1 bit per symbol) ANS
 comes closer to the ideal: it adds about 22 bits per stream whatever its length, where
-the range coder adds 17 and 1 more for every 12,000 symbols. And it ends in a known
-state only if every symbol was decoded with the table that it was coded with, so a
-decoder whose networks disagree with the encoder's gets an error, not a wrong picture.
+the range coder adds 17 and 1 more for every 12,000 symbols. And the decoder returns to
+the encoder's first state only if every symbol was decoded with the table that it was
+coded with, so one whose networks disagree with the encoder's gets an error, not a wrong
+picture.
 
 May import: NumPy, constriction, `bitstream`.
 """
@@ -38,6 +39,11 @@ from semlic_jax.coding.bitstream import BitstreamError
 PRECISION_BITS = 24  # of constriction's Python interface
 MAX_SYMBOL = 2**15  # largest magnitude of a symbol
 MAX_TABLES = 2**16
+
+# The state in which the encoder starts and the decoder must end. Not 0, where a decoder
+# that has used up its data stays. Up to 16 bits it costs less than 1 bit: the first
+# symbol fills the state to about 24 bits anyway.
+_INITIAL_STATE = 0xC0DE
 
 # A value `excess` steps outside its table has the length L = floor(log2(excess + 1)).
 # Both ends of a table lie within MAX_SYMBOL, so excess < 2 * MAX_SYMBOL.
@@ -69,11 +75,8 @@ class SymbolTables:
     counts: NDArray[np.uint32]
 
     def __post_init__(self) -> None:
-        for name, dtype in (
-            ("offsets", np.int32),
-            ("starts", np.int32),
-            ("counts", np.uint32),
-        ):
+        dtypes = {"offsets": np.int32, "starts": np.int32, "counts": np.uint32}
+        for name, dtype in dtypes.items():
             given = np.asarray(getattr(self, name))
             array = given.astype(dtype)
             whole = given.ndim == 1 and given.dtype.kind in "iu"
@@ -87,11 +90,11 @@ class SymbolTables:
         self.validate()
 
     def validate(self) -> None:
-        """Check what the coder relies on. Runs when the tables are made.
+        """Check what the coder relies on; runs when the tables are made.
 
         Raises:
-            ValueError: a table is empty, has a count below 1, does not sum to
-                2**24 or covers symbols beyond +-MAX_SYMBOL, or the arrays disagree.
+            ValueError: a table is empty, has a count below 1, does not sum to 2**24
+                or covers symbols beyond +-MAX_SYMBOL, or the arrays disagree.
         """
         num = self.offsets.size
         if not 1 <= num <= MAX_TABLES or self.starts.size != num + 1:
@@ -343,8 +346,9 @@ class SymbolEncoder:
             self._runs.append((values[lengths == length], _side_model(int(length))))
 
     def finish(self) -> bytes:
-        """The stream of everything pushed so far; nothing pushed gives b""."""
-        coder = constriction.stream.stack.AnsCoder()
+        """The stream of everything pushed so far, never empty."""
+        start = np.array([_INITIAL_STATE], np.uint32)
+        coder = constriction.stream.stack.AnsCoder(start)
         for symbols, model in reversed(self._runs):
             coder.encode_reverse(symbols, model)
         words = coder.get_compressed()
@@ -354,9 +358,9 @@ class SymbolEncoder:
 class SymbolDecoder:
     """Reads what a `SymbolEncoder` wrote, by the same sequence of calls.
 
-    No data can make it hang or take memory beyond a small multiple of what the caller
-    asks for: a wrong or damaged stream decodes to wrong symbols or an error, and to an
-    error at `finish`.
+    No data can make it hang or take more memory than a small multiple of what the
+    caller asks for. A damaged stream decodes to wrong symbols or to an error, and
+    `finish` finds out, except with a probability of about 2**-16.
 
     Args:
         data: what `SymbolEncoder.finish` returned.
@@ -428,14 +432,14 @@ class SymbolDecoder:
             BitstreamError: the stream has more or fewer symbols than were read, or
                 some were read with other tables than they were written with.
         """
-        if not self._coder.is_empty():
+        if self._coder.pos() != (0, _INITIAL_STATE):  # (words left, state)
             raise BitstreamError(
                 "expected the payload to end with the last symbol, found it out of "
                 "step: it is damaged, or encoder and decoder used different tables"
             )
 
 
-def _exact_model(counts: NDArray[np.integer]) -> Any:
+def _exact_model(counts: ArrayLike) -> Any:
     """A constriction model whose 24-bit frequencies are exactly `counts`.
 
     With `perfect=False` the library starts symbol i at
@@ -444,16 +448,15 @@ def _exact_model(counts: NDArray[np.integer]) -> Any:
     symbol i starts at sum(counts[:i]). (constriction 0.5.0,
     src/stream/model/categorical.rs, `fast_quantized_cdf`.)
     """
-    return constriction.stream.model.Categorical(
-        counts.astype(np.float64) - 1.0, perfect=False
-    )
+    probabilities = np.asarray(counts, np.float64) - 1.0
+    return constriction.stream.model.Categorical(probabilities, perfect=False)
 
 
 @functools.cache
 def _length_model() -> Any:
     """P(L) = 2**-(L + 1): with side and remaining bits, an Elias gamma code."""
     counts = [2 ** (PRECISION_BITS - 1 - length) for length in range(_MAX_LENGTH)]
-    return _exact_model(np.array([*counts, counts[-1]]))
+    return _exact_model([*counts, counts[-1]])
 
 
 @functools.cache
