@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `semlic compress | decompress | info | demo | models | bench`.
+
+Each command imports what it needs when it runs, so that `semlic --help` and `semlic
+info` answer at once. A refusal is one sentence on the error stream and exit status 1;
+wrong usage is status 2; an error of ours is status 3 (`--debug` shows the traceback).
+Results go to the standard output; notes and progress to the error stream, progress only
+where that is a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import semlic_jax
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
+    from semlic_jax.images import Photograph
+
+SUFFIX = ".semlic"
+
+_REFUSED, _USAGE, _INTERNAL, _INTERRUPTED = 1, 2, 3, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # The reader went away. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _REFUSED
+    except KeyboardInterrupt:
+        _say("semlic: interrupted")
+        return _INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        message, status = _explain(error)
+        _say(f"semlic: {message}")
+        return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One sentence for people, and the exit status."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", _REFUSED
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory: {text}", _REFUSED
+    if isinstance(error, ValueError | OSError):
+        return text, _REFUSED
+    kind = type(error).__name__
+    return f"internal error, {kind}: {text} (--debug shows where)", _INTERNAL
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE, f"semlic: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="semlic",
+        description="A perceptual image codec: small files that look real.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"semlic_jax {semlic_jax.__version__}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], None], text: str) -> _Parser:
+        # No abbreviations: a script must not break when an option is added.
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+        return sub
+
+    sub = command("compress", _compress, "write a photograph as a .semlic file")
+    sub.add_argument("input", metavar="IN", type=Path, help="an image file")
+    sub.add_argument("output", metavar="OUT", type=Path, nargs="?")
+    _add_model(sub)
+    _add_rate(sub.add_mutually_exclusive_group(required=True))
+    _add_background(sub)
+    _add_force(sub)
+
+    sub = command("decompress", _decompress, "write a .semlic file as an image file")
+    sub.add_argument("input", metavar="IN", type=Path, help="a .semlic file")
+    sub.add_argument("output", metavar="OUT", type=Path, nargs="?")
+    sub.add_argument(
+        "--model", metavar="M", help="name or path; found by itself if packaged"
+    )
+    _add_force(sub)
+
+    sub = command("info", _info, "say what a .semlic file holds")
+    sub.add_argument("input", metavar="FILE", type=Path)
+    _add_json(sub)
+
+    sub = command("demo", _demo, "compare one photograph with JPEG, WebP and AVIF")
+    sub.add_argument("input", metavar="IMAGE", type=Path, nargs="?")
+    sub.add_argument("--out", metavar="DIR", type=Path, default=Path("demo"))
+    sub.add_argument("--bpp", type=_positive_float, default=0.15, help="default 0.15")
+    _add_model(sub)
+    _add_background(sub)
+    _add_force(sub)
+
+    sub = command("models", _models, "list the packaged models")
+    _add_json(sub)
+
+    sub = command("bench", _bench, "measure speed beside JPEG, WebP and AVIF")
+    sub.add_argument("input", metavar="IMAGE", type=Path, nargs="?")
+    sub.add_argument("--quality", type=_unit_float, default=0.5, help="default 0.5")
+    sub.add_argument("--repeats", type=_positive_int, default=5, help="default 5")
+    _add_model(sub)
+    _add_background(sub)
+    _add_json(sub)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="M", default="small", help="name or path; default small"
+    )
+
+
+def _add_rate(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument("--quality", type=_unit_float, metavar="Q", help="0 to 1")
+    group.add_argument(
+        "--bpp", type=_positive_float, metavar="B", help="bits per pixel"
+    )
+    group.add_argument(
+        "--max-bytes", type=_positive_int, metavar="N", help="largest size of the file"
+    )
+
+
+def _add_background(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--background", metavar="COLOUR", help="what transparent pixels are laid on"
+    )
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace existing outputs")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs to read")
+
+
+def _unit_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, found {text}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return value
+
+
+# argparse names the type in "invalid ... value".
+_unit_float.__name__ = _positive_float.__name__ = "number"
+_positive_int.__name__ = "whole number"
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """One line on the terminal that says what is being done; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+
+    def show(text: str) -> None:
+        print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _read(path: Path, background: str | None) -> Photograph:
+    from semlic_jax.images import parse_colour, read_photograph
+
+    colour = None if background is None else parse_colour(background)
+    photograph = read_photograph(path, background=colour)
+    for note in photograph.notes:
+        _say(f"note: {path.name}: {note}")
+    return photograph
+
+
+def _check_not_input(options: argparse.Namespace, output: Path) -> None:
+    if output.exists() and output.samefile(options.input):
+        raise ValueError(f"the output {output} is the input: give another name")
+
+
+def _codec_of_file(data: bytes, given: str | None) -> Codec:
+    """The model that `given` names, or else the packaged one the file was made with."""
+    if given is not None:
+        return semlic_jax.load(given)
+    from semlic_jax.codec import load_for
+
+    return load_for(data)
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from semlic_jax.images import check_outputs, write_file
+
+    output = options.output or options.input.with_suffix(SUFFIX)
+    photograph = _read(options.input, options.background)
+    _check_not_input(options, output)
+    check_outputs([output], force=options.force)
+    with _progress() as progress:
+        progress(f"loading the model {options.model}")
+        codec = semlic_jax.load(options.model)
+        progress(f"compressing {options.input.name}")
+        start_s = time.perf_counter()
+        data = codec.compress(
+            photograph.pixels,
+            quality=options.quality,
+            bpp=options.bpp,
+            max_bytes=options.max_bytes,
+            icc_profile=photograph.icc_profile,
+        )
+        wall_s = time.perf_counter() - start_s
+    write_file(output, data, force=options.force)
+    height, width = photograph.pixels.shape[:2]
+    print(
+        f"{output}: {width}x{height}, {len(data):,} bytes, "
+        f"{8 * len(data) / (height * width):.4f} bpp, {wall_s:.2f} s"
+    )
+
+
+def _decompress(options: argparse.Namespace) -> None:
+    from semlic_jax.coding.bitstream import unpack
+    from semlic_jax.images import check_outputs, check_suffix, encode_image, write_file
+
+    output = options.output or options.input.with_suffix(".png")
+    check_suffix(output.suffix)
+    data = options.input.read_bytes()
+    header, _ = unpack(data)
+    _check_not_input(options, output)
+    check_outputs([output], force=options.force)
+    with _progress() as progress:
+        progress("loading the model")
+        codec = _codec_of_file(data, options.model)
+        progress(f"decompressing {options.input.name}")
+        start_s = time.perf_counter()
+        image = codec.decompress(data)
+        wall_s = time.perf_counter() - start_s
+        progress(f"writing {output.name}")
+        encoded = encode_image(
+            image, output.suffix, icc_profile=header.chunks.get(b"ICCP")
+        )
+    write_file(output, encoded, force=options.force)
+    print(f"{output}: {header.width}x{header.height}, {wall_s:.2f} s")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from semlic_jax.coding.bitstream import unpack
+    from semlic_jax.weights import name_of_model
+
+    data = options.input.read_bytes()
+    header, payload = unpack(data)
+    icc_profile = header.chunks.get(b"ICCP")
+    facts = {
+        "file": str(options.input),
+        "format_version": semlic_jax.BITSTREAM_VERSION,
+        "width": header.width,
+        "height": header.height,
+        "file_bytes": len(data),
+        "payload_bytes": len(payload),
+        "bpp": round(8 * len(data) / (header.width * header.height), 6),
+        "quality": round(header.quality / 255, 6),
+        "fingerprint": header.fingerprint.hex(),
+        "model": name_of_model(header.fingerprint),
+        "icc_profile_bytes": len(icc_profile) if icc_profile else 0,
+    }
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    facts["model"] = facts["model"] or "not packaged here"
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):<18}{value}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from semlic_jax.evaluation import demo
+    from semlic_jax.images import check_outputs
+
+    if options.input is None:
+        photograph, stem = demo.packaged_photograph(), "photograph"
+    else:
+        photograph, stem = _read(options.input, options.background), options.input.stem
+    outputs = demo.Outputs.of(options.out, stem)
+    if options.out.exists():
+        check_outputs(outputs.paths(), force=options.force)
+    with _progress() as progress:
+        progress(f"loading the model {options.model}")
+        codec = semlic_jax.load(options.model)
+        outputs, candidates = demo.run_demo(
+            codec,
+            photograph,
+            stem,
+            options.out,
+            bpp=options.bpp,
+            force=options.force,
+            progress=progress,
+        )
+    print(demo.table(candidates))
+    print()
+    print(f"the file          {outputs.file}")
+    print(f"decoded from it   {outputs.decoded}")
+    print(f"side by side      {outputs.comparison}")
+
+
+def _models(options: argparse.Namespace) -> None:
+    models = semlic_jax.pretrained_models()
+    if options.json:
+        print(json.dumps(models, indent=2, default=str))
+        return
+    for name, card in models.items():
+        print(name)
+        for fact, value in card.items():
+            print(f"  {fact.replace('_', ' '):<18}{value}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from semlic_jax.evaluation import benchmark
+
+    if options.input is None:
+        pixels = benchmark.packaged_pixels()
+    else:
+        pixels = _read(options.input, options.background).pixels
+    with _progress() as progress:
+        progress(f"loading the model {options.model}")
+        codec = semlic_jax.load(options.model)
+        report = benchmark.run_benchmark(
+            codec,
+            pixels,
+            model=options.model,
+            quality=options.quality,
+            repeats=options.repeats,
+            progress=progress,
+        )
+    print(json.dumps(report.facts(), indent=2) if options.json else report.table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

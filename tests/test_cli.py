@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a person meets it: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image, ImageCms
+
+import semlic_jax
+from semlic_jax import cli
+from semlic_jax.coding.bitstream import Header, pack, unpack
+from semlic_jax.evaluation.demo import packaged_photograph
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a photograph in it."""
+    monkeypatch.chdir(tmp_path)
+    pixels = packaged_photograph().pixels[120:168, 200:264]
+    Image.fromarray(pixels).save("photo.png")
+    return tmp_path
+
+
+@pytest.fixture
+def semlic(capsys, tiny_model):
+    """Runs a command with the small test model; gives status, output and errors."""
+
+    def run(*argv, model=tiny_model):
+        argv = [str(arg) for arg in argv]
+        if model is not None and argv[0] in ("compress", "decompress", "demo", "bench"):
+            argv += ["--model", str(model)]
+        try:
+            status = cli.main(argv)
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def opened(path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def refused(result, *words, status=1):
+    """Checks that a result is a refusal in one sentence that says these words."""
+    found, out, err = result
+    assert found == status, err
+    assert out == ""
+    assert err.startswith("semlic: ") and err.count("\n") == 1, err
+    for word in words:
+        assert str(word) in err
+    return True
+
+
+def test_there_and_back(folder, semlic):
+    status, out, err = semlic("compress", "photo.png", "--quality", 0.5)
+    assert (status, err) == (0, "")
+    size = os.path.getsize("photo.semlic")
+    assert f"photo.semlic: 64x48, {size:,} bytes" in out
+    status, out, err = semlic("decompress", "photo.semlic", "again.png")
+    assert (status, err) == (0, "") and out.startswith("again.png: 64x48")
+    assert opened("again.png").size == (64, 48)
+    assert sorted(os.listdir()) == ["again.png", "photo.png", "photo.semlic"]
+
+
+def test_outputs_are_named_after_inputs(folder, semlic):
+    semlic("compress", "photo.png", "--quality", 0)
+    os.remove("photo.png")
+    assert semlic("decompress", "photo.semlic")[0] == 0
+    assert sorted(os.listdir()) == ["photo.png", "photo.semlic"]
+
+
+@pytest.mark.parametrize("option", ["--max-bytes", "--bpp"])
+def test_budgets_are_kept(folder, semlic, option):
+    semlic("compress", "photo.png", "least.semlic", "--quality", 0)
+    semlic("compress", "photo.png", "most.semlic", "--quality", 1)
+    least, most = (os.path.getsize(f"{name}.semlic") for name in ("least", "most"))
+    budget = (least + most) // 2
+    value = budget if option == "--max-bytes" else 8 * budget / (64 * 48)
+    assert semlic("compress", "photo.png", option, value)[0] == 0
+    assert least <= os.path.getsize("photo.semlic") <= budget
+    refused(
+        semlic(
+            "compress",
+            "photo.png",
+            "x.semlic",
+            option,
+            {"--max-bytes": 1, "--bpp": 0.001}[option],
+        )
+    )
+    assert not os.path.exists("x.semlic")
+
+
+def test_info(folder, semlic):
+    semlic("compress", "photo.png", "--quality", 0.4)
+    status, out, err = semlic("info", "photo.semlic", "--json")
+    facts = json.loads(out)
+    data = (folder / "photo.semlic").read_bytes()
+    assert (status, err) == (0, "")
+    assert (facts["width"], facts["height"]) == (64, 48)
+    assert facts["file_bytes"] == len(data)
+    assert facts["bpp"] == pytest.approx(8 * len(data) / (64 * 48), abs=1e-6)
+    assert facts["quality"] == pytest.approx(0.4, abs=1 / 255)
+    assert facts["fingerprint"] == unpack(data)[0].fingerprint.hex()
+    status, out, err = semlic("info", "photo.semlic")
+    assert status == 0 and "64" in out and facts["fingerprint"] in out
+
+
+def test_models(semlic):
+    status, out, _ = semlic("models", "--json")
+    assert status == 0
+    assert set(json.loads(out)) == set(semlic_jax.pretrained_models())
+    status, out, _ = semlic("models")
+    assert status == 0
+    for name in semlic_jax.pretrained_models():
+        assert name in out
+
+
+def test_profile_is_carried(folder, semlic):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    opened("photo.png").save("tagged.png", icc_profile=profile)
+    semlic("compress", "tagged.png", "--quality", 0.5)
+    semlic("decompress", "tagged.semlic", "again.png")
+    assert opened("again.png").info["icc_profile"] == profile
+
+
+def test_conversions_are_noted(folder, semlic):
+    opened("photo.png").convert("L").save("grey.png")
+    status, out, err = semlic("compress", "grey.png", "--quality", 0.5)
+    assert status == 0 and err == "note: grey.png: a greyscale image was made RGB\n"
+
+
+def test_transparency_needs_a_background(folder, semlic):
+    Image.new("RGBA", (20, 10), (9, 9, 9, 99)).save("clear.png")
+    refused(semlic("compress", "clear.png", "--quality", 0.5), "background")
+    assert not os.path.exists("clear.semlic")
+    command = ("compress", "clear.png", "--quality", 0.5, "--background")
+    refused(semlic(*command, "whyte"), "whyte")
+    assert semlic(*command, "white")[0] == 0
+
+
+def test_existing_outputs_are_kept_without_force(folder, semlic):
+    (folder / "photo.semlic").write_bytes(b"mine")
+    command = ("compress", "photo.png", "--quality", 0.5)
+    refused(semlic(*command), "photo.semlic", "--force")
+    assert (folder / "photo.semlic").read_bytes() == b"mine"
+    assert semlic(*command, "--force")[0] == 0
+    before = (folder / "photo.png").read_bytes()
+    refused(semlic("decompress", "photo.semlic"), "photo.png", "--force")
+    assert (folder / "photo.png").read_bytes() == before
+
+
+def test_the_input_is_never_overwritten(folder, semlic):
+    before = (folder / "photo.png").read_bytes()
+    command = ("compress", "photo.png", "photo.png", "--quality", 0.5, "--force")
+    refused(semlic(*command), "is the input")
+    assert (folder / "photo.png").read_bytes() == before
+
+
+def test_what_is_not_an_image(folder, semlic):
+    (folder / "letter.txt").write_text("Dear Sir")
+    refused(semlic("compress", "letter.txt", "--quality", 0.5), "letter.txt")
+    refused(semlic("compress", "none.png", "--quality", 0.5), "none.png")
+    refused(semlic("compress", folder, "--quality", 0.5), "folder")
+    refused(semlic("decompress", "photo.png", "x.png"), "semlic")
+    refused(semlic("info", "letter.txt"))
+    refused(semlic("info", "none.semlic"), "none.semlic")
+    assert sorted(os.listdir()) == ["letter.txt", "photo.png"]
+
+
+def test_places_that_cannot_be_written(folder, semlic):
+    command = ("compress", "photo.png", "none/photo.semlic", "--quality", 0.5)
+    refused(semlic(*command), "none")
+    semlic("compress", "photo.png", "--quality", 0.5)
+    refused(semlic("decompress", "photo.semlic", "photo.gif"), ".gif")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "photo.png"],
+        ["compress", "photo.png", "--quality", "0.5", "--bpp", "1"],
+        ["compress", "photo.png", "--quality", "1.5"],
+        ["compress", "photo.png", "--quality", "high"],
+        ["compress", "photo.png", "--bpp", "nan"],
+        ["compress", "photo.png", "--bpp", "-1"],
+        ["compress", "photo.png", "--max-bytes", "0"],
+        ["compress", "photo.png", "--max-bytes", "1e3"],
+        ["compress", "--quality", "0.5"],
+        ["decompress"],
+        ["squeeze", "photo.png"],
+        ["info", "photo.png", "--xml"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_sentence(folder, semlic, arguments):
+    assert refused(semlic(*arguments, model=None), "--help", status=2)
+    assert os.listdir() == ["photo.png"]
+
+
+def test_every_flipped_bit_is_refused(folder, semlic):
+    semlic("compress", "photo.png", "--quality", 0)
+    data = (folder / "photo.semlic").read_bytes()
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        (folder / "bad.semlic").write_bytes(damaged)
+        assert refused(semlic("decompress", "bad.semlic", "bad.png"))
+    assert not os.path.exists("bad.png")
+
+
+def test_files_of_another_length_are_refused(folder, semlic):
+    semlic("compress", "photo.png", "--quality", 0)
+    data = (folder / "photo.semlic").read_bytes()
+    for damaged in (b"", data[:1], data[:10], data[:-1], data + b"\0", data + data):
+        (folder / "bad.semlic").write_bytes(damaged)
+        assert refused(semlic("decompress", "bad.semlic", "bad.png"))
+        assert refused(semlic("info", "bad.semlic"))
+    assert not os.path.exists("bad.png")
+
+
+def test_files_of_other_models_name_both(folder, semlic, tiny_model):
+    stranger = pack(Header(8, 8, 99, b"\x12\x34\x56\x78"), b"payload!")
+    (folder / "other.semlic").write_bytes(stranger)
+    ours = semlic_jax.load(tiny_model).fingerprint[:4].hex()
+    refused(semlic("decompress", "other.semlic"), "12345678", ours)
+    refused(semlic("decompress", "other.semlic", model=None), "12345678")
+    status, out, _ = semlic("info", "other.semlic")
+    assert status == 0 and "12345678" in out and "not packaged" in out
+    assert not os.path.exists("other.png")
+
+
+def test_unknown_model_is_refused(folder, semlic):
+    command = ("compress", "photo.png", "--quality", 0.5)
+    refused(semlic(*command, model="enormous"), "enormous")
+    refused(semlic(*command, model=folder / "photo.png"), "photo.png")
+
+
+def test_errors_of_ours_are_told_apart(folder, semlic, monkeypatch):
+    def broken(name):
+        raise KeyError("inside")
+
+    monkeypatch.setattr(semlic_jax, "load", broken)
+    command = ("compress", "photo.png", "--quality", 0.5)
+    refused(semlic(*command), "internal error", "--debug", status=3)
+    with pytest.raises(KeyError):
+        semlic(*command, "--debug")
+
+
+def test_interrupt(folder, semlic, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(semlic_jax, "load", interrupted)
+    assert refused(
+        semlic("compress", "photo.png", "--quality", 0.5), "interrupted", status=130
+    )
+    assert os.listdir() == ["photo.png"]
+
+
+def test_progress_shows_on_terminals_only(folder, semlic, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert semlic("compress", "photo.png", "--quality", 0.5)[0] == 0
+    assert "compressing photo.png" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\x1b[K")  # the line is left clean
+
+
+def test_demo(folder, semlic):
+    status, out, _ = semlic("demo", "photo.png", "--out", "out/deep", "--bpp", 4)
+    assert status == 0
+    assert sorted(os.listdir("out/deep")) == [
+        "photo.comparison.png",
+        "photo.decoded.png",
+        "photo.semlic",
+    ]
+    for word in ("semlic", "AVIF", "WebP", "JPEG", "photo.comparison.png"):
+        assert word in out
+    command = ("demo", "photo.png", "--out", "out/deep", "--bpp", 4)
+    refused(semlic(*command), "--force")
+    assert semlic(*command, "--force")[0] == 0
+
+
+def test_bench(folder, semlic):
+    command = ("bench", "photo.png", "--repeats", 1, "--quality", 0.1, "--json")
+    status, out, err = semlic(*command)
+    assert status == 0, err
+    report = json.loads(out)
+    assert (report["width"], report["height"], report["repeats"]) == (64, 48, 1)
+    assert [row["name"] for row in report["rows"]] == ["semlic", "JPEG", "WebP", "AVIF"]
+    ours = report["rows"][0]
+    assert 0 < ours["coding_compress_s"] < ours["compress_s"]
+    assert 0 < ours["coding_decompress_s"] < ours["decompress_s"]
+
+
+def test_as_a_program(folder, tiny_model):
+    """The installed way in, in a process of its own, from photograph to photograph."""
+    program = [sys.executable, "-m", "semlic_jax.cli"]
+
+    def run(*argv):
+        return subprocess.run([*program, *argv], capture_output=True, text=True)
+
+    model = ["--model", str(tiny_model)]
+    done = run("compress", "photo.png", "--quality", "0.5", *model)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run("decompress", "photo.semlic", "again.png", *model)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert opened("again.png").size == (64, 48)
+    done = run("decompress", "photo.png", *model)
+    assert done.returncode == 1 and done.stderr.startswith("semlic: ")
+    done = run("--version")
+    assert done.stdout == f"semlic_jax {semlic_jax.__version__}\n"
+
+
+def test_a_closed_pipe_is_no_error_message():
+    program = [sys.executable, "-m", "semlic_jax.cli", "models"]
+    done = subprocess.run(
+        f"{' '.join(program)} | true", shell=True, capture_output=True, text=True
+    )
+    assert done.stderr == ""
