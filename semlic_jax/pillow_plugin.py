@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pillow reads and writes `.semlic` after `import semlic_jax.pillow_plugin`.
+
+    from PIL import Image
+    import semlic_jax.pillow_plugin
+
+    image = Image.open("photo.png")
+    image.save("photo.semlic", bpp=0.15)  # or quality=0.5 (0 to 1), or max_bytes=9000
+    again = Image.open("photo.semlic")  # size and mode are known, nothing is decoded
+    again.thumbnail((256, 256))  # decoded here
+
+Importing this is light; JAX and a model are loaded at the first pixel. Models are
+loaded once and shared by all threads. A file is decoded by the packaged model that it
+was made with, or by one that `register_model` was given.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from typing import IO, TYPE_CHECKING, Any
+
+from PIL import Image, ImageFile
+
+import semlic_jax
+from semlic_jax.coding.bitstream import MAGIC, unpack
+from semlic_jax.images import parse_colour, photograph_of
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
+
+FORMAT = "SEMLIC"
+EXTENSION = ".semlic"
+
+DEFAULT_MODEL = "small"
+DEFAULT_QUALITY = 0.5
+
+_RATES = ("quality", "bpp", "max_bytes")
+
+
+class _Models:
+    """Codecs by name and by fingerprint, each loaded once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_name: dict[str, Codec] = {}
+
+    def named(self, name: str | os.PathLike) -> Codec:
+        key = os.fspath(name)
+        with self._lock:
+            if key not in self._by_name:
+                self._by_name[key] = semlic_jax.load(key)
+            return self._by_name[key]
+
+    def of_file(self, data: bytes) -> Codec:
+        header, _ = unpack(data)
+        with self._lock:
+            for codec in self._by_name.values():
+                if codec.fingerprint.startswith(header.fingerprint):
+                    return codec
+            from semlic_jax.codec import load_for
+
+            codec = load_for(data)
+            self._by_name[codec.name] = codec
+            return codec
+
+
+_models = _Models()
+
+
+def register_model(name_or_path: str | os.PathLike) -> None:
+    """Loads a model so that files that were made with it can be opened."""
+    _models.named(name_or_path)
+
+
+class SemlicImageFile(ImageFile.ImageFile):
+    """A `.semlic` file, decoded when its pixels are first asked for."""
+
+    format = FORMAT
+    format_description = "semlic perceptual image"
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        self._data: bytes = self.fp.read()
+        header, _ = unpack(self._data)
+        self._size = (header.width, header.height)
+        self._mode = "RGB"
+        if b"ICCP" in header.chunks:
+            self.info["icc_profile"] = header.chunks[b"ICCP"]
+        self.info["quality"] = header.quality / 255
+        # Stands for pixels that are still to come; `load` replaces it.
+        self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, "RGB")]
+
+    def load(self) -> Image.core.PixelAccess | None:
+        if self.tile and self._data:
+            pixels = _models.of_file(self._data).decompress(self._data)
+            if self.fp is not None and self._exclusive_fp:
+                self.fp.close()
+            self.fp = io.BytesIO(pixels.tobytes())
+            self._data = b""
+        return super().load()
+
+    def load_seek(self, pos: int) -> None:
+        """Nothing to seek: `load` puts the pixels at the start of the stream."""
+
+
+def _accept(prefix: bytes) -> bool:
+    return prefix.startswith(MAGIC)
+
+
+def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
+    options: dict[str, Any] = getattr(image, "encoderinfo", {})
+    background = options.get("background")
+    if isinstance(background, str):
+        background = parse_colour(background)
+    photograph = photograph_of(image, background=background)
+    rate = {name: options[name] for name in _RATES if options.get(name) is not None}
+    data = _models.named(options.get("model", DEFAULT_MODEL)).compress(
+        photograph.pixels,
+        **(rate or {"quality": DEFAULT_QUALITY}),
+        icc_profile=options.get("icc_profile") or photograph.icc_profile,
+    )
+    stream.write(data)
+
+
+Image.register_open(FORMAT, SemlicImageFile, _accept)
+Image.register_save(FORMAT, _save)
+Image.register_extension(FORMAT, EXTENSION)
+Image.register_mime(FORMAT, "image/x-semlic")
