@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: its three files, its picture, its table."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import semlic_jax
+from semlic_jax.evaluation import demo
+from semlic_jax.images import Photograph
+
+
+def test_packaged_photograph():
+    photograph = demo.packaged_photograph()
+    assert photograph.pixels.shape == (400, 600, 3)
+    assert photograph.notes == ()
+
+
+def test_psnr_of_known_differences():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert demo.psnr_db(black, black) == float("inf")
+    # An error of 1 everywhere: 10 log10(255^2) = 48.1308 dB, and uint8 must not wrap.
+    assert demo.psnr_db(black, black + 1) == pytest.approx(48.1308, abs=1e-4)
+    assert demo.psnr_db(black + 1, black) == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_busiest_corner_finds_the_texture():
+    image = np.full((60, 90, 3), 128, np.uint8)
+    rng = np.random.default_rng(3)
+    image[30:50, 60:80] = rng.integers(0, 256, (20, 20, 3))
+    # The window takes the texture and the edge around it: one pixel of slack.
+    left, top = demo.busiest_corner(image, 22, 22)
+    assert 58 <= left <= 60 and 28 <= top <= 30
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90)])
+def test_busiest_corner_of_the_whole_image(size):
+    image = np.zeros((size[1], size[0], 3), np.uint8)
+    assert demo.busiest_corner(image, *size) == (0, 0)
+
+
+def candidates(width: int, height: int) -> list[demo.Candidate]:
+    """Codecs whose pictures are one colour each, so that they can be found again."""
+    names = ["original", "semlic", "AVIF", "WebP", "JPEG"]
+    return [
+        demo.Candidate(
+            name,
+            1000 + index,
+            np.full((height, width, 3), (50 * index, 0, 255), np.uint8),
+            30.0,
+            over_budget=name == "JPEG",
+        )
+        for index, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(
+    "size", [(600, 400), (400, 900), (3000, 2000), (5, 3), (1, 1), (2000, 2)]
+)
+def test_picture_holds_every_codec_twice(size):
+    width, height = size
+    picture = np.asarray(demo.draw_comparison(candidates(width, height), "photo"))
+    assert max(picture.shape) < 2200
+    for index in range(5):
+        found = (picture == (50 * index, 0, 255)).all(axis=2).sum()
+        detail = min(width, 384) * min(height, 288)
+        scale = min(1, 384 / width, 480 / height)
+        whole = max(1, round(width * scale)) * max(1, round(height * scale))
+        frame = 4 * (width * scale + height * scale) if index == 0 else 0
+        assert detail + whole - frame <= found <= detail + whole
+
+
+def test_table_has_a_line_for_each_codec():
+    lines = demo.table(candidates(100, 50)).splitlines()
+    assert [line.split()[0] for line in lines] == "codec semlic AVIF WebP JPEG".split()
+    assert "1,001" in lines[1] and "1.602" in lines[1]  # 8 * 1001 / 5000
+    assert [("smallest" in line) for line in lines] == [False] * 4 + [True]
+
+
+def test_demo_files(tmp_path, tiny_model):
+    codec = semlic_jax.load(tiny_model)
+    pixels = demo.packaged_photograph().pixels[120:168, 200:264]
+    outputs, made = demo.run_demo(
+        codec, Photograph(pixels), "cup", tmp_path / "new", bpp=4.0
+    )
+    assert sorted(os.listdir(tmp_path / "new")) == sorted(
+        path.name for path in outputs.paths()
+    )
+    data = outputs.file.read_bytes()
+    assert 8 * len(data) <= 4.0 * pixels.shape[0] * pixels.shape[1]
+    with Image.open(outputs.decoded) as image:
+        np.testing.assert_array_equal(np.asarray(image), codec.decompress(data))
+    assert [each.name for each in made] == [
+        "original",
+        "semlic",
+        "AVIF",
+        "WebP",
+        "JPEG",
+    ]
+    for rival in made[2:]:
+        assert rival.over_budget or rival.file_bytes <= len(data)
+
+
+def test_demo_refuses_before_it_works(tmp_path):
+    (tmp_path / "cup.comparison.png").touch()
+    with pytest.raises(ValueError, match="cup.comparison.png exists"):
+        # No codec is there to be called.
+        demo.run_demo(
+            None, Photograph(np.zeros((8, 8, 3), np.uint8)), "cup", tmp_path, bpp=1
+        )
+    assert os.listdir(tmp_path) == ["cup.comparison.png"]
