@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of feature networks: published files in, one .npz form out.
+
+In: the names that published files give their layers, conversion to this package's
+form, and reading that form. Out: the networks (`trunks.py`, `inception.py`).
+
+The form is an .npz without pickled objects: one float32 array per parameter, keyed by
+its path in the Linen tree ("fire2/squeeze/kernel", kernels HWIO), `network` (the name)
+and `preprocessing` (see the network), both strings. Files with PyTorch's names and
+layouts (OIHW) are read as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semlic_jax.objectives.torch_files import read_torch_file
+from semlic_jax.objectives.trunks import VGG16_CONVS
+
+_BATCH_NORM_EPS = 1e-3  # Inception-v3's; the other networks have no norms
+_LPIPS_CHANNELS = {
+    "alex": (64, 192, 384, 256, 256),
+    "vgg": (64, 128, 256, 512, 512),
+    "squeeze": (64, 128, 256, 384, 384, 512, 512),
+}
+DISTS_CHANNELS = (3, 64, 128, 256, 512, 512)
+
+# torchvision's index of each layer in `features`.
+_SQUEEZENET_INDEX = {
+    "squeezenet1_0": (0, 3, 4, 5, 7, 8, 9, 10, 12),
+    "squeezenet1_1": (0, 3, 4, 6, 7, 9, 10, 11, 12),
+}
+_VGG16_INDEX = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_ALEXNET_INDEX = (0, 3, 6, 8, 10)
+_DEEP_COMPRESSION_PARTS = {
+    "conv1x1_1": "squeeze",
+    "conv1x1_2": "expand1x1",
+    "conv3x3_2": "expand3x3",
+}
+
+
+def _squeezenet_names(name: str) -> Callable[[str], str | None]:
+    index = {str(i): n + 1 for n, i in enumerate(_SQUEEZENET_INDEX[name])}
+
+    def rename(layer: str) -> str | None:
+        if layer.startswith("fire"):
+            fire, _, part = layer.partition(".")
+            return f"{fire}/{_DEEP_COMPRESSION_PARTS.get(part, part)}"
+        if layer == "conv1":
+            return layer
+        match = re.fullmatch(r"features\.(\d+)(?:\.(\w+))?", layer)
+        if not match or match[1] not in index:
+            return None
+        number = index[match[1]]
+        return "conv1" if number == 1 else f"fire{number}/{match[2]}"
+
+    return rename
+
+
+def _sequential_names(
+    index: tuple[int, ...], names: tuple[str, ...]
+) -> Callable[[str], str | None]:
+    table = {f"features.{i}": n for i, n in zip(index, names, strict=True)}
+    return lambda layer: layer if layer in names else table.get(layer)
+
+
+def _inception_names(layer: str) -> str | None:
+    if not layer.endswith(".conv") or layer.startswith("AuxLogits"):
+        return None
+    return layer.removesuffix(".conv").replace(".", "/")
+
+
+_RENAME: dict[str, Callable[[str], str | None]] = {
+    "squeezenet1_0": _squeezenet_names("squeezenet1_0"),
+    "squeezenet1_1": _squeezenet_names("squeezenet1_1"),
+    "vgg16": _sequential_names(_VGG16_INDEX, VGG16_CONVS),
+    "alexnet": _sequential_names(
+        _ALEXNET_INDEX, ("conv1", "conv2", "conv3", "conv4", "conv5")
+    ),
+    "inception_v3": _inception_names,
+}
+
+
+def convert_network(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    """A published state dict in this package's form.
+
+    Args:
+        state: arrays by PyTorch name: torchvision's SqueezeNets, VGG-16 and AlexNet,
+            pytorch-fid's or torch-fidelity's Inception-v3, or SqueezeNet 1.0 as Deep
+            Compression names it. Classifier layers are left out.
+        name: which network.
+
+    Returns:
+        arrays to write with `numpy.savez`, `network` and `preprocessing` among them.
+
+    Raises:
+        ValueError: unknown network, or no layer of it among the names.
+    """
+    if name not in _RENAME:
+        raise ValueError(
+            f"unknown feature network {name!r}, known: {', '.join(sorted(_RENAME))}"
+        )
+    rename = _RENAME[name]
+    arrays: dict[str, Any] = {}
+    for key, value in state.items():
+        layer, _, kind = key.rpartition(".")
+        target = rename(layer)
+        if target is None or kind not in ("weight", "bias"):
+            continue
+        if kind == "bias":
+            arrays[f"{target}/bias"] = np.asarray(value, np.float32)
+            continue
+        if np.ndim(value) != 4:
+            raise ValueError(
+                f"weight {key} should be a convolution kernel [O, I, h, w], "
+                f"found shape {np.shape(value)}"
+            )
+        kernel = np.asarray(value, np.float64).transpose(2, 3, 1, 0)
+        norm = layer.removesuffix(".conv") + ".bn"
+        if f"{norm}.running_var" in state:
+            kernel, arrays[f"{target}/bias"] = _fold_batch_norm(kernel, state, norm)
+        arrays[f"{target}/kernel"] = kernel.astype(np.float32)
+    if not arrays:
+        raise ValueError(f"no layer of {name} among the {len(state)} arrays given")
+    arrays["network"] = np.asarray(name)
+    caffe = any(".conv1x1_1." in key for key in state)
+    form = "torch_fidelity" if name == "inception_v3" else "imagenet"
+    arrays["preprocessing"] = np.asarray("caffe" if caffe else form)
+    return arrays
+
+
+def _fold_batch_norm(
+    kernel: np.ndarray, state: Mapping[str, np.ndarray], norm: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """gamma * (w * x - mean) / sqrt(var + eps) + beta as one convolution."""
+    mean, variance, gamma, beta = (
+        np.asarray(state[f"{norm}.{part}"], np.float64)
+        for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale = gamma / np.sqrt(variance + _BATCH_NORM_EPS)
+    return kernel * scale, (beta - mean * scale).astype(np.float32)
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz, .pth or .pt file, without executing any pickle.
+
+    Raises:
+        ValueError: no such file, or not a file of plain arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file of weights: {path}")
+    if path.suffix != ".npz":
+        return read_torch_file(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except Exception as error:  # zipfile, numpy and zlib each have errors of their own
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+
+
+def find_weights(path: str | Path, name: str) -> Path:
+    """The file itself, or the `<name>*.npz` of a folder.
+
+    Raises:
+        ValueError: neither a file nor a folder with such a file.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"no such file or folder of feature weights: {path}")
+    found = [path / f"{name}.npz", *sorted(path.glob(f"{name}[_-]*.npz"))]
+    for file in found:
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"no {name}*.npz in the folder of feature weights {path}; make one from the "
+        f"published file with `semlic convert features FILE --network {name}`"
+    )
+
+
+def read_weights(path: Path, name: str) -> tuple[dict[str, Any], str | None]:
+    """Parameter tree and preprocessing of a file of weights.
+
+    Args:
+        path: an .npz in this package's form or with PyTorch's names.
+        name: the network it should hold.
+
+    Raises:
+        ValueError: the file is of another network or holds no layer of this one.
+    """
+    arrays: dict[str, Any] = read_arrays(path)
+    if "network" not in arrays:
+        arrays = convert_network(arrays, name)
+    network, preprocessing = (str(arrays.pop(k)) for k in ("network", "preprocessing"))
+    if network != name:
+        raise ValueError(f"{path.name} holds weights of {network}, not of {name}")
+    params: dict[str, Any] = {}
+    for key, value in arrays.items():
+        *parents, leaf = key.split("/")
+        node = params
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return params, preprocessing
+
+
+def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:
+    """LPIPS v0.1's learnt channel weights, one float32 [C] per tap.
+
+    Args:
+        path: the file (.npz or LPIPS's own .pth), or a folder that holds
+            `lpips_v0.1_<trunk>.npz`.
+        trunk: "alex", "vgg" or "squeeze" (SqueezeNet 1.1).
+
+    Raises:
+        ValueError: unknown trunk, no such file, or heads of another trunk.
+    """
+    if trunk not in _LPIPS_CHANNELS:
+        raise ValueError(f"LPIPS's trunk must be alex, vgg or squeeze, found {trunk!r}")
+    path = Path(path)
+    if path.is_dir():
+        path = path / f"lpips_v0.1_{trunk}.npz"
+    arrays = read_arrays(path)
+    heads = []
+    for index, channels in enumerate(_LPIPS_CHANNELS[trunk]):
+        value = arrays.get(f"lin{index}.model.1.weight")
+        if value is None or value.shape != (1, channels, 1, 1):
+            raise ValueError(
+                f"{path.name} should hold lin{index}.model.1.weight of shape "
+                f"(1, {channels}, 1, 1) for {trunk}, "
+                f"found {'none' if value is None else value.shape}"
+            )
+        heads.append(value.reshape(channels).astype(np.float32))
+    return heads
+
+
+def load_dists_weights(
+    path: str | Path,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """DISTS's alpha and beta, each one float32 [C] per feature map of `DISTS_CHANNELS`.
+
+    Args:
+        path: the file (.npz or DISTS's own .pt), or a folder that holds
+            `dists_alpha_beta.npz`.
+
+    Raises:
+        ValueError: no such file, or other shapes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "dists_alpha_beta.npz"
+    arrays = read_arrays(path)
+    parts = []
+    for key in ("alpha", "beta"):
+        value = arrays.get(key)
+        if value is None or value.size != sum(DISTS_CHANNELS):
+            raise ValueError(
+                f"{path.name} should hold {key} with {sum(DISTS_CHANNELS)} weights, "
+                f"found {'none' if value is None else value.size}"
+            )
+        flat = value.reshape(-1).astype(np.float32)
+        parts.append(np.split(flat, np.cumsum(DISTS_CHANNELS)[:-1]))
+    return parts[0], parts[1]

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the tensors of PyTorch's .pth / .pt files without PyTorch and without pickle.
+
+Such a file is a pickle, and to unpickle is to run whatever program its author wrote.
+Here the pickle's operations are decoded by `pickletools` and carried out by a small
+machine that knows those `torch.save` needs for a dict of tensors: it builds numbers,
+strings, tuples, lists, dicts and tensors of plain types, and calls nothing. Whatever
+else a file asks for is refused by its name.
+
+Both containers are read: the zip archive (PyTorch 1.6 and later) and the older stream
+of five pickles with the storages behind them, which many published files still have.
+Imports numpy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import pickletools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_DTYPES = {
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "HalfStorage": "<f2",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
+_MARK = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A class or function that the pickle names; never looked up, never called."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
+    count: int
+
+    @property
+    def size_bytes(self) -> int:
+        itemsize = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return self.count * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_ALLOWED = {
+    _Name("collections", "OrderedDict"),
+    _Name("torch._utils", "_rebuild_tensor"),
+    _Name("torch._utils", "_rebuild_tensor_v2"),
+    _Name("torch._utils", "_rebuild_parameter"),
+    *(_Name("torch", name) for name in _DTYPES),
+}
+
+
+def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict saved by `torch.save`, by name.
+
+    Args:
+        path: a .pth or .pt file. A dict around the state dict (a checkpoint) is
+            entered if exactly one of its values is a dict with tensors.
+
+    Returns:
+        arrays of the saved types (bfloat16 widened to float32), contiguous.
+
+    Raises:
+        ValueError: no such file, not such a file, a damaged one, or one that holds
+            anything but plain tensors (the refused name is in the message).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file of weights: {path}")
+    try:
+        if zipfile.is_zipfile(path):
+            value, load = _open_zip(path)
+        else:
+            value, load = _open_stream(path)
+        loaded: dict[_Storage, np.ndarray] = {}
+        arrays = {}
+        for name, tensor in _state_dict(value).items():
+            if tensor.storage not in loaded:
+                loaded[tensor.storage] = _decode(tensor.storage, load(tensor.storage))
+            arrays[name] = _as_array(tensor, loaded[tensor.storage])
+        return arrays
+    except _Refused as error:
+        raise ValueError(f"{path.name} refused: {error}") from None
+    except Exception as error:  # a damaged pickle or zip fails in any way it likes
+        raise ValueError(f"{path.name} is not a readable PyTorch file: {error}") from (
+            error
+        )
+
+
+class _Refused(Exception):
+    """The file asks for something outside of plain tensors."""
+
+
+def _open_zip(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise ValueError("its archive has no single data.pkl")
+        root = names[0].removesuffix("data.pkl")
+        value = _run(io.BytesIO(_read_entry(archive, names[0])))
+        order = f"{root}byteorder"
+        if order in archive.namelist() and _read_entry(archive, order) != b"little":
+            raise _Refused("its numbers are big-endian")
+
+    def load(storage: _Storage) -> bytes:
+        with zipfile.ZipFile(path) as archive:
+            return _read_entry(archive, f"{root}data/{storage.key}")
+
+    return value, load
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise _Refused(f"entry {name} is compressed, which torch.save never does")
+    return archive.read(name)
+
+
+def _open_stream(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
+    data = path.read_bytes()
+    stream = io.BytesIO(data)
+    if _run(stream) != _MAGIC:
+        raise ValueError("it does not start as a PyTorch file does")
+    if _run(stream) != _PROTOCOL:
+        raise ValueError("its protocol is not 1001")
+    if not _run(stream).get("little_endian", True):
+        raise _Refused("its numbers are big-endian")
+    value = _run(stream)
+    keys = _run(stream)
+    position = stream.tell()
+    chunks: dict[str, tuple[int, int]] = {}  # key: position, number of elements
+    sizes = {s.key: s.size_bytes for s in _storages(value)}
+    for key in keys:
+        count = int.from_bytes(data[position : position + 8], "little")
+        chunks[key] = (position + 8, count)
+        if key not in sizes:
+            raise ValueError(f"storage {key} belongs to no tensor")
+        position += 8 + sizes[key]
+
+    def load(storage: _Storage) -> bytes:
+        start, count = chunks[storage.key]
+        if count != storage.count:
+            raise ValueError(f"storage {storage.key} has {count} elements")
+        return data[start : start + storage.size_bytes]
+
+    return value, load
+
+
+def _storages(value: Any) -> list[_Storage]:
+    """Every storage under `value`, nested dicts, lists and tuples included."""
+    found, queue, seen = [], [value], set()
+    while queue:
+        node = queue.pop()
+        if isinstance(node, _Tensor):
+            found.append(node.storage)
+        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
+            seen.add(id(node))  # a pickle may refer to itself
+            queue.extend(node.values() if isinstance(node, dict) else node)
+    return found
+
+
+def _state_dict(value: Any) -> dict[str, _Tensor]:
+    def tensors(node: Any) -> dict[str, _Tensor]:
+        if not isinstance(node, dict):
+            return {}
+        return {str(k): v for k, v in node.items() if isinstance(v, _Tensor)}
+
+    found = [tensors(value)]
+    if not found[0] and isinstance(value, dict):
+        found = [inner for inner in map(tensors, value.values()) if inner]
+    if len(found) != 1 or not found[0]:
+        raise _Refused("it holds no single dict of tensors; save a state_dict()")
+    return found[0]
+
+
+def _decode(storage: _Storage, data: bytes) -> np.ndarray:
+    if len(data) != storage.size_bytes:
+        raise ValueError(
+            f"storage {storage.key} should have {storage.size_bytes} bytes, "
+            f"found {len(data)}"
+        )
+    if storage.dtype == "bfloat16":
+        wide = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return wide.view(np.float32)
+    return np.frombuffer(data, storage.dtype)
+
+
+def _as_array(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
+    numbers = (tensor.offset, *tensor.shape, *tensor.strides)
+    if len(tensor.shape) != len(tensor.strides) or min(numbers, default=0) < 0:
+        raise ValueError("a tensor has an impossible shape")
+    count = math.prod(tensor.shape)
+    if not count:
+        return np.zeros(tensor.shape, flat.dtype)
+    # Elements that share memory (strides of 0) could claim any size: not allowed.
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+    if count > flat.size or tensor.offset + reach >= flat.size:
+        raise ValueError("a tensor reaches beyond its storage")
+    view = np.lib.stride_tricks.as_strided(
+        flat[tensor.offset :],
+        tensor.shape,
+        [stride * flat.itemsize for stride in tensor.strides],
+        writeable=False,
+    )
+    return view.copy()
+
+
+def _storage_of(reference: Any) -> _Storage:
+    """What a persistent id stands for: ("storage", type, key, device, count)."""
+    kind, dtype, key, _, count, *view = reference
+    if kind != "storage" or not isinstance(dtype, _Name) or view not in ([], [None]):
+        raise _Refused("a reference that is not a plain storage")
+    if dtype.name not in _DTYPES:
+        raise _Refused(f"{dtype} is not a type of storage")
+    if not isinstance(count, int) or count < 0:
+        raise ValueError("a storage has an impossible size")
+    return _Storage(_DTYPES[dtype.name], str(key), count)
+
+
+def _reduce(function: Any, arguments: Any) -> Any:
+    """What a call would have built, for the four that a dict of tensors needs."""
+    name = function.name if isinstance(function, _Name) else ""
+    if name == "OrderedDict":
+        return dict(*arguments)
+    if name == "_rebuild_parameter":
+        return arguments[0]
+    if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+        storage, offset, shape, strides = arguments[:4]
+        if not isinstance(storage, _Storage):
+            raise _Refused("a tensor without a storage")
+        return _Tensor(storage, int(offset), tuple(shape), tuple(strides))
+    raise _Refused(f"a call of {function}")
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "MARK": lambda: _MARK,
+}
+_LITERALS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "INT", "LONG"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "UNICODE"),
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _run(stream: io.BytesIO) -> Any:
+    """Carry out one pickle's operations, up to and including its STOP."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def to_mark() -> list[Any]:
+        at = max(i for i, value in enumerate(stack) if value is _MARK)
+        values = stack[at + 1 :]
+        del stack[at:]
+        return values
+
+    argument: Any
+    for operation, argument, _ in pickletools.genops(stream):
+        op = operation.name
+        if op in _CONSTANTS:
+            stack.append(_CONSTANTS[op]())
+        elif op in _LITERALS:
+            stack.append(argument)
+        elif op in _TUPLES:
+            values = stack[-_TUPLES[op] :]
+            del stack[-_TUPLES[op] :]
+            stack.append(tuple(values))
+        elif op == "TUPLE":
+            stack.append(tuple(to_mark()))
+        elif op == "LIST":
+            stack.append(to_mark())
+        elif op in ("APPEND", "APPENDS"):
+            values = [stack.pop()] if op == "APPEND" else to_mark()
+            stack[-1].extend(values)
+        elif op in ("SETITEM", "SETITEMS", "DICT"):
+            values = to_mark() if op != "SETITEM" else [stack.pop(-2), stack.pop()]
+            if op == "DICT":
+                stack.append({})
+            stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[argument] = stack[-1]
+        elif op == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        elif op == "GLOBAL":
+            name = _Name(*argument.split(" ", 1))
+            if name not in _ALLOWED:
+                raise _Refused(f"it holds {name}, which is not a plain tensor")
+            stack.append(name)
+        elif op == "BINPERSID":
+            stack.append(_storage_of(stack.pop()))
+        elif op == "REDUCE":
+            arguments = stack.pop()
+            stack.append(_reduce(stack.pop(), arguments))
+        elif op == "BUILD":  # attributes of a dict, such as a state dict's _metadata
+            stack.pop()
+            if not isinstance(stack[-1], dict):
+                raise _Refused("it sets attributes of something that is not a dict")
+        elif op == "STOP":
+            return stack.pop()
+        elif op != "PROTO":
+            raise _Refused(f"the pickle operation {op}, which torch.save never writes")
+    raise ValueError("its pickle has no end")
