@@ -243,7 +243,7 @@ def tables_from_pmfs(
     so the model file stores the integers.
 
     Args:
-        pmfs: float64 [n_t] each, >= 0; the sum is at most 1 (up to rounding, 1e-6).
+        pmfs: float64 [n_t] each, >= 0; sums up to 1 + 1e-4 (float32) count as 1.
         offsets: integers [T], the symbol of each distribution's first entry.
 
     Raises:
@@ -254,14 +254,14 @@ def tables_from_pmfs(
     for table, pmf in enumerate(pmfs):
         pmf = np.asarray(pmf, np.float64)
         total = math.fsum(pmf) if pmf.ndim == 1 else math.nan
-        if not (0 < total <= 1 + 1e-6 and pmf.min() >= 0):
+        if not (0 < total <= 1 + 1e-4 and pmf.min() >= 0):
             raise ValueError(
                 "expected probabilities >= 0 [n] with a positive sum of at most 1, "
                 f"found shape {pmf.shape} and sum {total} in table {table}"
             )
         full = np.append(pmf, max(0.0, 1.0 - total)) / max(1.0, total)
-        # Rounding down leaves room for the ones; what is then left over is at most
-        # twice the number of entries and goes where it changes the ratio least.
+        # Rounding down leaves room for the ones. What is left over is at most twice the
+        # number of entries and goes where it changes the probability least.
         free = 2**PRECISION_BITS - full.size
         counts = np.maximum(1, np.floor(full * free)).astype(np.int64)
         counts[counts.argmax()] += 2**PRECISION_BITS - counts.sum()
