@@ -231,7 +231,7 @@ def _codec_of_file(data: bytes, given: str | None) -> Codec:
     """The model that `given` names, or else the packaged one the file was made with."""
     if given is not None:
         return semlic_jax.load(given)
-    from semlic_jax.codec import load_for
+    from semlic_jax.packaged import load_for
 
     return load_for(data)
 
@@ -291,7 +291,7 @@ def _decompress(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     from semlic_jax.coding.bitstream import unpack
-    from semlic_jax.weights import name_of_model
+    from semlic_jax.packaged import name_of_model
 
     data = options.input.read_bytes()
     header, payload = unpack(data)

@@ -59,7 +59,7 @@ class _Models:
             for codec in self._by_name.values():
                 if codec.fingerprint.startswith(header.fingerprint):
                     return codec
-            from semlic_jax.codec import load_for
+            from semlic_jax.packaged import load_for
 
             codec = load_for(data)
             self._by_name[codec.name] = codec

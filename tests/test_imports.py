@@ -23,7 +23,8 @@ ALLOWED = {
     "refinement": {"model", "objectives"},
     "weights": {"model", "coding", "objectives"},
     "codec": {"", "model", "coding", "objectives", "refinement", "weights"},
-    "pillow_plugin": {"", "codec", "coding", "images", "weights"},
+    "packaged": {"codec", "coding", "weights"},
+    "pillow_plugin": {"", "codec", "coding", "images", "packaged"},
     "training": {
         "",
         "codec",
