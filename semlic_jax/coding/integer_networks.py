@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entropy networks in exact integers: export, proof, and running them.
+
+A decoder must find the table index and the mean of every latent bit for bit as the
+encoder found them, on another processor. Here the float parameters of
+`model.context.EntropyModel` become integers, the bound that makes every float32 sum
+exact is proved for each output channel, and the same Linen modules run on them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.coding.entropy_coding import (
+    MAX_SYMBOL,
+    SymbolDecoder,
+    SymbolEncoder,
+    SymbolTables,
+)
+from semlic_jax.model.compression import ModelConfig, entropy_model, image_masks
+from semlic_jax.model.context import (
+    ACCUMULATOR_LIMIT,
+    MEAN_STEPS,
+    SHIFT_MAX,
+    UNIT,
+    WEIGHT_MAX,
+    EntropyModel,
+    Pass,
+    checkerboard,
+    coding_order,
+    traverse,
+    weight_shift,
+)
+from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
+
+Array = jax.Array
+IntegerTree = dict[str, dict[str, np.ndarray]]
+
+_INT32_LIMIT = 2**31
+
+
+def export_integers(params: dict[str, Any], config: ModelConfig) -> IntegerTree:
+    """Integer parameters of the entropy networks.
+
+    Args:
+        params: float parameters, the subtree `entropy` of `CompressionModel`.
+        config: of the model.
+
+    Returns:
+        By layer: `kernel` int8 [k, k, C_in, C_out], `bias` int32 [C_out], `shift`
+        int32 [C_out] (the right shift that ends the layer).
+
+    Raises:
+        ValueError: a layer breaks the bound; see `prove_exact`.
+    """
+    tree: IntegerTree = {}
+    for name, spec in entropy_model(config, "exact").layer_specs().items():
+        kernel = np.asarray(params[name]["kernel"], np.float64)
+        shift = np.asarray(weight_shift(params[name]["kernel"], spec.input_max))
+        scale = np.exp2(shift.astype(np.float64))
+        bias = np.asarray(params[name]["bias"], np.float64)
+        tree[name] = {
+            "kernel": np.rint(kernel * scale).astype(np.int8),
+            "bias": np.rint(bias * UNIT * scale).astype(np.int32),
+            "shift": shift.astype(np.int32) + np.int32(spec.right),
+        }
+    prove_exact(tree, config)
+    return tree
+
+
+def float_twin(integers: IntegerTree, config: ModelConfig) -> dict[str, Any]:
+    """Float parameters whose `fake` arithmetic gives the same values as the integers.
+
+    What refinement differentiates through, when only the integers were kept.
+    """
+    tree = {}
+    for name, spec in entropy_model(config, "exact").layer_specs().items():
+        layer = integers[name]
+        scale = np.exp2(-(layer["shift"] - spec.right).astype(np.float32))
+        tree[name] = {
+            "kernel": jnp.asarray(layer["kernel"] * scale),
+            "bias": jnp.asarray(layer["bias"] * scale / np.float32(UNIT)),
+        }
+    return tree
+
+
+def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
+    """Check that no sum in the networks can leave the integers of float32.
+
+    Every partial sum of products, in any order, is at most `sum |w| * max |a|` of its
+    output channel in magnitude. Below 2**24 float32 represents it exactly, and so does
+    bfloat16 or TF32 multiplication with float32 sums, since every factor is at most
+    2**8. The rest (bias, rounding, shift) is int32.
+
+    Raises:
+        ValueError: a layer is missing, has another shape or type, or breaks a bound;
+            names the layer.
+    """
+    specs = entropy_model(config, "exact").layer_specs()
+    if set(integers) != set(specs):
+        odd = sorted(set(integers) ^ set(specs))
+        raise ValueError(f"expected the layers of {config.name}, these differ: {odd}")
+    for name, spec in specs.items():
+        layer = integers[name]
+        shape = (spec.kernel, spec.kernel, spec.inputs, spec.features)
+        wanted = {
+            "kernel": (shape, np.int8),
+            "bias": ((spec.features,), np.int32),
+            "shift": ((spec.features,), np.int32),
+        }
+        if set(layer) != set(wanted):
+            raise ValueError(
+                f"expected {sorted(wanted)} in {name}, found {list(layer)}"
+            )
+        for key, (size, dtype) in wanted.items():
+            if layer[key].shape != size or layer[key].dtype != dtype:
+                raise ValueError(
+                    f"expected {name}/{key} as {np.dtype(dtype)} {size}, found "
+                    f"{layer[key].dtype} {layer[key].shape}"
+                )
+        weights = np.abs(layer["kernel"].astype(np.int64))
+        products = weights.sum(axis=(0, 1, 2)) * spec.input_max
+        shift = layer["shift"].astype(np.int64)
+        if shift.min() < 1 or shift.max() > SHIFT_MAX + spec.right:
+            raise ValueError(
+                f"expected shifts in 1..{SHIFT_MAX + spec.right} in {name}, found "
+                f"{shift.min()}..{shift.max()}"
+            )
+        total = products + np.abs(layer["bias"].astype(np.int64)) + (1 << (shift - 1))
+        if weights.max(initial=0) > WEIGHT_MAX or products.max() >= ACCUMULATOR_LIMIT:
+            raise ValueError(
+                f"expected sums of products below 2**24 in {name}, found up to "
+                f"{products.max()}"
+            )
+        if total.max() >= _INT32_LIMIT:
+            raise ValueError(
+                f"expected sums within int32 in {name}, found up to {total.max()}"
+            )
+
+
+@partial(jax.jit, static_argnums=0)
+def _psi(
+    network: EntropyModel, params: Any, z_hat: Array, level: Array, size: Array
+) -> Array:
+    """psi [1, h, w, P] of z_hat int32 [h/4, w/4, N]."""
+    masks = image_masks(size[None], (4 * z_hat.shape[0], 4 * z_hat.shape[1]), jnp.int32)
+    psi: Any = network.apply(
+        {"params": params}, z_hat[None], level[None], masks, method="hyper_synthesis"
+    )
+    return psi
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _parameters(
+    network: EntropyModel,
+    pass_: Pass,
+    params: Any,
+    psi: Array,
+    y_hat: tuple[Array, ...],
+    level: Array,
+    size: Array,
+) -> tuple[Array, Array]:
+    """Index uint8 and mean int16 of one pass, [1, h, w, C]."""
+    masks = image_masks(size[None], (psi.shape[1], psi.shape[2]), jnp.int32)
+    found: Any = network.apply(
+        {"params": params},
+        pass_,
+        psi,
+        y_hat,
+        level[None],
+        masks,
+        method="parameters",
+    )
+    index, mean = found
+    return index.astype(jnp.uint8), mean.astype(jnp.int16)
+
+
+@partial(jax.jit, static_argnums=0)
+def _symbols(
+    network: EntropyModel,
+    params: Any,
+    y_scaled: Array,
+    z: Array,
+    level: Array,
+    size: Array,
+) -> tuple[Array, ...]:
+    """The fields of `Symbols`: the whole walk of the encoder as one program."""
+    grid = (y_scaled.shape[0], y_scaled.shape[1])
+    inside = image_masks(size[None], grid, jnp.int32)
+    z_hat = _bounded_round(z) * inside.z[0]
+    psi = _psi(network, params, z_hat, level, size)
+    fields: list[list[Array]] = [[], [], []]
+
+    def visit(pass_: Pass, index: Array, mean: Array) -> Array:
+        y = y_scaled[None, ..., pass_.start : pass_.stop]
+        symbol = _bounded_round(y - mean / MEAN_STEPS) * inside.y
+        ours = checkerboard(*grid, pass_.parity)
+        for field, values in zip(fields, (symbol, index, mean), strict=True):
+            if pass_.parity == 0:
+                field.append(values * ours)
+            else:
+                field[-1] = field[-1] + values * ours
+        return symbol * MEAN_STEPS + mean
+
+    traverse(
+        network.groups,
+        grid,
+        lambda pass_, y_hat: _parameters(
+            network, pass_, params, psi, y_hat, level, size
+        ),
+        visit,
+    )
+    symbol, index, mean = (jnp.concatenate(field, -1)[0] for field in fields)
+    return z_hat, symbol, index, mean
+
+
+def _bounded_round(x: Array) -> Array:
+    """Nearest int32 that the coder takes."""
+    return jnp.clip(jnp.round(x), -MAX_SYMBOL, MAX_SYMBOL).astype(jnp.int32)
+
+
+class Symbols(NamedTuple):
+    """What a file codes of one image, on the padded grids.
+
+    Attributes:
+        z: int32 [h/4, w/4, N].
+        y: int32 [h, w, M], `round(y_scaled - mean)`.
+        indexes: uint8 [h, w, M], table of each y symbol.
+        mean_steps: int16 [h, w, M], means in 1/16 steps.
+    """
+
+    z: np.ndarray
+    y: np.ndarray
+    indexes: np.ndarray
+    mean_steps: np.ndarray
+
+
+class IntegerEntropyModel:
+    """The entropy model of one model file: symbols <-> bytes, exactly.
+
+    Compiled programs depend on the padded grid only, never on the image size.
+
+    Attributes:
+        config: of the model.
+        y_tables, z_tables: integer frequencies.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        integers: IntegerTree,
+        y_tables: SymbolTables,
+        z_tables: SymbolTables,
+    ) -> None:
+        """Proves the bounds of the integers; raises ValueError as `prove_exact`."""
+        prove_exact(integers, config)
+        self.config = config
+        self.y_tables = y_tables
+        self.z_tables = z_tables
+        self._params = jax.tree.map(jnp.asarray, integers)
+        self._network = entropy_model(config, "exact")
+
+    def symbols(
+        self, y_scaled: Array, z: Array, level: int, size: tuple[int, int]
+    ) -> Symbols:
+        """Round the latents of one image on the grid that the coder uses.
+
+        Args:
+            y_scaled: float32 [h, w, M], y * gain, h and w multiples of 4.
+            z: float32 [h/4, w/4, N].
+            level: quality, 0..255.
+            size: height and width of the image in pixels.
+        """
+        found = _symbols(
+            self._network,
+            self._params,
+            y_scaled,
+            z,
+            jnp.int32(level),
+            jnp.asarray(size, jnp.int32),
+        )
+        return Symbols(*(np.asarray(array) for array in found))
+
+    def encode(self, symbols: Symbols, size: tuple[int, int]) -> bytes:
+        """The payload of a file."""
+        encoder = SymbolEncoder()
+        rows, columns = _grid(size, HYPER_STRIDE)
+        z = symbols.z[:rows, :columns]
+        encoder.push(z.ravel(), self._z_indexes(rows * columns), self.z_tables)
+        for pass_, inside in self._passes(size):
+            part = (*inside, slice(pass_.start, pass_.stop))
+            encoder.push(
+                symbols.y[part].ravel(), symbols.indexes[part].ravel(), self.y_tables
+            )
+        return encoder.finish()
+
+    def ideal_bits(self, symbols: Symbols, size: tuple[int, int]) -> float:
+        """Code length of the symbols under the tables, in bits."""
+        rows, columns = _grid(size, HYPER_STRIDE)
+        z = symbols.z[:rows, :columns].ravel()
+        total = self.z_tables.ideal_bits(z, self._z_indexes(rows * columns))
+        rows, columns = _grid(size, STRIDE)
+        y = symbols.y[:rows, :columns].ravel()
+        indexes = symbols.indexes[:rows, :columns].ravel()
+        return total + self.y_tables.ideal_bits(y, indexes)
+
+    def decode(
+        self, payload: bytes, level: int, size: tuple[int, int], grid: tuple[int, int]
+    ) -> np.ndarray:
+        """y_hat_scaled of a payload.
+
+        Args:
+            payload: from `encode`.
+            level: quality, 0..255.
+            size: height and width of the image in pixels.
+            grid: height and width to pad y to, multiples of 4. The values inside the
+                image do not depend on it.
+
+        Returns:
+            float32 [ceil(H/16), ceil(W/16), M], multiples of 1/16.
+
+        Raises:
+            BitstreamError: the payload is not a valid stream of this model.
+        """
+        decoder = SymbolDecoder(payload)
+        z = np.zeros((grid[0] // 4, grid[1] // 4, self.config.hyper_channels), np.int32)
+        rows, columns = _grid(size, HYPER_STRIDE)
+        popped = decoder.pop(self._z_indexes(rows * columns), self.z_tables)
+        z[:rows, :columns] = popped.reshape(rows, columns, -1)
+        level_array = jnp.int32(level)
+        size_array = jnp.asarray(size, jnp.int32)
+        psi = _psi(self._network, self._params, z, level_array, size_array)
+        inside = dict(self._passes(size))
+
+        def parameters(
+            pass_: Pass, y_hat: tuple[np.ndarray, ...]
+        ) -> tuple[np.ndarray, np.ndarray]:
+            found = _parameters(
+                self._network,
+                pass_,
+                self._params,
+                psi,
+                y_hat,
+                level_array,
+                size_array,
+            )
+            return np.asarray(found[0]), np.asarray(found[1])
+
+        def visit(pass_: Pass, index: np.ndarray, mean: np.ndarray) -> np.ndarray:
+            part = (0, *inside[pass_])
+            symbols = decoder.pop(index[part].ravel(), self.y_tables)
+            values = np.zeros(index.shape, np.int32)
+            values[part] = (
+                symbols.reshape(-1, index.shape[-1]) * MEAN_STEPS + mean[part]
+            )
+            return values
+
+        groups = traverse(self.config.groups, grid, parameters, visit)
+        decoder.finish()
+        rows, columns = _grid(size, STRIDE)
+        y_hat = np.concatenate(groups, -1)[0, :rows, :columns]
+        return y_hat.astype(np.float32) / MEAN_STEPS
+
+    def _z_indexes(self, positions: int) -> np.ndarray:
+        channels = self.config.hyper_channels
+        return np.tile(np.arange(channels, dtype=np.uint16), positions)
+
+    def _passes(self, size: tuple[int, int]):
+        """Each pass with the rows and columns of its positions inside the image."""
+        colours = [
+            np.nonzero(checkerboard(*_grid(size, STRIDE), parity)[..., 0])
+            for parity in (0, 1)
+        ]
+        for pass_ in coding_order(self.config.groups):
+            yield pass_, colours[pass_.parity]
+
+
+def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Positions that cover an image of this height and width."""
+    return -(-size[0] // stride), -(-size[1] // stride)

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compression model: image -> latents -> bits -> image, and its sizes.
+
+::
+
+    x -> g_a -> y -> * gain(q) -> y_scaled -> h_a -> z -> round -> z_hat
+                                     |                         |
+                                     v                         v
+                                  traverse <----- psi <------ h_s
+                                     |
+                                     v
+    x_hat <- g_s <- / gain(q) <- y_hat_scaled
+
+One model serves every rate: `gain(q)` scales each channel of y before rounding (Cui et
+al. 2021, arXiv:2003.02012), by geometric interpolation between learnt anchors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.model.context import (
+    MEAN_STEPS,
+    EntropyModel,
+    Masks,
+    Pass,
+    traverse,
+)
+from semlic_jax.model.layers import round_straight_through
+from semlic_jax.model.priors import FactorizedPrior, gaussian_bits, scale_from_index
+from semlic_jax.model.transforms import (
+    HYPER_STRIDE,
+    STRIDE,
+    AnalysisTransform,
+    HyperAnalysis,
+    SynthesisTransform,
+)
+
+Array = jax.Array
+
+QUALITY_LEVELS = 256
+_LARGEST_GAIN = 6.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that fixes the architecture; it travels with the weights.
+
+    Attributes:
+        name: of the size.
+        patch: pixels per side of a block at the finest level, 1, 2 or 4.
+        widths: channels of g_a and g_s per level, finest first.
+        blocks: residual blocks of g_s.
+        latent_channels: M, channels of y.
+        groups: ELIC's uneven channel groups; they add up to M.
+        hyper_channels: N, channels of z.
+        psi_channels, context_channels, hidden_channels, context_shifts: see
+            `EntropyModel`.
+        linear_skip: the linear transform beside g_a and g_s.
+        gain_anchors: learnt gain vectors, evenly spaced in q.
+    """
+
+    name: str
+    patch: int
+    widths: tuple[int, ...]
+    blocks: int
+    latent_channels: int
+    groups: tuple[int, ...]
+    hyper_channels: int
+    psi_channels: int
+    context_channels: int
+    hidden_channels: int
+    context_shifts: tuple[int, ...]
+    linear_skip: bool = True
+    gain_anchors: int = 6
+
+    def __post_init__(self) -> None:
+        for field in ("widths", "groups", "context_shifts"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.patch not in (1, 2, 4):
+            raise ValueError(f"patch must be 1, 2 or 4, found {self.patch}")
+        levels = int(math.log2(STRIDE // self.patch)) + 1
+        if len(self.widths) != levels:
+            raise ValueError(
+                f"patch {self.patch} needs {levels} widths, found {len(self.widths)}"
+            )
+        if sum(self.groups) != self.latent_channels:
+            raise ValueError(
+                f"groups must add up to latent_channels {self.latent_channels}, "
+                f"found {sum(self.groups)}"
+            )
+        if len(self.context_shifts) != len(self.groups):
+            raise ValueError(
+                f"expected a context shift for each of {len(self.groups)} groups, "
+                f"found {len(self.context_shifts)}"
+            )
+
+
+SIZES = {
+    "tiny": ModelConfig(
+        name="tiny",
+        patch=4,
+        widths=(16, 24, 32),
+        blocks=1,
+        latent_channels=24,
+        groups=(4, 8, 12),
+        hyper_channels=8,
+        psi_channels=16,
+        context_channels=16,
+        hidden_channels=24,
+        context_shifts=(4, 2, 2),
+    ),
+    "small": ModelConfig(
+        name="small",
+        patch=2,
+        widths=(32, 64, 128, 192),
+        blocks=4,
+        latent_channels=192,
+        groups=(16, 16, 32, 64, 64),
+        hyper_channels=64,
+        psi_channels=96,
+        context_channels=64,
+        hidden_channels=128,
+        context_shifts=(4, 2, 2, 2, 2),
+    ),
+    "base": ModelConfig(
+        name="base",
+        patch=1,
+        widths=(48, 96, 192, 256, 384),
+        blocks=9,
+        latent_channels=256,
+        groups=(16, 16, 32, 64, 128),
+        hyper_channels=128,
+        psi_channels=160,
+        context_channels=96,
+        hidden_channels=192,
+        context_shifts=(4, 2, 2, 2, 2),
+    ),
+    "hific": ModelConfig(
+        name="hific",
+        patch=1,
+        widths=(60, 120, 240, 480, 960),
+        blocks=9,
+        latent_channels=220,
+        groups=(16, 16, 32, 64, 92),
+        hyper_channels=320,
+        psi_channels=320,
+        context_channels=128,
+        hidden_channels=320,
+        context_shifts=(2, 2, 2, 2, 2),
+        linear_skip=False,
+    ),
+}
+
+
+class Rate(NamedTuple):
+    """Bits per image, float32 [B] each."""
+
+    y_bits: Array
+    z_bits: Array
+
+
+class Forward(NamedTuple):
+    """What training sees of one batch."""
+
+    x_hat: Array
+    y_hat: Array
+    rate: Rate
+
+
+def image_masks(
+    sizes: np.ndarray | Array, grid: tuple[int, int], dtype: Any = jnp.float32
+) -> Masks:
+    """Where the image is, in a padded batch.
+
+    Args:
+        sizes: int [B, 2], height and width of each image in pixels.
+        grid: height and width of y of the padded batch, multiples of 4.
+        dtype: of the masks.
+    """
+    sizes = jnp.asarray(sizes)
+
+    def mask(stride: int) -> Array:
+        shape = [side * STRIDE // stride for side in grid]
+        valid = (sizes + stride - 1) // stride
+        rows = jnp.arange(shape[0])[None, :, None] < valid[:, :1, None]
+        columns = jnp.arange(shape[1])[None, None, :] < valid[:, None, 1:]
+        return (rows & columns)[..., None].astype(dtype)
+
+    return Masks(mask(HYPER_STRIDE), mask(2 * STRIDE), mask(STRIDE))
+
+
+def full_masks(batch: int, grid: tuple[int, int]) -> Masks:
+    """Masks of images that fill their batch."""
+    side = jnp.array([[grid[0] * STRIDE, grid[1] * STRIDE]] * batch)
+    return image_masks(side, grid)
+
+
+class CompressionModel(nn.Module):
+    """The float model and its entropy twin.
+
+    Attributes:
+        config: the architecture.
+        arithmetic: of the entropy networks, `float` or `fake` (see `model.context`).
+        dtype: of g_a and g_s.
+    """
+
+    config: ModelConfig
+    arithmetic: str = "float"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.g_a = AnalysisTransform(
+            config.widths,
+            config.latent_channels,
+            config.patch,
+            config.linear_skip,
+            self.dtype,
+        )
+        self.g_s = SynthesisTransform(
+            config.widths,
+            config.blocks,
+            config.patch,
+            config.linear_skip,
+            head_norm=not config.linear_skip,
+            dtype=self.dtype,
+        )
+        self.h_a = HyperAnalysis(config.hyper_channels, config.linear_skip)
+        self.prior = FactorizedPrior(config.hyper_channels)
+        self.entropy = entropy_model(config, self.arithmetic)
+        self.log_gain = self.param(
+            "log_gain",
+            lambda key, shape: jnp.broadcast_to(
+                jnp.linspace(0.0, math.log(_LARGEST_GAIN), shape[0])[:, None], shape
+            ),
+            (config.gain_anchors, config.latent_channels),
+        )
+
+    def gain(self, quality: Array) -> Array:
+        """Gain of each channel, [B, 1, 1, M], for quality [B] in [0, 1]."""
+        anchors = self.config.gain_anchors
+        position = jnp.clip(quality, 0.0, 1.0) * (anchors - 1)
+        low = jnp.clip(jnp.floor(position), 0, anchors - 2).astype(jnp.int32)
+        weight = (position - low)[:, None]
+        log_gain = (1 - weight) * self.log_gain[low] + weight * self.log_gain[low + 1]
+        return jnp.exp(log_gain)[:, None, None, :]
+
+    def analysis(self, x: Array) -> Array:
+        """y = g_a(x): float32 [B, H, W, 3] in [0, 1] -> [B, H/16, W/16, M]."""
+        return self.g_a(x)
+
+    def hyper_analysis(self, y_scaled: Array) -> Array:
+        """z = h_a(y * gain): [B, h, w, M] -> [B, h/4, w/4, N]."""
+        return self.h_a(y_scaled)
+
+    def synthesis(self, y_hat_scaled: Array, quality: Array) -> Array:
+        """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped."""
+        return self.g_s(y_hat_scaled / self.gain(quality), quality)
+
+    def z_bits(self, z: Array) -> Array:
+        """Bits of each element of z (noisy or rounded)."""
+        return self.prior.bits(z)
+
+    def z_probability(self, z: Array) -> Array:
+        """Probability of the unit bin around each element of z."""
+        return self.prior.probability(z)
+
+    def traverse_latents(
+        self,
+        z_hat: Array,
+        quality: Array,
+        masks: Masks,
+        visit: Callable[[Pass, Array, Array], Array],
+    ) -> Array:
+        """Walk the coding order with the entropy twin.
+
+        Args:
+            z_hat: [B, h/4, w/4, N], whole numbers.
+            quality: [B] in [0, 1].
+            masks: where the images are.
+            visit: see `context.traverse`; index and mean are float32.
+
+        Returns:
+            y_hat_scaled [B, h, w, M].
+        """
+        level = jnp.round(quality * (QUALITY_LEVELS - 1))
+        psi = self.entropy.hyper_synthesis(z_hat, level, masks)
+        groups = traverse(
+            self.config.groups,
+            (psi.shape[1], psi.shape[2]),
+            lambda pass_, y_hat: self.entropy.parameters(
+                pass_, psi, y_hat, level, masks
+            ),
+            visit,
+        )
+        return jnp.concatenate(groups, -1) / MEAN_STEPS
+
+    def __call__(self, x: Array, quality: Array, rng: Array) -> Forward:
+        """Training pass: straight-through latents, noisy rate.
+
+        y is rounded about its predicted mean for the contexts and the decoder, and
+        disturbed by uniform noise for the rate (ELIC's training, section 1.5 of the
+        re-implementations); z likewise.
+
+        Args:
+            x: float32 [B, H, W, 3] in [0, 1], H and W multiples of 64.
+            quality: [B] in [0, 1].
+            rng: key of the noise.
+
+        Returns:
+            x_hat (not clipped), y_hat (scaled) and the rate of each image.
+        """
+        y = self.analysis(x)
+        y_scaled = y * self.gain(quality)
+        z = self.hyper_analysis(y_scaled)
+        z_rng, y_rng = jax.random.split(rng)
+        z_tilde = z + jax.random.uniform(z_rng, z.shape, minval=-0.5, maxval=0.5)
+        z_bits = jnp.sum(self.z_bits(z_tilde), axis=(1, 2, 3))
+        noise = jax.random.uniform(y_rng, y.shape, minval=-0.5, maxval=0.5)
+        y_bits = jnp.zeros_like(z_bits)
+
+        def visit(pass_: Pass, index: Array, mean: Array) -> Array:
+            nonlocal y_bits
+            channels = slice(pass_.start, pass_.stop)
+            residual = y_scaled[..., channels] - mean / MEAN_STEPS
+            bits = gaussian_bits(
+                residual + noise[..., channels], scale_from_index(index)
+            )
+            rows, columns = jnp.ogrid[: bits.shape[1], : bits.shape[2]]
+            ours = ((rows + columns) % 2 == pass_.parity)[None, ..., None]
+            y_bits = y_bits + jnp.sum(bits * ours, axis=(1, 2, 3))
+            return round_straight_through(residual) * MEAN_STEPS + mean
+
+        masks = full_masks(x.shape[0], (y.shape[1], y.shape[2]))
+        y_hat = self.traverse_latents(round_straight_through(z), quality, masks, visit)
+        x_hat = self.synthesis(y_hat, quality)
+        return Forward(x_hat, y_hat, Rate(y_bits, z_bits))
+
+
+def entropy_model(config: ModelConfig, arithmetic: str) -> EntropyModel:
+    """The entropy networks of a model, as used alone by the coder."""
+    return EntropyModel(
+        groups=config.groups,
+        hyper_channels=config.hyper_channels,
+        psi_channels=config.psi_channels,
+        context_channels=config.context_channels,
+        hidden_channels=config.hidden_channels,
+        context_shifts=config.context_shifts,
+        arithmetic=arithmetic,
+    )

@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE coding order of the latents, and the networks that predict them.
+
+ELIC's space-channel context (arXiv:2203.10886): the channels of y are split into
+groups, each group is coded in two checkerboard passes. Before every pass the
+networks below give, for each latent of the pass, the index of its table and its
+mean::
+
+    z_hat, q -> h_s -> psi ----------------------+
+    groups coded before -> g_ch ----------------- g_ep -> index, mean (1/16 steps)
+    anchors of this group -> g_sp (2nd pass) ----+
+
+All of these networks run on whole numbers. An activation is an integer in 0..255
+(unit 1/32), what they read of the latents and of z is an integer in -128..127, a
+weight is an integer in -127..127 times a power of two. The same Linen modules run in
+three arithmetics:
+
+* `float`: nothing is rounded (first part of the training),
+* `fake`: rounded forward, straight-through backward (end of the training,
+  refinement); the values equal those of `exact`,
+* `exact`: the parameters are the exported integers (`coding.integer_networks`).
+
+Every sum of products stays below 2**24, so float32 holds it exactly in any order of
+summation, on any device (the proof is checked at export and at load). Convolutions
+are dot products over shifted slices, since convolution algorithms that transform
+their input (Winograd, FFT) would not be exact. Positions outside the image are zeroed
+after every layer, so the result does not depend on how far an image was padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from semlic_jax.model.layers import (
+    depth_to_space,
+    lower_bound,
+    round_straight_through,
+    upper_bound,
+)
+from semlic_jax.model.priors import NUM_SCALES
+
+Array = jax.Array
+
+ARITHMETICS = ("float", "fake", "exact")
+MEAN_STEPS = 16  # means are multiples of 1/16
+MEAN_LIMIT = 4095  # in 1/16 steps
+ACTIVATION_MAX = 255
+WEIGHT_MAX = 127
+ACCUMULATOR_LIMIT = 2**24
+SHIFT_MAX = 14
+UNIT = 32.0  # hidden activations are integers in units of 1/32
+_KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+_Z_SHIFT = 3  # z_hat enters h_s as clip(8 * z_hat, -128, 127)
+
+
+class Pass(NamedTuple):
+    """One step of the coding order: channels start:stop, one checkerboard colour."""
+
+    group: int
+    start: int
+    stop: int
+    parity: int  # 0: anchors, (row + column) even; 1: the others
+
+
+def coding_order(groups: tuple[int, ...]) -> tuple[Pass, ...]:
+    """The passes, first to last, for groups of these many channels."""
+    passes = []
+    start = 0
+    for group, channels in enumerate(groups):
+        for parity in (0, 1):
+            passes.append(Pass(group, start, start + channels, parity))
+        start += channels
+    return tuple(passes)
+
+
+def checkerboard(height: int, width: int, parity: int) -> np.ndarray:
+    """bool [height, width, 1], true where (row + column) % 2 == parity."""
+    rows, columns = np.ogrid[:height, :width]
+    return ((rows + columns) % 2 == parity)[..., None]
+
+
+def traverse(
+    groups: tuple[int, ...],
+    grid: tuple[int, int],
+    parameters: Callable[[Pass, tuple[Any, ...]], tuple[Any, Any]],
+    visit: Callable[[Pass, Any, Any], Any],
+) -> tuple[Any, ...]:
+    """Walk the coding order once.
+
+    Training, rate estimation, refinement, encoding and decoding all go through this
+    loop and differ in `visit` only. It works on JAX and on NumPy arrays.
+
+    Args:
+        groups: channels per group.
+        grid: height and width of y.
+        parameters: called as `parameters(pass_, y_hat)` with the groups known so far
+            (in 1/16 steps; the group of the pass is there in its second pass, with
+            zeros where it is not known yet). Returns index and mean for all
+            positions, each [B, h, w, stop - start].
+        visit: called as `visit(pass_, index, mean)`. Returns y_hat in 1/16 steps,
+            [B, h, w, stop - start]; only positions of the pass's parity are kept.
+
+    Returns:
+        y_hat of each group in 1/16 steps.
+    """
+    done: list[Any] = []
+    for pass_ in coding_order(groups):
+        index, mean = parameters(pass_, tuple(done))
+        values = visit(pass_, index, mean) * checkerboard(*grid, pass_.parity)
+        if pass_.parity == 0:
+            done.append(values)
+        else:
+            done[-1] = done[-1] + values
+    return tuple(done)
+
+
+def _round_half_up(x: Array) -> Array:
+    """floor(x + 1/2) with the identity as gradient, as the integer shift rounds."""
+    return x + lax.stop_gradient(jnp.floor(x + 0.5) - x)
+
+
+def weight_shift(kernel: Array, input_max: int) -> Array:
+    """Bits after the binary point of each output channel's weights.
+
+    The largest s in 1..14 such that the rounded weights `round(kernel * 2**s)` stay
+    within +-127 and every partial sum of products within 2**24.
+
+    Args:
+        kernel: float [k, k, C_in, C_out].
+        input_max: largest magnitude of the layer's input.
+
+    Returns:
+        float32 [C_out] of whole numbers. No gradient.
+    """
+    axes = (0, 1, 2)
+    largest = jnp.max(jnp.abs(kernel), axis=axes)
+    total = jnp.sum(jnp.abs(kernel), axis=axes)
+    taps = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
+    # Rounding moves each weight by at most 1/2.
+    sum_limit = ACCUMULATOR_LIMIT / input_max - taps / 2 - 1
+    by_weight = jnp.log2(WEIGHT_MAX / jnp.maximum(largest, 1e-12))
+    by_sum = jnp.log2(sum_limit / jnp.maximum(total, 1e-12))
+    shift = jnp.clip(jnp.floor(jnp.minimum(by_weight, by_sum)), 1, SHIFT_MAX)
+    return lax.stop_gradient(shift)
+
+
+def _shifted_dot(x: Array, kernel: Array) -> Array:
+    """'SAME' convolution of stride 1 as one dot product per tap, in float32."""
+    size = kernel.shape[0]
+    height, width = x.shape[1:3]
+    pad = size // 2
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    total = None
+    for row in range(size):
+        for column in range(size):
+            window = padded[:, row : row + height, column : column + width]
+            product = lax.dot_general(
+                window,
+                kernel[row, column],
+                (((3,), (0,)), ((), ())),
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=jnp.float32,
+            )
+            total = product if total is None else total + product
+    assert total is not None
+    return total
+
+
+class LayerSpec(NamedTuple):
+    """What fixes one integer layer.
+
+    Attributes:
+        inputs, features: channels.
+        kernel: side of the kernel, odd.
+        input_max: largest magnitude of the input.
+        right: further right shift of the output: a hidden unit is 1/32, so 2 turns
+            it into units of 1/8 and 1 into units of 1/16.
+    """
+
+    inputs: int
+    features: int
+    kernel: int
+    input_max: int = ACTIVATION_MAX
+    right: int = 0
+
+
+class IntegerConv(nn.Module):
+    """Convolution of stride 1 on integers, requantised by a power of two.
+
+    `out = floor((sum(w * a) + b + 2**(s-1)) / 2**s)`, to be clipped by the caller. In
+    the `float` arithmetic it is `(sum(kernel * a) + 32 * bias) / 2**right`.
+
+    Attributes:
+        spec: shape and range.
+        arithmetic: one of `ARITHMETICS`.
+        kernel_init: of the float kernel.
+    """
+
+    spec: LayerSpec
+    arithmetic: str = "float"
+    kernel_init: Callable[..., Array] = _KERNEL_INIT
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        spec = self.spec
+        shape = (spec.kernel, spec.kernel, spec.inputs, spec.features)
+        zeros = nn.initializers.zeros
+        if self.arithmetic == "exact":
+            weights = self.param("kernel", zeros, shape, jnp.int8)
+            bias = self.param("bias", zeros, (spec.features,), jnp.int32)
+            shift = self.param("shift", zeros, (spec.features,), jnp.int32)
+            total = _shifted_dot(x.astype(jnp.float32), weights.astype(jnp.float32))
+            rounding = lax.shift_left(jnp.ones_like(shift), shift - 1)
+            total = total.astype(jnp.int32) + (bias + rounding)
+            return lax.shift_right_arithmetic(
+                total, jnp.broadcast_to(shift, total.shape)
+            )
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", zeros, (spec.features,))
+        if self.arithmetic == "fake":
+            scale = jnp.exp2(weight_shift(kernel, spec.input_max))
+            kernel = round_straight_through(kernel * scale) / scale
+            bias = round_straight_through(bias * UNIT * scale) / (UNIT * scale)
+        pad = spec.kernel // 2
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=lax.Precision.HIGHEST if self.arithmetic == "fake" else None,
+        )
+        y = (y + UNIT * bias) * 2.0**-spec.right
+        return _round_half_up(y) if self.arithmetic == "fake" else y
+
+
+def _clip(x: Array, low: int, high: int) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.clip(x, low, high)
+    return upper_bound(lower_bound(x, float(low)), float(high))
+
+
+def _activation(x: Array, mask: Array) -> Array:
+    """Integer ReLU: clipped to 0..255 and zero outside the image."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.clip(x, 0, ACTIVATION_MAX) * mask.astype(x.dtype)
+    return upper_bound(nn.relu(x), float(ACTIVATION_MAX)) * mask
+
+
+class Masks(NamedTuple):
+    """1 inside the image, 0 outside; [B, h, w, 1] at 1/64, 1/32 and 1/16."""
+
+    z: Array
+    middle: Array
+    y: Array
+
+
+class EntropyModel(nn.Module):
+    """The integer networks: z_hat and what is decoded of y -> index, mean.
+
+    Attributes:
+        groups: channels of y per group.
+        hyper_channels: channels of z.
+        psi_channels: width of h_s and of its output.
+        context_channels: width of g_ch and g_sp.
+        hidden_channels: width of g_ep.
+        context_shifts: per group, the right shift from 1/16 steps to the 8 bits that
+            the context networks read.
+        arithmetic: one of `ARITHMETICS`.
+    """
+
+    groups: tuple[int, ...]
+    hyper_channels: int
+    psi_channels: int
+    context_channels: int
+    hidden_channels: int
+    context_shifts: tuple[int, ...]
+    arithmetic: str = "float"
+
+    def setup(self) -> None:
+        self.layers = {
+            name: IntegerConv(
+                spec,
+                arithmetic=self.arithmetic,
+                # The outputs start from their biases.
+                kernel_init=nn.initializers.zeros if spec.right else _KERNEL_INIT,
+                name=name,
+            )
+            for name, spec in self.layer_specs().items()
+        }
+
+    def layer_specs(self) -> dict[str, LayerSpec]:
+        """Shape and range of every layer, by name; what an export must prove."""
+        psi, context, hidden = (
+            self.psi_channels,
+            self.context_channels,
+            self.hidden_channels,
+        )
+        specs = {
+            "h_s_0": LayerSpec(self.hyper_channels + 1, psi, 3),
+            # Sub-pixel up-sampling instead of HiFiC's transposed convolutions: the
+            # same class of functions, and every product is a plain dot product.
+            "h_s_1": LayerSpec(psi, 4 * psi, 3),
+            "h_s_2": LayerSpec(psi, 4 * psi, 3),
+        }
+        before = 0
+        for k, channels in enumerate(self.groups):
+            inputs = psi + 1 + context
+            if k > 0:
+                specs[f"g_ch_{k}_0"] = LayerSpec(before, context, 3, input_max=128)
+                specs[f"g_ch_{k}_1"] = LayerSpec(context, context, 3)
+                inputs += context
+            specs[f"g_sp_{k}"] = LayerSpec(channels, context, 5, input_max=128)
+            specs[f"g_ep_{k}_0"] = LayerSpec(inputs, hidden, 1)
+            specs[f"g_ep_{k}_1"] = LayerSpec(hidden, hidden, 1)
+            specs[f"g_ep_{k}_index"] = LayerSpec(hidden + 1, channels, 1, right=2)
+            specs[f"g_ep_{k}_mean"] = LayerSpec(hidden + 1, channels, 1, right=1)
+            before += channels
+        return specs
+
+    def _requantise(self, y_hat: Array, shift: int) -> Array:
+        """1/16 steps -> the signed 8 bits that a context network reads."""
+        if self.arithmetic == "exact":
+            y = lax.shift_right_arithmetic(
+                y_hat + (1 << shift >> 1), jnp.full_like(y_hat, shift)
+            )
+        else:
+            y = y_hat * 2.0**-shift
+            y = _round_half_up(y) if self.arithmetic == "fake" else y
+        return _clip(y, -128, 127)
+
+    def hyper_synthesis(self, z_hat: Array, quality: Array, masks: Masks) -> Array:
+        """h_s: integers z_hat [B, h/4, w/4, N] -> psi [B, h, w, P] in 0..255.
+
+        Args:
+            z_hat: whole numbers, float32 (int32 in the `exact` arithmetic).
+            quality: [B], whole numbers in 0..255.
+            masks: where the image is.
+        """
+        z = _clip(z_hat * 2**_Z_SHIFT, -128, 127)
+        plane = self._plane(quality, masks.z)
+        z = z * masks.z.astype(z.dtype)
+        h = _activation(self.layers["h_s_0"](jnp.concatenate([z, plane], -1)), masks.z)
+        h = depth_to_space(self.layers["h_s_1"](h), 2)
+        h = _activation(h, masks.middle)
+        h = depth_to_space(self.layers["h_s_2"](h), 2)
+        return _activation(h, masks.y)
+
+    def _plane(self, quality: Array, mask: Array) -> Array:
+        q = quality[:, None, None, None]
+        return q * mask.astype(q.dtype)
+
+    def parameters(
+        self,
+        pass_: Pass,
+        psi: Array,
+        y_hat: tuple[Array, ...],
+        quality: Array,
+        masks: Masks,
+    ) -> tuple[Array, Array]:
+        """Table index and mean of one pass.
+
+        Args:
+            pass_: which; static.
+            psi: [B, h, w, P] from `hyper_synthesis`.
+            y_hat: the groups known so far in 1/16 steps, see `traverse`.
+            quality: [B], whole numbers in 0..255.
+            masks: where the image is.
+
+        Returns:
+            index [B, h, w, C] in 0..63 and mean [B, h, w, C] in 1/16 steps within
+            +-4095, for all positions.
+        """
+        k = pass_.group
+        context = [
+            self._requantise(group, shift) * masks.y.astype(group.dtype)
+            for group, shift in zip(y_hat, self.context_shifts, strict=False)
+        ]
+        features = [psi, self._plane(quality, masks.y).astype(psi.dtype)]
+        nothing = jnp.zeros((*psi.shape[:-1], self.context_channels), psi.dtype)
+        layers = self.layers
+        if k > 0:
+            h = layers[f"g_ch_{k}_0"](jnp.concatenate(context[:k], -1))
+            h = layers[f"g_ch_{k}_1"](_activation(h, masks.y))
+            features.append(_activation(h, masks.y))
+        if pass_.parity == 1:
+            features.append(_activation(layers[f"g_sp_{k}"](context[k]), masks.y))
+        else:
+            features.append(nothing)
+        h = layers[f"g_ep_{k}_0"](jnp.concatenate(features, -1))
+        h = layers[f"g_ep_{k}_1"](_activation(h, masks.y))
+        # The quality also goes straight to the output: scales follow it closely.
+        h = jnp.concatenate([_activation(h, masks.y), features[1]], -1)
+        index = _clip(layers[f"g_ep_{k}_index"](h), 0, NUM_SCALES - 1)
+        mean = _clip(layers[f"g_ep_{k}_mean"](h), -MEAN_LIMIT, MEAN_LIMIT)
+        return index, mean

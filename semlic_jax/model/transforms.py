@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four transforms of HiFiC (arXiv:2006.09965): g_a, g_s and h_a.
+
+h_s is integer-valued and lives in `model.context`. All widths come from the caller;
+with `patch=1` and `linear_skip=False` the transforms are HiFiC's own (torch-style
+symmetric padding, as in MS-ILLM).
+
+Two options make small models train in hours instead of weeks:
+
+* `patch`: the first and last convolution work on `patch x patch` pixel blocks, so the
+  full-resolution levels, which cost most of the time of a narrow network, are gone.
+* `linear_skip`: beside the network runs a trainable linear 16 x 16 block transform,
+  started at the Karhunen-Loève transform of photographs (`training.klt`), with the
+  network's last layers at zero: training starts at a working codec.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from semlic_jax.model.layers import (
+    ChannelNorm,
+    Conv,
+    ConvTranspose,
+    ResidualBlock,
+    depth_to_space,
+    space_to_depth,
+)
+
+Array = jax.Array
+
+STRIDE = 16  # pixels per latent
+HYPER_STRIDE = 64  # pixels per hyper-latent
+_MID_GREY = 0.5
+
+
+class AnalysisTransform(nn.Module):
+    """g_a: image -> y.
+
+    Attributes:
+        widths: channels at each level, finest first; `log2(16 / patch) + 1` of them.
+        latent_channels: channels of y.
+        patch: pixels per side of a block of the first layer.
+        linear_skip: adds the linear block transform.
+        dtype: of the computation.
+    """
+
+    widths: tuple[int, ...]
+    latent_channels: int
+    patch: int = 1
+    linear_skip: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps float [B, H, W, 3] in [0, 1], H and W multiples of 16, to float32
+        [B, H/16, W/16, M]."""
+        kernel = 7 if self.patch == 1 else 5
+        h = space_to_depth(x, self.patch)
+        h = Conv(self.widths[0], kernel, dtype=self.dtype)(h)
+        h = nn.relu(ChannelNorm()(h))
+        for width in self.widths[1:]:
+            h = nn.relu(ChannelNorm()(Conv(width, stride=2, dtype=self.dtype)(h)))
+        init = Conv.kernel_init
+        if self.linear_skip:
+            init = nn.initializers.zeros
+        y = Conv(self.latent_channels, dtype=self.dtype, kernel_init=init)(h)
+        y = y.astype(jnp.float32)
+        if self.linear_skip:
+            blocks = space_to_depth(x - _MID_GREY, STRIDE)
+            skip = nn.Dense(self.latent_channels, use_bias=False, name="skip")
+            y = y + skip(blocks)
+        return y
+
+
+class SynthesisTransform(nn.Module):
+    """g_s: y_hat -> image.
+
+    Attributes:
+        widths: as in `AnalysisTransform`.
+        blocks: residual blocks at 1/16 resolution.
+        patch, linear_skip, dtype: as in `AnalysisTransform`.
+        head_norm: ChannelNorm on y_hat (HiFiC); otherwise a learnt scale per channel.
+            Latents of a linear transform carry their strength in their magnitude, which
+            the norm would take away.
+        block_remat: recompute the residual blocks in the backward pass.
+    """
+
+    widths: tuple[int, ...]
+    blocks: int
+    patch: int = 1
+    linear_skip: bool = False
+    head_norm: bool = True
+    block_remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, y_hat: Array, quality: Array) -> Array:
+        """Maps y_hat float32 [B, h, w, M] and quality [B] in [0, 1] to x_hat float32
+        [B, 16h, 16w, 3], about [0, 1], not clipped."""
+        channels = y_hat.shape[-1]
+        if self.head_norm:
+            h = ChannelNorm()(y_hat)
+        else:
+            scale = self.param("input_scale", nn.initializers.ones, (channels,))
+            h = y_hat * scale
+        h = Conv(self.widths[-1], dtype=self.dtype)(h)
+        # The decoder knows how coarsely the latents were quantised.
+        features = jnp.stack([quality, quality**2], -1)
+        shift = nn.Dense(
+            self.widths[-1], kernel_init=nn.initializers.zeros, name="quality"
+        )(features)
+        h = h + shift[:, None, None, :].astype(h.dtype)
+        head = h = ChannelNorm()(h)
+        block = nn.remat(ResidualBlock) if self.block_remat else ResidualBlock
+        for i in range(self.blocks):
+            h = block(dtype=self.dtype, name=f"block_{i}")(h)
+        h = h + head
+        for width in self.widths[-2::-1]:
+            h = nn.relu(ChannelNorm()(ConvTranspose(width, dtype=self.dtype)(h)))
+        kernel = 7 if self.patch == 1 else 5
+        init = nn.initializers.zeros if self.linear_skip else Conv.kernel_init
+        out = Conv(3 * self.patch**2, kernel, dtype=self.dtype, kernel_init=init)(h)
+        x_hat = depth_to_space(out.astype(jnp.float32), self.patch)
+        if self.linear_skip:
+            skip = nn.Dense(3 * STRIDE**2, use_bias=False, name="skip")
+            x_hat = x_hat + depth_to_space(skip(y_hat), STRIDE) + _MID_GREY
+        return x_hat
+
+
+class HyperAnalysis(nn.Module):
+    """h_a: y -> z, HiFiC's three convolutions.
+
+    Attributes:
+        channels: of z and of the hidden layers.
+        input_scale: a learnt scale per input channel (see
+            `SynthesisTransform.head_norm`).
+    """
+
+    channels: int
+    input_scale: bool = False
+
+    @nn.compact
+    def __call__(self, y: Array) -> Array:
+        """Maps float32 [B, h, w, M], h and w multiples of 4, to [B, h/4, w/4, N]."""
+        if self.input_scale:
+            init = nn.initializers.ones
+            y = y * self.param("input_scale", init, (y.shape[-1],))
+        h = nn.relu(Conv(self.channels)(y))
+        h = nn.relu(Conv(self.channels, 5, stride=2)(h))
+        return Conv(self.channels, 5, stride=2)(h)
