@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door: uint8 images to bytes and back.
+
+codec = load("small")
+data = codec.compress(image, bpp=0.15)
+image = codec.decompress(data)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.coding.bitstream import MAX_PIXELS, MAX_SIDE, Header, pack, unpack
+from semlic_jax.coding.integer_networks import IntegerEntropyModel, Symbols
+from semlic_jax.model.compression import (
+    QUALITY_LEVELS,
+    CompressionModel,
+    ModelConfig,
+)
+from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
+from semlic_jax.weights import ModelFile, load_model
+
+Array = jax.Array
+
+MAX_LEVEL = QUALITY_LEVELS - 1
+_ICC_CHUNK = b"ICCP"
+# Sizes that a search for a budget looks at beyond the first that does not fit: sizes
+# rise with the quality, but not strictly.
+_LOOK_AHEAD = 3
+
+
+class Latents(NamedTuple):
+    """An analysed image, ready to be coded at any quality.
+
+    Attributes:
+        y: float32 [h, w, M] on the padded grid.
+        size: height and width of the image in pixels.
+    """
+
+    y: Array
+    size: tuple[int, int]
+
+
+def bucket_side(side: int) -> int:
+    """Padded length of an image side, in pixels.
+
+    Multiples of 64 with at most three significant bits above the leading one: few
+    enough that the compiled programs of a few buckets serve every image, close enough
+    that padding never adds more than about a quarter to the pixels.
+    """
+    cells = -(-side // HYPER_STRIDE)
+    step = 1 << max(0, cells.bit_length() - 4)
+    return -(-cells // step) * step * HYPER_STRIDE
+
+
+@partial(jax.jit, static_argnums=0)
+def _analyse(config: ModelConfig, params: Any, pixels: Array) -> Array:
+    x = pixels[None].astype(jnp.float32) / 255
+    y: Any = CompressionModel(config).apply({"params": params}, x, method="analysis")
+    return y[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _scale(
+    config: ModelConfig, params: Any, y: Array, level: Array
+) -> tuple[Array, Array]:
+    """y_scaled and z at a quality level."""
+    model = CompressionModel(config)
+    quality = level[None].astype(jnp.float32) / MAX_LEVEL
+    gain: Any = model.apply({"params": params}, quality, method="gain")
+    y_scaled = y[None] * gain
+    z: Any = model.apply({"params": params}, y_scaled, method="hyper_analysis")
+    return y_scaled[0], z[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _synthesise(config: ModelConfig, params: Any, y_hat: Array, level: Array) -> Array:
+    quality = level[None].astype(jnp.float32) / MAX_LEVEL
+    x_hat: Any = CompressionModel(config).apply(
+        {"params": params}, y_hat[None], quality, method="synthesis"
+    )
+    return jnp.round(jnp.clip(x_hat[0], 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
+class Codec:
+    """One model, ready to compress and decompress.
+
+    Attributes:
+        name: of the model.
+        config: its architecture.
+        fingerprint: 32 bytes that name what its files mean.
+        entropy: the exact entropy model.
+        params: float32 parameters of the transforms, on the device.
+    """
+
+    def __init__(self, model: ModelFile, name: str | None = None) -> None:
+        """Puts a model on the default device.
+
+        Raises:
+            ValueError: the model's integer networks break their bounds.
+        """
+        _use_compilation_cache()
+        self.name = name or model.config.name
+        self.config = model.config
+        self.fingerprint = model.fingerprint()
+        self.entropy = IntegerEntropyModel(
+            model.config, model.integers, model.y_tables, model.z_tables
+        )
+        self.params = jax.tree.map(
+            lambda array: jnp.asarray(array, jnp.float32), model.transforms
+        )
+
+    def compress(
+        self,
+        image: np.ndarray,
+        *,
+        quality: float | None = None,
+        bpp: float | None = None,
+        max_bytes: int | None = None,
+        icc_profile: bytes | None = None,
+    ) -> bytes:
+        """Compress an image to the bytes of a `.semlic` file.
+
+        Give exactly one of `quality`, `bpp` and `max_bytes`.
+
+        Args:
+            image: uint8 [H, W, 3], at least 1 x 1.
+            quality: 0 (smallest file) to 1, in steps of 1/255.
+            bpp: most bits per pixel, file bytes * 8 / (H * W). The file takes as many
+                of them as the steps of the quality allow.
+            max_bytes: most bytes of the file. More than the best quality needs is not
+                an error.
+            icc_profile: stored in the file as it is.
+
+        Raises:
+            ValueError: the image or the budget is not of this form, or the model does
+                not reach the budget; names the range that it reaches.
+        """
+        image = _checked_image(image)
+        budget = _checked_budget(image, quality, bpp, max_bytes)
+        latents = self.analyse(image)
+        if quality is not None:
+            return self.encode(latents, round(quality * MAX_LEVEL), icc_profile)
+        return self._fit(latents, budget, icc_profile, exact_target=bpp is not None)
+
+    def decompress(self, data: bytes) -> np.ndarray:
+        """Decode the bytes of a `.semlic` file to uint8 [H, W, 3].
+
+        Raises:
+            BitstreamError: the data is damaged or not a `.semlic` file.
+            IncompatibleModelError: another model made it.
+        """
+        header, y_hat = self.decode_latents(data)
+        height, width = header.height, header.width
+        # Positions outside the image repeat its edge, as the encoder's padding does.
+        grid = [bucket_side(side) // STRIDE for side in (height, width)]
+        pads = [(0, grid[i] - y_hat.shape[i]) for i in range(2)]
+        padded = np.pad(y_hat, (*pads, (0, 0)), mode="edge")
+        level = jnp.int32(header.quality)
+        pixels = _synthesise(self.config, self.params, padded, level)
+        return np.asarray(pixels)[:height, :width]
+
+    def info(self, data: bytes) -> dict[str, Any]:
+        """What a file says about itself, without decoding it.
+
+        Raises:
+            BitstreamError: the data is damaged or not a `.semlic` file.
+        """
+        header, payload = unpack(data)
+        return {
+            "width": header.width,
+            "height": header.height,
+            "bytes": len(data),
+            "payload_bytes": len(payload),
+            "bpp": len(data) * 8 / (header.width * header.height),
+            "quality": header.quality / MAX_LEVEL,
+            "fingerprint": header.fingerprint.hex(),
+            "model": self.name
+            if self.fingerprint.startswith(header.fingerprint)
+            else None,
+            "icc_profile_bytes": len(header.chunks.get(_ICC_CHUNK, b"")),
+        }
+
+    def icc_profile(self, data: bytes) -> bytes | None:
+        """The ICC profile kept in a file."""
+        return unpack(data)[0].chunks.get(_ICC_CHUNK)
+
+    def analyse(self, image: np.ndarray) -> Latents:
+        """g_a of an image, padded to its bucket by repeating the edge.
+
+        Args:
+            image: uint8 [H, W, 3].
+        """
+        height, width = image.shape[:2]
+        pads = ((0, bucket_side(height) - height), (0, bucket_side(width) - width))
+        padded = np.pad(image, (*pads, (0, 0)), mode="edge")
+        return Latents(_analyse(self.config, self.params, padded), (height, width))
+
+    def scaled(self, latents: Latents, level: int) -> tuple[Array, Array]:
+        """y_scaled [h, w, M] and z [h/4, w/4, N] at a quality level 0..255."""
+        return _scale(self.config, self.params, latents.y, jnp.int32(level))
+
+    def encode(
+        self, latents: Latents, level: int, icc_profile: bytes | None = None
+    ) -> bytes:
+        """The file of an analysed image at a quality level 0..255."""
+        y_scaled, z = self.scaled(latents, level)
+        symbols = self.entropy.symbols(y_scaled, z, level, latents.size)
+        return self.encode_symbols(symbols, level, latents.size, icc_profile)
+
+    def encode_symbols(
+        self,
+        symbols: Symbols,
+        level: int,
+        size: tuple[int, int],
+        icc_profile: bytes | None = None,
+    ) -> bytes:
+        """The file of symbols that were chosen elsewhere (refinement)."""
+        chunks = {_ICC_CHUNK: icc_profile} if icc_profile else {}
+        header = Header(
+            width=size[1],
+            height=size[0],
+            quality=level,
+            fingerprint=self.fingerprint,
+            chunks=chunks,
+        )
+        return pack(header, self.entropy.encode(symbols, size))
+
+    def decode_latents(self, data: bytes) -> tuple[Header, np.ndarray]:
+        """Header and y_hat_scaled float32 [ceil(H/16), ceil(W/16), M] of a file.
+
+        Raises:
+            BitstreamError, IncompatibleModelError: see `decompress`.
+        """
+        header, payload = unpack(data)
+        header.require_model(self.fingerprint)
+        size = (header.height, header.width)
+        grid = (bucket_side(size[0]) // STRIDE, bucket_side(size[1]) // STRIDE)
+        return header, self.entropy.decode(payload, header.quality, size, grid)
+
+    def _fit(
+        self,
+        latents: Latents,
+        budget: int,
+        icc_profile: bytes | None,
+        *,
+        exact_target: bool,
+    ) -> bytes:
+        """The best file within a budget of bytes, by search over the quality."""
+        files: dict[int, bytes] = {}
+
+        def size(level: int) -> int:
+            if level not in files:
+                files[level] = self.encode(latents, level, icc_profile)
+            return len(files[level])
+
+        if size(0) > budget or (exact_target and size(MAX_LEVEL) < budget):
+            pixels = latents.size[0] * latents.size[1]
+            low, high = size(0), size(MAX_LEVEL)
+            raise ValueError(
+                f"expected a budget from {low} to {high} bytes "
+                f"({low * 8 / pixels:.4f} to {high * 8 / pixels:.4f} bpp), which is "
+                f"what this model reaches for this image, found {budget} bytes"
+            )
+        if size(MAX_LEVEL) <= budget:
+            return files[MAX_LEVEL]
+        fits, too_big = 0, MAX_LEVEL
+        while too_big - fits > 1:
+            # log(size) is nearly linear in the quality, so a few steps are enough.
+            position = math.log(budget / size(fits)) / math.log(
+                size(too_big) / size(fits)
+            )
+            guess = fits + round(position * (too_big - fits))
+            guess = min(max(guess, fits + 1), too_big - 1)
+            if size(guess) <= budget:
+                fits = guess
+            else:
+                too_big = guess
+        for level in range(too_big + 1, min(too_big + _LOOK_AHEAD, MAX_LEVEL) + 1):
+            size(level)
+        fitting = [data for data in files.values() if len(data) <= budget]
+        return max(fitting, key=len)
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Codec:
+    """Load a packaged model by name ("small") or a model file by path.
+
+    Raises:
+        ValueError: no such model, or not a valid model file.
+    """
+    return Codec(load_model(name_or_path), Path(name_or_path).stem)
+
+
+def _checked_image(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"expected an image of uint8 [H, W, 3], found {image.dtype} of shape "
+            f"{list(image.shape)}"
+        )
+    height, width = image.shape[:2]
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ValueError(
+            f"expected sides of 1 to {MAX_SIDE} pixels, found {width} x {height}"
+        )
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"expected at most {MAX_PIXELS} pixels, found {width} x {height}"
+        )
+    return image
+
+
+def _checked_budget(
+    image: np.ndarray,
+    quality: float | None,
+    bpp: float | None,
+    max_bytes: int | None,
+) -> int:
+    """The budget in bytes; 0 where a quality is given."""
+    given = {
+        name: value
+        for name, value in (
+            ("quality", quality),
+            ("bpp", bpp),
+            ("max_bytes", max_bytes),
+        )
+        if value is not None
+    }
+    if len(given) != 1:
+        found = ", ".join(given) or "none"
+        raise ValueError(f"expected one of quality, bpp and max_bytes, found {found}")
+    if quality is not None:
+        if not 0 <= quality <= 1:
+            raise ValueError(f"expected a quality from 0 to 1, found {quality}")
+        return 0
+    if bpp is not None:
+        if not (math.isfinite(bpp) and bpp > 0):
+            raise ValueError(f"expected a positive bpp, found {bpp}")
+        return int(bpp * image.shape[0] * image.shape[1] / 8)
+    assert max_bytes is not None
+    if max_bytes <= 0:
+        raise ValueError(f"expected a positive max_bytes, found {max_bytes}")
+    return max_bytes
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between processes, unless the user set it up.
+
+    The folder is $SEMLIC_CACHE or ~/.cache/semlic_jax; an empty $SEMLIC_CACHE turns
+    the cache off.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = os.environ.get("SEMLIC_CACHE", str(default / "semlic_jax"))
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

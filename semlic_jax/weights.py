@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model files: load, save, fingerprint. No pickle anywhere.
+
+A model file is a NumPy `.npz` archive:
+
+==========================  ==========================================================
+entry                       content
+==========================  ==========================================================
+`config`                    uint8: the model's `ModelConfig` as JSON
+`transforms/<path>`         float16: g_a, g_s, h_a, gains
+`prior/<path>`              float32: the density of z (for refinement, not for coding)
+`entropy/<layer>/<array>`   int8 kernels, int32 biases, int8 shifts
+`tables/<y or z>/<array>`   int32 offsets and starts, uint32 counts
+==========================  ==========================================================
+
+The fingerprint is the SHA-256 of the configuration, the integer networks and the
+tables: of everything that decides what the bytes of a file mean, and of nothing else.
+Models that differ in their float transforms only can read each other's files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from semlic_jax.coding.entropy_coding import SymbolTables
+    from semlic_jax.coding.integer_networks import IntegerTree
+    from semlic_jax.model.compression import ModelConfig
+
+PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
+_MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
+_TABLE_ARRAYS = ("offsets", "starts", "counts")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelFile:
+    """The content of a model file.
+
+    Attributes:
+        config: the architecture.
+        transforms: float parameters by name: `g_a`, `g_s`, `h_a`, `log_gain`.
+        prior: float parameters of the density of z.
+        integers: the entropy networks (`coding.integer_networks`).
+        y_tables, z_tables: the frequencies of the coder.
+    """
+
+    config: ModelConfig
+    transforms: dict[str, Any]
+    prior: dict[str, Any]
+    integers: IntegerTree
+    y_tables: SymbolTables
+    z_tables: SymbolTables
+
+    def fingerprint(self) -> bytes:
+        """32 bytes; see the module's docstring."""
+        digest = hashlib.sha256()
+        digest.update(_config_bytes(self.config))
+        for name, array in sorted(self._exact_arrays()):
+            little = array.astype(array.dtype.newbyteorder("<"))
+            digest.update(f"{name} {little.dtype.str} {little.shape}".encode())
+            digest.update(little.tobytes())
+        return digest.digest()
+
+    def _exact_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        for layer, arrays in self.integers.items():
+            for name, array in arrays.items():
+                yield f"entropy/{layer}/{name}", array
+        for kind, tables in (("y", self.y_tables), ("z", self.z_tables)):
+            for name in _TABLE_ARRAYS:
+                yield f"tables/{kind}/{name}", getattr(tables, name)
+
+
+def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
+    """Turn trained parameters into a model file's content.
+
+    Args:
+        config: the architecture.
+        params: the parameter tree of `CompressionModel`.
+
+    Raises:
+        ValueError: an integer network breaks its bound.
+    """
+    from semlic_jax.coding.entropy_coding import gaussian_tables
+    from semlic_jax.coding.integer_networks import export_integers
+    from semlic_jax.model.priors import scale_table
+
+    def as_dtype(tree: Any, dtype: type) -> Any:
+        if isinstance(tree, Mapping):
+            return {key: as_dtype(value, dtype) for key, value in tree.items()}
+        return np.asarray(tree).astype(dtype)
+
+    names = ("g_a", "g_s", "h_a", "log_gain")
+    return ModelFile(
+        config=config,
+        transforms=as_dtype({name: params[name] for name in names}, np.float16),
+        prior=as_dtype(params["prior"], np.float32),
+        integers=export_integers(params["entropy"], config),
+        y_tables=gaussian_tables(scale_table()),
+        z_tables=_prior_tables(config, params["prior"]),
+    )
+
+
+def _prior_tables(config: ModelConfig, prior: Any) -> SymbolTables:
+    """One table for each channel of z, over the symbols that can occur in practice."""
+    import jax
+
+    from semlic_jax.coding.entropy_coding import tables_from_pmfs
+    from semlic_jax.model.priors import FactorizedPrior
+
+    radius = 127
+    z = np.arange(-radius, radius + 1, dtype=np.float32)
+    grid = np.broadcast_to(z[:, None], (len(z), config.hyper_channels))
+    density = FactorizedPrior(config.hyper_channels)
+    probability = jax.jit(
+        lambda z: density.apply({"params": prior}, z, method="probability")
+    )(grid)
+    pmfs, offsets = [], []
+    for pmf in np.asarray(probability, np.float64).T:
+        # What is less likely than this is left to the escape.
+        likely = np.nonzero(pmf > 1e-6)[0]
+        pmfs.append(pmf[likely[0] : likely[-1] + 1])
+        offsets.append(int(z[likely[0]]))
+    return tables_from_pmfs(pmfs, offsets)
+
+
+def save_model(path: str | os.PathLike[str], model: ModelFile) -> None:
+    """Write a model file, whole or not at all; replaces an existing file."""
+    arrays = {"config": np.frombuffer(_config_bytes(model.config), np.uint8)}
+    arrays |= dict(_flatten("transforms", model.transforms))
+    arrays |= dict(_flatten("prior", model.prior))
+    for name, array in model._exact_arrays():
+        arrays[name] = array.astype(np.int8) if name.endswith("/shift") else array
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+        try:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            file.close()
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
+    """Read a packaged model by name, or a model file.
+
+    Raises:
+        ValueError: no such model, or not a valid model file.
+    """
+    from semlic_jax.coding.entropy_coding import SymbolTables
+    from semlic_jax.coding.integer_networks import prove_exact
+    from semlic_jax.model.compression import ModelConfig
+
+    path = Path(name_or_path)
+    if not path.suffix and not path.exists():
+        packaged = PRETRAINED_FOLDER / f"{path}.npz"
+        if not packaged.exists():
+            known = ", ".join(sorted(pretrained_models())) or "none"
+            raise ValueError(
+                f"expected a packaged model ({known}) or a model file, "
+                f"found neither under {str(name_or_path)!r}"
+            )
+        path = packaged
+    tree = _read_arrays(path)
+    try:
+        config = ModelConfig(**json.loads(tree["config"].tobytes()))
+        integers = {
+            layer: {
+                name: array.astype(np.int32) if name == "shift" else array
+                for name, array in arrays.items()
+            }
+            for layer, arrays in tree["entropy"].items()
+        }
+        tables = {
+            kind: SymbolTables(*(tree["tables"][kind][name] for name in _TABLE_ARRAYS))
+            for kind in ("y", "z")
+        }
+        model = ModelFile(
+            config=config,
+            transforms=tree["transforms"],
+            prior=tree["prior"],
+            integers=integers,
+            y_tables=tables["y"],
+            z_tables=tables["z"],
+        )
+        prove_exact(integers, config)
+        _check_shapes(model)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a valid model file: {error}") from error
+    return model
+
+
+def _check_shapes(model: ModelFile) -> None:
+    """Float parameters and tables against the configuration."""
+    import jax
+
+    from semlic_jax.model.compression import CompressionModel
+    from semlic_jax.model.priors import NUM_SCALES
+
+    network = CompressionModel(model.config)
+    key = jax.random.key(0)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    quality = jax.ShapeDtypeStruct((1,), np.float32)
+    wanted = jax.eval_shape(network.init, key, x, quality, key)["params"]
+    found = {**model.transforms, "prior": model.prior}
+    for name, shapes in wanted.items():
+        if name == "entropy":
+            continue  # proved elsewhere
+        expected = {key: array.shape for key, array in _flatten(name, shapes)}
+        present = {key: array.shape for key, array in _flatten(name, found[name])}
+        if expected != present:
+            odd = sorted(
+                key
+                for key in expected.keys() | present.keys()
+                if expected.get(key) != present.get(key)
+            )[0]
+            raise ValueError(
+                f"expected {odd} of shape {expected.get(odd)}, "
+                f"found {present.get(odd, 'nothing')}"
+            )
+    for kind, tables, number in (
+        ("y", model.y_tables, NUM_SCALES),
+        ("z", model.z_tables, model.config.hyper_channels),
+    ):
+        if len(tables) != number:
+            raise ValueError(f"expected {number} {kind} tables, found {len(tables)}")
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an .npz file as a tree, sizes checked before they are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > _MAX_FILE_BYTES:
+            raise ValueError(
+                f"expected at most {_MAX_FILE_BYTES} bytes of arrays in {path}, "
+                f"found {unpacked}"
+            )
+        with np.load(path, allow_pickle=False) as file:
+            flat = {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"expected a model file, found nothing at {path}") from None
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a model file: {error}") from error
+    tree: dict[str, Any] = {}
+    for key, array in flat.items():
+        *folders, leaf = key.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = array
+    return tree
+
+
+def pretrained_models() -> dict[str, dict[str, Any]]:
+    """The cards of the packaged models, by name."""
+    return {
+        path.stem: json.loads(path.read_text())
+        for path in sorted(PRETRAINED_FOLDER.glob("*.json"))
+    }
+
+
+def _config_bytes(config: ModelConfig) -> bytes:
+    return json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+
+
+def _flatten(prefix: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(f"{prefix}/{key}", value)
+    else:
+        yield prefix, tree
