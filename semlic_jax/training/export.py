@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a training checkpoint into a model file.
+
+python -m semlic_jax.training.export RUN/STAGE MODEL.npz [--size small] [--step N]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from semlic_jax.model.compression import SIZES
+from semlic_jax.weights import export_model, save_model
+
+
+def averaged_params(folder: Path, step: int | None = None) -> Any:
+    """The averaged parameters of a stage's checkpoint, the last one by default.
+
+    Raises:
+        ValueError: there is no checkpoint in the folder.
+    """
+    manager = ocp.CheckpointManager(folder.absolute())
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise ValueError(f"expected checkpoints in {folder}, found none")
+    state = manager.restore(step, args=ocp.args.StandardRestore())
+    manager.close()
+    return state["average"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--size", default="small", choices=sorted(SIZES))
+    parser.add_argument("--step", type=int)
+    arguments = parser.parse_args()
+    params = averaged_params(arguments.stage, arguments.step)
+    save_model(arguments.model, export_model(SIZES[arguments.size], params))
+
+
+if __name__ == "__main__":
+    main()
