@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The semantic ensemble loss, term by term (arXiv:2401.14007).
+
+    L = lambda(q)*R + k_charbonnier*Charbonnier + k_perceptual*Perceptual
+        + k_style*Style + k_local_style*LocalStyle + k_adversarial*Adversarial
+
+In: each term as a function that returns one value per image, float32 [B], so that
+rate targets and region weights act per sample; `ensemble_terms`, which computes the
+terms with a weight and skips the others; the rate weight. Out: the networks whose
+outputs the terms compare (`features.py`, `adversary.py`), optimisers and schedules.
+
+Images are float [B, H, W, 3] in [0, 1]; reconstructions are compared unclamped.
+Imports jax and this package's `features`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from semlic_jax.objectives.features import FeatureNetwork, feature_distance
+
+LOCAL_PATCH_PIXELS = 16
+# The rate target of the first steps is this much looser (HiFiC: 0.20 bpp for 0.14).
+WARM_UP_STEPS = 50_000
+WARM_UP_TARGET_FACTOR = 0.20 / 0.14
+WARM_UP_LMBDA_FACTOR = 0.5
+
+
+def charbonnier(
+    x: jax.Array,
+    x_hat: jax.Array,
+    eps: float = 1e-3,
+    *,
+    pixel_weights: jax.Array | None = None,
+) -> jax.Array:
+    """Mean over pixels and channels of sqrt((x - x_hat)^2 + eps^2), float32 [B].
+
+    Nearly the absolute error, smooth at 0; equal images give eps.
+
+    Args:
+        x, x_hat: float [B, H, W, C].
+        eps: width of the smooth part, in units of the images.
+        pixel_weights: float [B, H, W], multiplied to each pixel's value before the
+            mean; weights of mean 1 keep the scale.
+    """
+    error = x.astype(jnp.float32) - x_hat.astype(jnp.float32)
+    pixels = jnp.mean(jnp.sqrt(jnp.square(error) + eps**2), axis=-1)
+    if pixel_weights is not None:
+        pixels = pixels * pixel_weights
+    return jnp.mean(pixels, axis=(1, 2))
+
+
+def perceptual(
+    network: FeatureNetwork,
+    x: jax.Array,
+    x_hat: jax.Array,
+    *,
+    heads: Sequence[jax.Array] | None = None,
+    pixel_weights: jax.Array | None = None,
+) -> jax.Array:
+    """LPIPS-type distance under a frozen trunk, float32 [B] (arXiv:1801.03924).
+
+    sum_l mean_hw sum_c w_lc (f_l(x) - f_l(x_hat))^2 with f of unit length over
+    channels, f / sqrt(|f|^2 + 1e-8): stock LPIPS adds its epsilon outside of the root,
+    whose gradient explodes where all features are 0.
+
+    Args:
+        network: the trunk; its taps are the layers l. No gradient reaches its weights.
+        x, x_hat: float [B, H, W, 3] in [0, 1]; no gradient flows to x.
+        heads: learnt channel weights w, one [C] per tap; None: all 1.
+        pixel_weights: see `feature_distance`.
+    """
+    taps, taps_hat = _taps_of(network, x, x_hat)
+    return feature_distance(taps, taps_hat, heads, pixel_weights=pixel_weights)
+
+
+def gram_distance(features: jax.Array, features_hat: jax.Array) -> jax.Array:
+    """Squared Frobenius distance of two normalised Gram matrices, float32 [...].
+
+    || F^T F - G^T G ||^2 / (C N)^2 for F, G of N positions and C channels.
+
+    With D = F - G and S = F + G the difference is (D^T S + S^T D) / 2, which keeps its
+    precision where the two are nearly equal; its norm is taken through whichever of the
+    [C, C] and [N, N] products is smaller.
+
+    Args:
+        features, features_hat: float [..., N, C].
+    """
+    f, g = features.astype(jnp.float32), features_hat.astype(jnp.float32)
+    positions, channels = f.shape[-2:]
+    difference, total = f - g, f + g
+    if channels <= positions:
+        product = jnp.einsum("...nc,...nd->...cd", difference, total)
+        matrix = (product + jnp.swapaxes(product, -1, -2)) / 2
+        square = jnp.sum(jnp.square(matrix), axis=(-2, -1))
+    else:
+        # ||A + A^T||^2 / 4 = (tr(A A^T) + tr(A A)) / 2 for A = D^T S, by cyclic traces.
+        dd, ss, sd = (
+            jnp.einsum("...nc,...mc->...nm", a, b)
+            for a, b in (
+                (difference, difference),
+                (total, total),
+                (total, difference),
+            )
+        )
+        square = jnp.sum(dd * ss + sd * jnp.swapaxes(sd, -1, -2), axis=(-2, -1)) / 2
+    return square / (channels * positions) ** 2
+
+
+def style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array:
+    """Distance of Gram matrices over whole feature maps, float32 [B].
+
+    sum_l || G_l(x) - G_l(x_hat) ||_F^2, G_l = F_l^T F_l / (C_l H_l W_l)
+    (Gatys et al. 2016, normalised as in Johnson et al. 2016, arXiv:1603.08155).
+
+    Grows with the fourth power of the features: maps that went through
+    `features.normalise_channels` give a scale that does not depend on the trunk.
+
+    Args:
+        taps, taps_hat: per layer [B, h, w, C].
+    """
+    distances = []
+    for f, g in zip(taps, taps_hat, strict=True):
+        shape = (f.shape[0], f.shape[1] * f.shape[2], f.shape[3])
+        distances.append(gram_distance(f.reshape(shape), g.reshape(shape)))
+    return sum(distances[1:], distances[0])
+
+
+def local_style(
+    taps: Sequence[jax.Array],
+    taps_hat: Sequence[jax.Array],
+    image_size: tuple[int, int],
+    *,
+    patch_pixels: int = LOCAL_PATCH_PIXELS,
+) -> jax.Array:
+    """Distance of Gram matrices over patches, averaged over patches, float32 [B].
+
+    Keeps texture where it belongs, which whole-map statistics do not. The side of a
+    patch in cells is patch_pixels / stride of the layer, rounded, at least 1; layers
+    are filled with zeros to whole patches.
+
+    Args:
+        taps, taps_hat: per layer [B, h, w, C].
+        image_size: height and width of the images, which give each layer's stride.
+        patch_pixels: side of a patch.
+    """
+
+    def patches(f: jax.Array) -> jax.Array:
+        sides = []
+        for cells, pixels in zip(f.shape[1:3], image_size, strict=True):
+            sides.append(max(1, round(patch_pixels * cells / pixels)))
+        fill = [(0, -n % side) for n, side in zip(f.shape[1:3], sides, strict=True)]
+        f = jnp.pad(f, ((0, 0), *fill, (0, 0)))
+        batch, height, width, channels = f.shape
+        rows, columns = height // sides[0], width // sides[1]
+        f = f.reshape(batch, rows, sides[0], columns, sides[1], channels)
+        return f.transpose(0, 1, 3, 2, 4, 5).reshape(
+            batch, rows * columns, sides[0] * sides[1], channels
+        )
+
+    distances = []
+    for f, g in zip(taps, taps_hat, strict=True):
+        distances.append(jnp.mean(gram_distance(patches(f), patches(g)), axis=-1))
+    return sum(distances[1:], distances[0])
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label], averaged over positions, float32 [B]."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    return -jnp.mean(picked, axis=tuple(range(1, picked.ndim)))
+
+
+def adversarial_discriminator(
+    logits_real: jax.Array, logits_fake: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """The discriminator's loss, non-binary, float32 [B] (MS-ILLM, arXiv:2301.11189).
+
+    (CE(D(x), c(x) + 1) + CE(D(x_hat), 0)) / 2
+
+    Args:
+        logits_real, logits_fake: float [B, h, w, C + 1] of originals and of
+            reconstructions; class 0 is "fake", classes 1 ... C are the codes. They need
+            not be of the same images.
+        labels: int [B, h, w], codes 0 ... C - 1 of the originals in `logits_real`. All
+            zeros with C = 1 is the usual binary discriminator.
+    """
+    real = _cross_entropy(logits_real, labels + 1)
+    fake = _cross_entropy(logits_fake, jnp.zeros(logits_fake.shape[:-1], jnp.int32))
+    return (real + fake) / 2
+
+
+def adversarial_generator(logits_fake: jax.Array, labels: jax.Array) -> jax.Array:
+    """The codec's loss, CE(D(x_hat), c(x) + 1), float32 [B] (arXiv:2301.11189).
+
+    Args:
+        logits_fake: float [B, h, w, C + 1] of the reconstructions.
+        labels: int [B, h, w], codes 0 ... C - 1 of the originals x of those x_hat.
+    """
+    return _cross_entropy(logits_fake, labels + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RateTarget:
+    """A two-sided switch of the rate weight around a target (HiFiC, MS-ILLM).
+
+    Attributes:
+        bpp: the target.
+        lmbda_high: weight of the rate above the target, per bpp.
+        lmbda_low: weight at or below it.
+        warm_up_steps: for so many batches the target is 0.20/0.14 as high and
+            lmbda_high half. The reference counts optimiser steps and so ends after
+            half as many batches; we count batches.
+    """
+
+    bpp: float
+    lmbda_high: float
+    lmbda_low: float = 2.0**-4
+    warm_up_steps: int = WARM_UP_STEPS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lmbda_low <= self.lmbda_high or not self.bpp > 0:
+            raise ValueError(
+                "a rate target needs bpp > 0 and 0 < lmbda_low <= lmbda_high, found "
+                f"bpp={self.bpp}, lmbda_low={self.lmbda_low}, "
+                f"lmbda_high={self.lmbda_high}"
+            )
+
+    def lmbda(self, bpp: jax.Array, step: jax.Array | int | None = None) -> jax.Array:
+        """Rate weight [B] of images that cost `bpp` [B] bits per pixel, quantised.
+
+        Args:
+            bpp: of rounded latents; no gradient flows through the choice.
+            step: batches trained so far; None: after the warm-up.
+        """
+        early = jnp.asarray(False if step is None else step < self.warm_up_steps)
+        target = self.bpp * jnp.where(early, WARM_UP_TARGET_FACTOR, 1.0)
+        high = self.lmbda_high * jnp.where(early, WARM_UP_LMBDA_FACTOR, 1.0)
+        return jnp.where(jax.lax.stop_gradient(bpp) > target, high, self.lmbda_low)
+
+
+# Constants of MS-ILLM's released configurations, by target in bpp.
+MSILLM_RATE_TARGETS = {
+    target: RateTarget(target, high)
+    for target, high in (
+        *((0.00875, 32.0), (0.0175, 16.0), (0.035, 8.0), (0.07, 4.0)),
+        *((0.14, 2.0), (0.3, 1.0), (0.45, 0.5), (0.9, 0.25)),
+    )
+}
+
+
+def quality_lmbda(quality: jax.Array, low: float, high: float) -> jax.Array:
+    """Rate weight of a quality in [0, 1], geometric between its two ends.
+
+    Args:
+        quality: float [B] in [0, 1].
+        low, high: weights at quality 0 and at quality 1, both positive.
+
+    Raises:
+        ValueError: an end that is not positive.
+    """
+    if not (low > 0 and high > 0):
+        raise ValueError(f"rate weights must be positive, found {low} and {high}")
+    return jnp.exp(math.log(low) + (math.log(high) - math.log(low)) * quality)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights k of the ensemble; a term of weight 0 is not computed.
+
+    The defaults are the plainest loss; what a stage of the training uses is its
+    configuration's to say.
+    """
+
+    charbonnier: float = 1.0
+    perceptual: float = 0.0
+    style: float = 0.0
+    local_style: float = 0.0
+    adversarial: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"the weight of {field.name} must be at least 0, found {value}"
+                )
+
+
+def ensemble_terms(
+    x: jax.Array,
+    x_hat: jax.Array,
+    weights: LossWeights,
+    *,
+    network: FeatureNetwork | None = None,
+    heads: Sequence[jax.Array] | None = None,
+    logits_fake: jax.Array | None = None,
+    labels: jax.Array | None = None,
+    style_map: Callable[[jax.Array], jax.Array] = lambda features: features,
+) -> dict[str, jax.Array]:
+    """Every term with a weight, unweighted, by name; each float32 [B].
+
+    Perceptual and style terms share one pass of the trunk. `weighted_sum` adds them.
+
+    Args:
+        x, x_hat: float [B, H, W, 3] in [0, 1].
+        weights: which terms.
+        network, heads: see `perceptual`; needed by it and by the styles.
+        logits_fake, labels: see `adversarial_generator`.
+        style_map: applied to feature maps before their Gram matrices, such as
+            `features.normalise_channels`.
+
+    Raises:
+        ValueError: a term has a weight but not its inputs.
+    """
+    terms: dict[str, jax.Array] = {}
+    if weights.charbonnier:
+        terms["charbonnier"] = charbonnier(x, x_hat)
+    if weights.perceptual or weights.style or weights.local_style:
+        if network is None:
+            raise ValueError(
+                "perceptual and style terms need a feature network, found none"
+            )
+        taps, taps_hat = _taps_of(network, x, x_hat)
+        if weights.perceptual:
+            terms["perceptual"] = feature_distance(taps, taps_hat, heads)
+        taps, taps_hat = (list(map(style_map, maps)) for maps in (taps, taps_hat))
+        if weights.style:
+            terms["style"] = style(taps, taps_hat)
+        if weights.local_style:
+            size = (x.shape[1], x.shape[2])
+            terms["local_style"] = local_style(taps, taps_hat, size)
+    if weights.adversarial:
+        if logits_fake is None or labels is None:
+            raise ValueError(
+                "the adversarial term needs the discriminator's logits and the "
+                "originals' labels, found none"
+            )
+        terms["adversarial"] = adversarial_generator(logits_fake, labels)
+    return terms
+
+
+def weighted_sum(terms: Mapping[str, jax.Array], weights: LossWeights) -> jax.Array:
+    """sum of k * term over `ensemble_terms`, float32 [B]."""
+    values = [getattr(weights, name) * term for name, term in terms.items()]
+    if not values:
+        raise ValueError("every weight of the loss is 0")
+    return sum(values[1:], values[0])
+
+
+def _taps_of(
+    network: FeatureNetwork, x: jax.Array, x_hat: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Feature maps of originals and reconstructions, gradients to x_hat alone."""
+    network = jax.lax.stop_gradient(network)
+    return network.apply(jax.lax.stop_gradient(x)), network.apply(x_hat)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every term of the loss against an independent float64 computation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semlic_jax.objectives import losses
+from semlic_jax.objectives.features import FeatureNetwork
+from semlic_jax.objectives.losses import LossWeights, RateTarget
+
+
+class TwoLayers(nn.Module):
+    """A trunk small enough to follow by hand: two strided convolutions."""
+
+    taps: tuple[str, ...] = ("first", "second")
+
+    @nn.compact
+    def __call__(self, images):
+        first = nn.relu(nn.Conv(5, (3, 3), strides=2, name="first")(images))
+        second = nn.relu(nn.Conv(7, (3, 3), strides=2, name="second")(first))
+        return {"first": first, "second": second}
+
+
+@pytest.fixture(scope="module")
+def network():
+    module = TwoLayers()
+    images = jnp.zeros((1, 32, 32, 3))
+    return FeatureNetwork(module.init(jax.random.key(0), images)["params"], module)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    rng = np.random.default_rng(0)
+    x = rng.random((2, 32, 40, 3)).astype(np.float32)
+    x_hat = np.clip(x + 0.1 * rng.normal(size=x.shape), 0, 1).astype(np.float32)
+    return x, x_hat
+
+
+def maps(network, images):
+    return [np.asarray(tap, np.float64) for tap in network.apply(jnp.asarray(images))]
+
+
+def gram(features):
+    """[N, C] to the Gram matrix normalised by C * N."""
+    return features.T @ features / features.size
+
+
+def test_charbonnier_equals_its_equation(pair):
+    x, x_hat = pair
+    error = x.astype(np.float64) - x_hat
+    expected = np.sqrt(error**2 + 1e-6).mean((1, 2, 3))
+    np.testing.assert_allclose(losses.charbonnier(x, x_hat), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.charbonnier(x, x), [1e-3, 1e-3], rtol=1e-4)
+    gradient = jax.grad(lambda v: losses.charbonnier(x, v).sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+def test_charbonnier_with_pixel_weights_is_the_weighted_mean(pair):
+    x, x_hat = pair
+    weights = np.random.default_rng(1).random(x.shape[:3]).astype(np.float32)
+    values = np.sqrt((x.astype(np.float64) - x_hat) ** 2 + 1e-6).mean(-1)
+    found = losses.charbonnier(x, x_hat, pixel_weights=weights)
+    np.testing.assert_allclose(found, (weights * values).mean((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_perceptual_equals_its_equation(network, pair, learnt):
+    rng = np.random.default_rng(2)
+    heads = [rng.random(c).astype(np.float32) if learnt else np.ones(c) for c in (5, 7)]
+    expected = np.zeros(2)
+    for f, g, w in zip(*(maps(network, i) for i in pair), heads, strict=True):
+        f = f / np.sqrt((f**2).sum(-1, keepdims=True) + 1e-8)
+        g = g / np.sqrt((g**2).sum(-1, keepdims=True) + 1e-8)
+        expected += (w * (f - g) ** 2).sum(-1).mean((1, 2))
+    found = losses.perceptual(network, *pair, heads=heads if learnt else None)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_perceptual_gradient_is_finite_at_equality_and_at_black(network):
+    for x in (jnp.zeros((1, 32, 32, 3)), jnp.full((1, 32, 32, 3), 0.5)):
+        gradient = jax.grad(lambda v, x=x: losses.perceptual(network, x, v).sum())(x)
+        assert np.isfinite(gradient).all()
+
+
+def test_perceptual_gradient_reaches_only_the_reconstruction(network, pair):
+    def loss(network, x, x_hat):
+        return losses.perceptual(network, x, x_hat).sum()
+
+    to_network, to_x, to_x_hat = jax.grad(loss, (0, 1, 2))(
+        network, *map(jnp.asarray, pair)
+    )
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(to_network))
+    assert not np.any(to_x) and np.any(to_x_hat)
+
+
+@pytest.mark.parametrize("positions, channels", [(40, 6), (6, 40), (9, 9)])
+def test_gram_distance_equals_its_equation(positions, channels):
+    rng = np.random.default_rng(3)
+    f, g = rng.normal(size=(2, positions, channels)).astype(np.float32)
+    expected = ((gram(f.astype(np.float64)) - gram(g.astype(np.float64))) ** 2).sum()
+    np.testing.assert_allclose(losses.gram_distance(f, g), expected, rtol=1e-5)
+    assert losses.gram_distance(f, f) == 0
+
+
+@pytest.mark.parametrize("positions, channels", [(40, 6), (6, 40)])
+def test_gram_distance_keeps_its_precision_near_equality(positions, channels):
+    rng = np.random.default_rng(4)
+    f = rng.normal(size=(positions, channels)).astype(np.float32)
+    g = (f + 1e-4 * rng.normal(size=f.shape)).astype(np.float32)
+    expected = ((gram(f.astype(np.float64)) - gram(g.astype(np.float64))) ** 2).sum()
+    np.testing.assert_allclose(losses.gram_distance(f, g), expected, rtol=1e-3)
+
+
+def test_style_equals_its_equation_and_pytorch(network, pair):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    expected = torch.zeros(2, dtype=torch.float64)
+    for f, g in zip(*(maps(network, image) for image in pair), strict=True):
+        grams = []
+        for tap in (f, g):
+            b, h, w, c = tap.shape
+            flat = torch.from_numpy(tap).permute(0, 3, 1, 2).reshape(b, c, h * w)
+            grams.append(torch.bmm(flat, flat.transpose(1, 2)) / (c * h * w))
+        expected += ((grams[0] - grams[1]) ** 2).sum((1, 2))
+    found = losses.style(*(network.apply(jnp.asarray(image)) for image in pair))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+
+
+def test_local_style_is_the_mean_over_patches(network, pair):
+    size = pair[0].shape[1:3]  # 32 x 40: 16 pixels are 8 and 4 cells
+    expected = np.zeros(2)
+    both = [maps(network, image) for image in pair]
+    for f, g, side in zip(*both, (8, 4), strict=True):
+        rows, columns = -(-f.shape[1] // side), -(-f.shape[2] // side)
+        fill = [(0, 0), (0, rows * side - f.shape[1]), (0, columns * side - f.shape[2])]
+        f, g = (np.pad(tap, [*fill, (0, 0)]) for tap in (f, g))
+        for b in range(2):
+            total = 0.0
+            for i in range(0, rows * side, side):
+                for j in range(0, columns * side, side):
+                    p, q = (
+                        tap[b, i : i + side, j : j + side].reshape(side**2, -1)
+                        for tap in (f, g)
+                    )
+                    total += ((gram(p) - gram(q)) ** 2).sum()
+            expected[b] += total / (rows * columns)
+    taps = [network.apply(jnp.asarray(image)) for image in pair]
+    found = losses.local_style(*taps, size)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_local_style_sees_texture_that_moved_and_whole_style_does_not():
+    rng = np.random.default_rng(5)
+    left = np.zeros((1, 32, 32, 4), np.float32)
+    left[:, :, :16] = rng.normal(size=(1, 32, 16, 4))
+    moved = np.roll(left, 16, axis=2)
+    assert losses.style([left], [moved])[0] < 1e-12
+    assert losses.local_style([left], [moved], (32, 32))[0] > 1e-4
+
+
+def cross_entropy(logits, labels):
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    return -picked.mean((1, 2))
+
+
+@pytest.mark.parametrize("codes", [1, 16])
+def test_adversarial_losses_equal_their_equations(codes):
+    rng = np.random.default_rng(6)
+    real, fake = rng.normal(size=(2, 3, 4, 5, codes + 1)).astype(np.float32)
+    labels = rng.integers(0, codes, (3, 4, 5))
+    zeros = np.zeros_like(labels)
+    expected = (cross_entropy(real, labels + 1) + cross_entropy(fake, zeros)) / 2
+    found = losses.adversarial_discriminator(real, fake, labels)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.adversarial_generator(fake, labels),
+        cross_entropy(fake, labels + 1),
+        rtol=1e-5,
+    )
+
+
+def test_adversarial_losses_equal_pytorch():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(2, 4, 4, 9)).astype(np.float32)
+    labels = rng.integers(0, 8, (2, 4, 4))
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).permute(0, 3, 1, 2), torch.from_numpy(labels + 1)
+    )
+    found = losses.adversarial_generator(logits, labels).mean()
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+
+
+def test_players_pull_in_opposite_directions():
+    logits = jnp.zeros((1, 2, 2, 5))
+    labels = jnp.full((1, 2, 2), 3)
+    codec = jax.grad(lambda v: losses.adversarial_generator(v, labels).sum())(logits)
+    other = jax.grad(
+        lambda v: losses.adversarial_discriminator(logits, v, labels).sum()
+    )(logits)
+    assert (codec[..., 4] < 0).all() and (codec[..., 0] > 0).all()
+    assert (other[..., 4] > 0).all() and (other[..., 0] < 0).all()
+
+
+def test_rate_switch_is_per_sample_two_sided_and_strict():
+    target = losses.MSILLM_RATE_TARGETS[0.14]
+    bpp = jnp.asarray([0.10, 0.14, 0.1401, 0.9])
+    np.testing.assert_allclose(target.lmbda(bpp), [0.0625, 0.0625, 2, 2])
+    early = target.lmbda(jnp.asarray([0.1, 0.19, 0.21]), step=49_999)
+    np.testing.assert_allclose(early, [0.0625, 0.0625, 1])
+    traced = jax.jit(target.lmbda)(jnp.asarray([0.19]), jnp.asarray(50_000))
+    np.testing.assert_allclose(traced, [2])
+    gradient = jax.grad(lambda b: (target.lmbda(b) * b).sum())(bpp)
+    np.testing.assert_allclose(gradient, [0.0625, 0.0625, 2, 2])
+
+
+def test_rate_targets_are_the_references():
+    for bpp, high in ((0.00875, 32), (0.07, 4), (0.3, 1), (0.9, 0.25)):
+        target = losses.MSILLM_RATE_TARGETS[bpp]
+        assert (target.bpp, target.lmbda_high, target.lmbda_low) == (bpp, high, 0.0625)
+    assert len(losses.MSILLM_RATE_TARGETS) == 8
+    for wrong in (dict(bpp=0, lmbda_high=1), dict(bpp=0.1, lmbda_high=0.01)):
+        with pytest.raises(ValueError, match="rate target needs"):
+            RateTarget(**wrong)
+
+
+def test_quality_lmbda_is_geometric():
+    found = losses.quality_lmbda(jnp.asarray([0, 0.5, 1]), 8.0, 0.5)
+    np.testing.assert_allclose(found, [8, 2, 0.5], rtol=1e-6)
+    with pytest.raises(ValueError, match="positive"):
+        losses.quality_lmbda(jnp.zeros(1), 0.0, 1.0)
+
+
+TERMS = ("charbonnier", "perceptual", "style", "local_style", "adversarial")
+
+
+def test_ensemble_computes_each_term_and_only_those_with_a_weight(network, pair):
+    rng = np.random.default_rng(8)
+    inputs = dict(
+        network=network,
+        logits_fake=rng.normal(size=(2, 4, 5, 9)).astype(np.float32),
+        labels=rng.integers(0, 8, (2, 4, 5)),
+    )
+    taps = [network.apply(jnp.asarray(image)) for image in pair]
+    expected = {
+        "charbonnier": losses.charbonnier(*pair),
+        "perceptual": losses.perceptual(network, *pair),
+        "style": losses.style(*taps),
+        "local_style": losses.local_style(*taps, pair[0].shape[1:3]),
+        "adversarial": losses.adversarial_generator(
+            inputs["logits_fake"], inputs["labels"]
+        ),
+    }
+    weights = LossWeights(**{name: i + 1.0 for i, name in enumerate(TERMS)})
+    terms = losses.ensemble_terms(*pair, weights, **inputs)
+    assert tuple(terms) == TERMS
+    for name in TERMS:
+        np.testing.assert_allclose(terms[name], expected[name], rtol=1e-5)
+        alone = LossWeights(**{n: float(n == name) for n in TERMS})
+        assert set(losses.ensemble_terms(*pair, alone, **inputs)) == {name}
+    total = sum((i + 1) * np.asarray(expected[n]) for i, n in enumerate(TERMS))
+    np.testing.assert_allclose(losses.weighted_sum(terms, weights), total, rtol=1e-5)
+    doubled = losses.ensemble_terms(*pair, weights, **inputs, style_map=lambda f: 2 * f)
+    np.testing.assert_allclose(doubled["style"], 16 * terms["style"], rtol=1e-5)
+    np.testing.assert_allclose(doubled["perceptual"], terms["perceptual"])
+
+
+def test_ensemble_refuses_what_is_missing(pair):
+    with pytest.raises(ValueError, match="feature network"):
+        losses.ensemble_terms(*pair, LossWeights(style=1.0))
+    with pytest.raises(ValueError, match="logits"):
+        losses.ensemble_terms(*pair, LossWeights(adversarial=1.0))
+    with pytest.raises(ValueError, match="weight of style must be at least 0"):
+        LossWeights(style=-1.0)
+    with pytest.raises(ValueError, match="every weight"):
+        losses.weighted_sum({}, LossWeights(charbonnier=0.0))
