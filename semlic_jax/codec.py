@@ -114,8 +114,9 @@ class Codec:
         self.entropy = IntegerEntropyModel(
             model.config, model.integers, model.y_tables, model.z_tables
         )
-        self.params = jax.tree.map(
-            lambda array: jnp.asarray(array, jnp.float32), model.transforms
+        # Converted by NumPy: JAX would compile a program for each shape.
+        self.params = jax.device_put(
+            jax.tree.map(lambda array: array.astype(np.float32), model.transforms)
         )
 
     def compress(

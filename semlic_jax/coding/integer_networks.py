@@ -262,7 +262,7 @@ class IntegerEntropyModel:
         self.config = config
         self.y_tables = y_tables
         self.z_tables = z_tables
-        self._params = jax.tree.map(jnp.asarray, integers)
+        self._params = jax.device_put(integers)
         self._network = entropy_model(config, "exact")
 
     def symbols(

@@ -21,10 +21,11 @@ three arithmetics:
 * `exact`: the parameters are the exported integers (`coding.integer_networks`).
 
 Every sum of products stays below 2**24, so float32 holds it exactly in any order of
-summation, on any device (the proof is checked at export and at load). Convolutions
-are dot products over shifted slices, since convolution algorithms that transform
-their input (Winograd, FFT) would not be exact. Positions outside the image are zeroed
-after every layer, so the result does not depend on how far an image was padded.
+summation, on any device (the proof is checked at export and at load). On accelerators
+convolutions are dot products over shifted slices, since convolution algorithms that
+transform their input (Winograd, FFT) would not be exact; on CPU they are int8.
+Positions outside the image are zeroed after every layer, so the result does not depend
+on how far an image was padded.
 """
 
 from __future__ import annotations
@@ -151,26 +152,62 @@ def weight_shift(kernel: Array, input_max: int) -> Array:
     return lax.stop_gradient(shift)
 
 
-def _shifted_dot(x: Array, kernel: Array) -> Array:
-    """'SAME' convolution of stride 1 as one dot product per tap, in float32."""
-    size = kernel.shape[0]
-    height, width = x.shape[1:3]
-    pad = size // 2
+def _integer_conv(x: Array, kernel: Array, signed: int) -> Array:
+    """Convolution of stride 1, zero padding, exact on every platform.
+
+    Args:
+        x: int32 [B, h, w, C_in]; the first `signed` channels within -128..127, the
+            others within 0..255.
+        kernel: int8 [k, k, C_in, C_out].
+        signed: see x.
+
+    Returns:
+        int32 [B, h, w, C_out].
+    """
+    pad = kernel.shape[0] // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    total = None
+    return lax.platform_dependent(
+        padded,
+        kernel,
+        cpu=lambda x, kernel: _int8_conv(x, kernel, signed),
+        default=_shifted_dot,
+    )
+
+
+def _int8_conv(padded: Array, kernel: Array, signed: int) -> Array:
+    """int8 x int8 -> int32, on XLA:CPU up to 4 times faster than float32.
+
+    Inputs of 0..255 are moved by 128 to fit int8, and the sum is moved back.
+    """
+    offset = np.where(np.arange(padded.shape[-1]) < signed, 0, 128).astype(np.int32)
+    sums = lax.conv_general_dilated(
+        (padded - offset).astype(jnp.int8),
+        kernel,
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.int32,
+    )
+    moved = jnp.sum(kernel.astype(jnp.int32) * offset[:, None], axis=(0, 1, 2))
+    return sums + moved
+
+
+def _shifted_dot(padded: Array, kernel: Array) -> Array:
+    """One float32 dot product per tap, exact since all sums are below 2**24."""
+    size = kernel.shape[0]
+    height, width = padded.shape[1] - size + 1, padded.shape[2] - size + 1
+    x, weights = padded.astype(jnp.float32), kernel.astype(jnp.float32)
+    total: Any = 0.0
     for row in range(size):
         for column in range(size):
-            window = padded[:, row : row + height, column : column + width]
-            product = lax.dot_general(
-                window,
-                kernel[row, column],
+            total = total + lax.dot_general(
+                x[:, row : row + height, column : column + width],
+                weights[row, column],
                 (((3,), (0,)), ((), ())),
                 precision=lax.Precision.HIGHEST,
                 preferred_element_type=jnp.float32,
             )
-            total = product if total is None else total + product
-    assert total is not None
-    return total
+    return total.astype(jnp.int32)
 
 
 class LayerSpec(NamedTuple):
@@ -179,7 +216,8 @@ class LayerSpec(NamedTuple):
     Attributes:
         inputs, features: channels.
         kernel: side of the kernel, odd.
-        input_max: largest magnitude of the input.
+        signed: the first so many input channels are within -128..127, the others
+            within 0..255.
         right: further right shift of the output: a hidden unit is 1/32, so 2 turns
             it into units of 1/8 and 1 into units of 1/16.
     """
@@ -187,8 +225,13 @@ class LayerSpec(NamedTuple):
     inputs: int
     features: int
     kernel: int
-    input_max: int = ACTIVATION_MAX
+    signed: int = 0
     right: int = 0
+
+    @property
+    def input_max(self) -> int:
+        """Largest magnitude of the input."""
+        return 128 if self.signed == self.inputs else ACTIVATION_MAX
 
 
 class IntegerConv(nn.Module):
@@ -216,9 +259,8 @@ class IntegerConv(nn.Module):
             weights = self.param("kernel", zeros, shape, jnp.int8)
             bias = self.param("bias", zeros, (spec.features,), jnp.int32)
             shift = self.param("shift", zeros, (spec.features,), jnp.int32)
-            total = _shifted_dot(x.astype(jnp.float32), weights.astype(jnp.float32))
             rounding = lax.shift_left(jnp.ones_like(shift), shift - 1)
-            total = total.astype(jnp.int32) + (bias + rounding)
+            total = _integer_conv(x, weights, spec.signed) + (bias + rounding)
             return lax.shift_right_arithmetic(
                 total, jnp.broadcast_to(shift, total.shape)
             )
@@ -304,7 +346,7 @@ class EntropyModel(nn.Module):
             self.hidden_channels,
         )
         specs = {
-            "h_s_0": LayerSpec(self.hyper_channels + 1, psi, 3),
+            "h_s_0": LayerSpec(self.hyper_channels + 1, psi, 3, self.hyper_channels),
             # Sub-pixel up-sampling instead of HiFiC's transposed convolutions: the
             # same class of functions, and every product is a plain dot product.
             "h_s_1": LayerSpec(psi, 4 * psi, 3),
@@ -314,10 +356,10 @@ class EntropyModel(nn.Module):
         for k, channels in enumerate(self.groups):
             inputs = psi + 1 + context
             if k > 0:
-                specs[f"g_ch_{k}_0"] = LayerSpec(before, context, 3, input_max=128)
+                specs[f"g_ch_{k}_0"] = LayerSpec(before, context, 3, before)
                 specs[f"g_ch_{k}_1"] = LayerSpec(context, context, 3)
                 inputs += context
-            specs[f"g_sp_{k}"] = LayerSpec(channels, context, 5, input_max=128)
+            specs[f"g_sp_{k}"] = LayerSpec(channels, context, 5, channels)
             specs[f"g_ep_{k}_0"] = LayerSpec(inputs, hidden, 1)
             specs[f"g_ep_{k}_1"] = LayerSpec(hidden, hidden, 1)
             specs[f"g_ep_{k}_index"] = LayerSpec(hidden + 1, channels, 1, right=2)
