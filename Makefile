@@ -13,7 +13,7 @@ DEMO_OUT ?= demo
 .PHONY: demo test format lint types unit clean
 
 demo: $(VENV)/.core  ## compress the packaged photograph and show the result
-	$(BIN)/semlic demo --out $(DEMO_OUT) --force $(IMAGE)
+	$(BIN)/semlic demo --out $(DEMO_OUT) --force $(if $(IMAGE),"$(IMAGE)")
 
 test: lint types unit  ## everything that continuous integration runs
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 from PIL import Image, ImageCms
@@ -227,6 +228,26 @@ def test_files_of_another_length_are_refused(folder, semlic):
         assert refused(semlic("decompress", "bad.semlic", "bad.png"))
         assert refused(semlic("info", "bad.semlic"))
     assert not os.path.exists("bad.png")
+
+
+def test_newer_formats_and_huge_claims_are_refused(folder, semlic):
+    newer = bytearray(pack(Header(8, 8, 99, b"\x12\x34\x56\x78"), b"payload!"))
+    newer[4] += 1
+    newer[-4:] = zlib.crc32(newer[:-4]).to_bytes(4, "little")
+    (folder / "newer.semlic").write_bytes(newer)
+    refused(semlic("decompress", "newer.semlic"), f"{semlic_jax.BITSTREAM_VERSION + 1}")
+    huge = pack(Header(65535, 65535, 99, b"\x12\x34\x56\x78"), b"", max_pixels=2**32)
+    (folder / "huge.semlic").write_bytes(huge)
+    refused(semlic("decompress", "huge.semlic"), "65535")
+    refused(semlic("info", "huge.semlic"), "65535")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (17, 1), (65, 3)])
+def test_small_images(folder, semlic, size):
+    Image.new("RGB", size, (200, 100, 50)).save("small.png")
+    assert semlic("compress", "small.png", "--quality", 0.5)[0] == 0
+    assert semlic("decompress", "small.semlic", "again.png")[0] == 0
+    assert opened("again.png").size == size
 
 
 def test_files_of_other_models_name_both(folder, semlic, tiny_model):
