@@ -23,18 +23,22 @@ def test_packaged_photograph():
 def test_psnr_of_known_differences():
     black = np.zeros((4, 4, 3), np.uint8)
     assert demo.psnr_db(black, black) == float("inf")
-    # An error of 1 everywhere: 10 log10(255^2) = 48.1308 dB, and uint8 must not wrap.
-    assert demo.psnr_db(black, black + 1) == pytest.approx(48.1308, abs=1e-4)
-    assert demo.psnr_db(black + 1, black) == pytest.approx(48.1308, abs=1e-4)
+    # 10 log10(255^2 / error^2); differences and squares of uint8 must not wrap.
+    for error, expected_db in ((1, 48.1308), (200, 2.1102)):
+        other = black + np.uint8(error)
+        assert demo.psnr_db(black, other) == pytest.approx(expected_db, abs=1e-4)
+        assert demo.psnr_db(other, black) == pytest.approx(expected_db, abs=1e-4)
 
 
 def test_busiest_corner_finds_the_texture():
     image = np.full((60, 90, 3), 128, np.uint8)
     rng = np.random.default_rng(3)
-    image[30:50, 60:80] = rng.integers(0, 256, (20, 20, 3))
+    image[20:40, 30:50] = rng.integers(0, 256, (20, 20, 3))
+    image[:, 70:] = rng.integers(100, 150, (60, 20, 3))  # weaker, and more of it
+    image[45:, :] = rng.integers(100, 150, (15, 90, 3))
     # The window takes the texture and the edge around it: one pixel of slack.
     left, top = demo.busiest_corner(image, 22, 22)
-    assert 58 <= left <= 60 and 28 <= top <= 30
+    assert 28 <= left <= 30 and 18 <= top <= 20
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90)])
