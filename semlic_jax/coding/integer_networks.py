@@ -9,6 +9,7 @@ exact is proved for each output channel, and the same Linen modules run on them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,21 +57,35 @@ def export_integers(params: dict[str, Any], config: ModelConfig) -> IntegerTree:
         int32 [C_out] (the right shift that ends the layer).
 
     Raises:
-        ValueError: a layer breaks the bound; see `prove_exact`.
+        ValueError: a parameter is not finite or too large for its integer, or a layer
+            breaks the bound (see `prove_exact`).
     """
     tree: IntegerTree = {}
     for name, spec in entropy_model(config, "exact").layer_specs().items():
-        kernel = np.asarray(params[name]["kernel"], np.float64)
-        shift = np.asarray(weight_shift(params[name]["kernel"], spec.input_max))
-        scale = np.exp2(shift.astype(np.float64))
-        bias = np.asarray(params[name]["bias"], np.float64)
+        shift = weight_shift(
+            np.asarray(params[name]["kernel"], np.float32), spec.input_max
+        )
+        kernel, bias = (
+            np.asarray(params[name][part], np.float64) for part in ("kernel", "bias")
+        )
         tree[name] = {
-            "kernel": np.rint(kernel * scale).astype(np.int8),
-            "bias": np.rint(bias * UNIT * scale).astype(np.int32),
-            "shift": shift.astype(np.int32) + np.int32(spec.right),
+            "kernel": _rounded(f"{name}/kernel", np.ldexp(kernel, shift), np.int8),
+            "bias": _rounded(f"{name}/bias", np.ldexp(bias * UNIT, shift), np.int32),
+            "shift": shift + np.int32(spec.right),
         }
     prove_exact(tree, config)
     return tree
+
+
+def _rounded(name: str, array: np.ndarray, dtype: type[np.signedinteger]) -> np.ndarray:
+    """Nearest integers; a cast alone would wrap round without a word."""
+    limit = np.iinfo(dtype).max
+    # Also false where it is not a number.
+    if not (np.abs(array) <= limit).all():
+        raise ValueError(
+            f"expected {name} within +-{limit} steps, found {np.abs(array).max():g}"
+        )
+    return np.rint(array).astype(dtype)
 
 
 def float_twin(integers: IntegerTree, config: ModelConfig) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def float_twin(integers: IntegerTree, config: ModelConfig) -> dict[str, Any]:
     tree = {}
     for name, spec in entropy_model(config, "exact").layer_specs().items():
         layer = integers[name]
-        scale = np.exp2(-(layer["shift"] - spec.right).astype(np.float32))
+        scale = np.ldexp(np.float32(1), spec.right - layer["shift"])
         tree[name] = {
             "kernel": jnp.asarray(layer["kernel"] * scale),
             "bias": jnp.asarray(layer["bias"] * scale / np.float32(UNIT)),
@@ -370,12 +385,14 @@ class IntegerEntropyModel:
         channels = self.config.hyper_channels
         return np.tile(np.arange(channels, dtype=np.uint16), positions)
 
-    def _passes(self, size: tuple[int, int]):
+    def _passes(
+        self, size: tuple[int, int]
+    ) -> Iterator[tuple[Pass, tuple[np.ndarray, np.ndarray]]]:
         """Each pass with the rows and columns of its positions inside the image."""
-        colours = [
-            np.nonzero(checkerboard(*_grid(size, STRIDE), parity)[..., 0])
-            for parity in (0, 1)
-        ]
+        colours = []
+        for parity in (0, 1):
+            rows, columns, _ = np.nonzero(checkerboard(*_grid(size, STRIDE), parity))
+            colours.append((rows, columns))
         for pass_ in coding_order(self.config.groups):
             yield pass_, colours[pass_.parity]
 

@@ -127,29 +127,37 @@ def _round_half_up(x: Array) -> Array:
     return x + lax.stop_gradient(jnp.floor(x + 0.5) - x)
 
 
-def weight_shift(kernel: Array, input_max: int) -> Array:
+def weight_shift(kernel: Any, input_max: int) -> Any:
     """Bits after the binary point of each output channel's weights.
 
     The largest s in 1..14 such that the rounded weights `round(kernel * 2**s)` stay
-    within +-127 and every partial sum of products within 2**24.
+    within +-127 and every partial sum of products within 2**24. Every operation is
+    exact, so training, export and a `float_twin` find the same s everywhere; for
+    weights that no s fits, it is 1 (`coding.integer_networks` refuses them).
 
     Args:
-        kernel: float [k, k, C_in, C_out].
+        kernel: float32 [k, k, C_in, C_out], a JAX or a NumPy array.
         input_max: largest magnitude of the layer's input.
 
     Returns:
-        float32 [C_out] of whole numbers. No gradient.
+        int32 [C_out], of the same library. No gradient.
     """
+    xp: Any = np if isinstance(kernel, np.ndarray) else jnp
+    kernel = kernel if xp is np else lax.stop_gradient(kernel)
     axes = (0, 1, 2)
-    largest = jnp.max(jnp.abs(kernel), axis=axes)
-    total = jnp.sum(jnp.abs(kernel), axis=axes)
+    mantissa, exponent = xp.frexp(xp.max(xp.abs(kernel), axis=axes))
+    # 2**7 times a mantissa lies in [64, 128).
+    shift = 7 - exponent - (mantissa * 128 > WEIGHT_MAX)
+    shift = xp.clip(xp.where(mantissa == 0, SHIFT_MAX, shift), None, SHIFT_MAX)
     taps = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
-    # Rounding moves each weight by at most 1/2.
-    sum_limit = ACCUMULATOR_LIMIT / input_max - taps / 2 - 1
-    by_weight = jnp.log2(WEIGHT_MAX / jnp.maximum(largest, 1e-12))
-    by_sum = jnp.log2(sum_limit / jnp.maximum(total, 1e-12))
-    shift = jnp.clip(jnp.floor(jnp.minimum(by_weight, by_sum)), 1, SHIFT_MAX)
-    return lax.stop_gradient(shift)
+    largest_sum = taps * WEIGHT_MAX
+    while largest_sum * input_max >= ACCUMULATOR_LIMIT:
+        # Whole numbers below 2**24: exact in float32 in any order.
+        total = xp.sum(xp.abs(xp.round(xp.ldexp(kernel, shift))), axis=axes)
+        shift = shift - (total > (ACCUMULATOR_LIMIT - 1) // input_max)
+        # A bit less halves the weights; rounding moves each by at most 1/2.
+        largest_sum = (largest_sum + taps) // 2
+    return xp.maximum(shift, 1).astype(xp.int32)
 
 
 def _integer_conv(x: Array, kernel: Array, signed: int) -> Array:
@@ -267,7 +275,8 @@ class IntegerConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", zeros, (spec.features,))
         if self.arithmetic == "fake":
-            scale = jnp.exp2(weight_shift(kernel, spec.input_max))
+            # Not exp2, which is off by a bit for some whole numbers.
+            scale = jnp.ldexp(jnp.float32(1), weight_shift(kernel, spec.input_max))
             kernel = round_straight_through(kernel * scale) / scale
             bias = round_straight_through(bias * UNIT * scale) / (UNIT * scale)
         pad = spec.kernel // 2
