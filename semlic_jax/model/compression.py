@@ -83,25 +83,67 @@ class ModelConfig:
     gain_anchors: int = 6
 
     def __post_init__(self) -> None:
-        for field in ("widths", "groups", "context_shifts"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        """Checks every field: a configuration may come from a hostile model file.
+
+        Raises:
+            ValueError: a field has another type, is out of range, or contradicts
+                another.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if str(field.type).startswith("tuple"):
+                if not isinstance(value, list | tuple) or not 1 <= len(value) <= 64:
+                    raise ValueError(
+                        f"expected 1 to 64 numbers as {field.name}, found {value!r}"
+                    )
+                object.__setattr__(self, field.name, tuple(value))
+                for entry in value:
+                    _check_field(field.name, entry, "int")
+            else:
+                _check_field(field.name, value, str(field.type))
         if self.patch not in (1, 2, 4):
-            raise ValueError(f"patch must be 1, 2 or 4, found {self.patch}")
+            raise ValueError(f"expected a patch of 1, 2 or 4, found {self.patch}")
         levels = int(math.log2(STRIDE // self.patch)) + 1
         if len(self.widths) != levels:
             raise ValueError(
-                f"patch {self.patch} needs {levels} widths, found {len(self.widths)}"
+                f"expected {levels} widths for a patch of {self.patch}, "
+                f"found {len(self.widths)}"
             )
         if sum(self.groups) != self.latent_channels:
             raise ValueError(
-                f"groups must add up to latent_channels {self.latent_channels}, "
-                f"found {sum(self.groups)}"
+                f"expected groups that add up to latent_channels "
+                f"{self.latent_channels}, found {sum(self.groups)}"
             )
         if len(self.context_shifts) != len(self.groups):
             raise ValueError(
                 f"expected a context shift for each of {len(self.groups)} groups, "
                 f"found {len(self.context_shifts)}"
             )
+
+
+# Smallest and largest value of the fields that are not 1 to 4096.
+_FIELD_RANGES = {
+    "widths": (2, 4096),  # ChannelNorm needs two
+    "latent_channels": (2, 4096),
+    "blocks": (0, 64),
+    "context_shifts": (0, 15),
+    "gain_anchors": (2, 256),
+}
+
+
+def _check_field(name: str, value: Any, kind: str) -> None:
+    if kind == "int":
+        low, high = _FIELD_RANGES.get(name, (1, 4096))
+        # A bool is an int in Python, but not in the JSON that is fingerprinted.
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(
+                f"expected whole numbers from {low} to {high} as {name}, "
+                f"found {value!r}"
+            )
+    elif kind == "bool" and not isinstance(value, bool):
+        raise ValueError(f"expected true or false as {name}, found {value!r}")
+    elif kind == "str" and not (isinstance(value, str) and 1 <= len(value) <= 64):
+        raise ValueError(f"expected 1 to 64 characters as {name}, found {value!r}")
 
 
 SIZES = {
