@@ -1,24 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files share."""
+"""What several test files share: a small model, a synthetic photograph, real data."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Programs kept from an earlier run could hide that today's code does not compile, and
+# tests have no business in the user's cache.
+os.environ["SEMLIC_CACHE"] = ""
+
+
+def photograph_like(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """uint8 [height, width, 3]: what photographs have and noise lacks.
+
+    Correlated colours with a 1/f spectrum, a few objects with sharp edges, and texture
+    in some of them.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    frequency = np.hypot(
+        np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width
+    )
+    frequency[0, 0] = np.inf
+    mixing = np.array([[0.9, 0.1, 0.05], [0.9, 0.0, 0.0], [0.9, -0.1, -0.05]])
+    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency**1.5
+    layers = np.fft.irfft2(spectrum, (height, width))
+    layers /= layers.std(axis=(1, 2), keepdims=True) + 1e-9
+    image = 0.5 + 0.2 * np.einsum("cl,lhw->hwc", mixing, layers)
+    for _ in range(6):
+        centre = rng.uniform(0, (height, width))
+        radii = rng.uniform(0.05, 0.3, 2) * max(height, width)
+        inside = ((rows - centre[0]) / radii[0]) ** 2 + (
+            (columns - centre[1]) / radii[1]
+        ) ** 2 < 1
+        texture = 0.06 * rng.standard_normal((height, width, 1)) * rng.integers(2)
+        image = np.where(inside[..., None], rng.uniform(0.1, 0.9, 3) + texture, image)
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def lively_params(config, seed: int = 0):
+    """Parameters of a `CompressionModel` in which every part does something.
+
+    A fresh model is silent where training starts from zeros: all means are 0, and the
+    indexes do not depend on the context. Here the linear part is the KLT of synthetic
+    photographs, and everything else is random. Made by NumPy: compiling the model's own
+    initialisation takes longer than all else in a test.
+    """
+    import jax
+
+    from semlic_jax.model.compression import CompressionModel
+    from semlic_jax.training.klt import block_covariance, start_from_klt
+
+    key = jax.random.key(0)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    quality = jax.ShapeDtypeStruct((1,), np.float32)
+    shapes = jax.eval_shape(CompressionModel(config).init, key, x, quality, key)
+    rng = np.random.default_rng(seed)
+
+    def numbers(path, leaf):
+        names = [part.key for part in path]
+        noise = rng.standard_normal(leaf.shape)
+        fan_in = np.prod(leaf.shape[:-1])
+        match names:
+            case ["log_gain"]:
+                rows = np.linspace(0, np.log(6), len(noise))[:, None]
+                array = rows + 0.1 * noise
+            case ["prior", name]:
+                # About a logistic density with a deviation of 4.
+                matrix = -1.7 if leaf.shape[1] > 1 else 0.0
+                array = 0.2 * noise + (matrix if "matrix" in name else 0)
+            case ["entropy", name, "bias"]:
+                array = 0.5 * noise + (1 if name.endswith("index") else 0)
+            case ["entropy", name, _] if name.endswith(("index", "mean")):
+                array = 0.2 * noise
+            case ["g_a" | "g_s", *_, "kernel" | "bias"] if leaf.shape[-1] in (24, 48):
+                array = 0.003 * noise  # little beside the linear part
+            case [*_, "kernel"]:
+                array = noise / np.sqrt(fan_in)
+            case [*_, "gamma" | "input_scale"]:
+                array = 1 + 0.1 * noise
+            case _:
+                array = 0.1 * noise
+        return array.astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(numbers, shapes["params"])
+    if config.linear_skip:
+        photographs = [photograph_like(160, 160, seed) for seed in range(20)]
+        params = start_from_klt(params, config, block_covariance(photographs))
+    return jax.tree.map(np.asarray, params)
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """Path of a model file of the smallest size with random weights."""
-    import jax
-    import jax.numpy as jnp
+def photograph():
+    """Function (height, width, seed=0) -> uint8 [height, width, 3]."""
+    return photograph_like
 
-    from semlic_jax.model.compression import SIZES, CompressionModel
-    from semlic_jax.weights import export_model, save_model
 
-    config = SIZES["tiny"]
-    key = jax.random.key(0)
-    x = jnp.zeros((1, 64, 64, 3))
-    params = jax.jit(CompressionModel(config).init)(key, x, jnp.zeros(1), key)["params"]
+@pytest.fixture(scope="session")
+def tiny_config():
+    from semlic_jax.model.compression import SIZES
+
+    return SIZES["tiny"]
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Float parameters of the smallest size, random but lively."""
+    return lively_params(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tiny_config, tiny_params):
+    """The `ModelFile` of those parameters."""
+    from semlic_jax.weights import export_model
+
+    return export_model(tiny_config, tiny_params)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_file):
+    """Path of that model file."""
+    from semlic_jax.weights import save_model
+
     path = tmp_path_factory.mktemp("models") / "tiny.npz"
-    save_model(path, export_model(config, params))
+    save_model(path, tiny_file)
     return path
+
+
+@pytest.fixture(scope="session")
+def codec(tiny_model):
+    """A codec of that model, shared: it has no state but its compiled programs."""
+    import semlic_jax
+
+    return semlic_jax.load(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def kodak_paths():
+    """Paths of the Kodak photographs; skips where they are not."""
+    folders = [REPOSITORY.parent / "shared" / "data"]
+    if "SEMLIC_DATA" in os.environ:
+        folders.insert(0, Path(os.environ["SEMLIC_DATA"]))
+    for folder in folders:
+        paths = sorted((folder / "kodak").glob("*.png"))
+        if paths:
+            return paths
+    pytest.skip("needs the Kodak photographs in $SEMLIC_DATA/kodak")

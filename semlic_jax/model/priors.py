@@ -125,7 +125,8 @@ class FactorizedPrior(nn.Module):
         flat = jnp.moveaxis(z, -1, 0).reshape(self.channels, 1, -1)
         lower, upper = self._logits(flat - 0.5), self._logits(flat + 0.5)
         # Both sigmoids on the side of the smaller tail, where they keep precision.
-        sign = -lax.stop_gradient(jnp.sign(lower + upper))
+        # Not jnp.sign: at the centre of a symmetric density it is 0, and so the mass.
+        sign = jnp.where(lax.stop_gradient(lower + upper) > 0, -1.0, 1.0)
         mass = jnp.abs(nn.sigmoid(sign * upper) - nn.sigmoid(sign * lower))
         return jnp.moveaxis(mass.reshape(self.channels, *z.shape[:-1]), 0, -1)
 
