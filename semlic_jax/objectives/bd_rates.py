@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bjontegaard deltas: two rate curves in one number (VCEG-M33, with PCHIP).
+
+In: `RateCurve`, `bd_rate`, `bd_metric`. Piecewise cubic Hermite interpolation (PCHIP,
+scipy) of log10 bpp against the metric, or the other way round, integrated over the
+range that both curves cover. What cannot be compared is refused. Imports numpy, scipy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+LEAST_POINTS = 4  # VCEG-M33 and everyone since
+
+
+@dataclasses.dataclass(frozen=True)
+class RateCurve:
+    """Points of one codec over one set of images, in any order.
+
+    Attributes:
+        bpp: bits per pixel of each point, positive.
+        values: the metric at each point.
+        metric: its name; curves of different metrics are not compared.
+        images: names of the images that the points are means over; curves over
+            different sets are not compared. Empty: not known, not checked.
+        name: of the codec, for messages.
+    """
+
+    bpp: Sequence[float]
+    values: Sequence[float]
+    metric: str = "metric"
+    images: Sequence[str] = ()
+    name: str = "curve"
+
+    def __post_init__(self) -> None:
+        if len(self.bpp) != len(self.values) or len(self.bpp) < LEAST_POINTS:
+            raise ValueError(
+                f"{self.name} needs at least {LEAST_POINTS} points of bpp and "
+                f"{self.metric}, found {len(self.bpp)} and {len(self.values)}"
+            )
+        numbers = np.asarray([*self.bpp, *self.values], np.float64)
+        if not np.isfinite(numbers).all() or min(self.bpp) <= 0:
+            raise ValueError(
+                f"{self.name} needs finite values at positive rates, found bpp "
+                f"{list(self.bpp)} and {self.metric} {list(self.values)}"
+            )
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """log10 bpp, ascending, and the metric there; both float64.
+
+        Raises:
+            ValueError: the metric does not move one way with the rate.
+        """
+        order = np.argsort(self.bpp, kind="stable")
+        rate = np.asarray(self.bpp, np.float64)[order]
+        values = np.asarray(self.values, np.float64)[order]
+        steps = np.diff(values) * np.sign(values[-1] - values[0])
+        bad = np.flatnonzero((steps <= 0) | (np.diff(rate) <= 0))
+        if bad.size:
+            i = int(bad[0])
+            raise ValueError(
+                f"{self.name} does not move one way: {self.metric} "
+                f"{values[i]:g} at {rate[i]:g} bpp, then {values[i + 1]:g} at "
+                f"{rate[i + 1]:g} bpp"
+            )
+        return np.log10(rate), values
+
+
+def bd_rate(anchor: RateCurve, test: RateCurve) -> float:
+    """Mean difference in rate at equal metric, in percent of the anchor's.
+
+    (10^(mean over the common range of log10 R_test(m) - log10 R_anchor(m)) - 1) * 100;
+    negative where `test` needs fewer bits. For any metric that moves one way with the
+    rate, rising or falling.
+
+    Raises:
+        ValueError: other metric or images, curves that are not monotonic, no common
+            range.
+    """
+    _require_comparable(anchor, test)
+    (rate_a, value_a), (rate_b, value_b) = anchor.points(), test.points()
+    difference = _mean_difference(
+        (value_a, rate_a), (value_b, rate_b), f"{anchor.metric} of {{}}", anchor, test
+    )
+    return float((10**difference - 1) * 100)
+
+
+def bd_metric(anchor: RateCurve, test: RateCurve) -> float:
+    """Mean difference in metric at equal rate, in the metric's unit.
+
+    Over log10 bpp; positive where `test` has the larger values.
+
+    Raises:
+        ValueError: as `bd_rate`.
+    """
+    _require_comparable(anchor, test)
+    return _mean_difference(anchor.points(), test.points(), "bpp of {}", anchor, test)
+
+
+def _require_comparable(anchor: RateCurve, test: RateCurve) -> None:
+    if anchor.metric != test.metric:
+        raise ValueError(
+            f"{anchor.name} and {test.name} are curves of different metrics: "
+            f"{anchor.metric} and {test.metric}"
+        )
+    ours, theirs = set(anchor.images), set(test.images)
+    if ours and theirs and ours != theirs:
+        odd = sorted(ours ^ theirs)
+        raise ValueError(
+            f"{anchor.name} and {test.name} are curves over different images: "
+            f"{len(odd)} are in only one of them, {odd[0]} first"
+        )
+
+
+def _mean_difference(
+    a: tuple[np.ndarray, np.ndarray],
+    b: tuple[np.ndarray, np.ndarray],
+    axis: str,
+    anchor: RateCurve,
+    test: RateCurve,
+) -> float:
+    """Mean of b's curve minus a's over the common range; each is (abscissa, value)."""
+    low = max(a[0].min(), b[0].min())
+    high = min(a[0].max(), b[0].max())
+    rising = [curve[0][-1] > curve[0][0] for curve in (a, b)]
+    if not low < high or rising[0] != rising[1]:
+        spans = []
+        for curve, name in ((a, anchor.name), (b, test.name)):
+            ends = curve[0][[0, -1]]
+            ends = 10**ends if axis.startswith("bpp") else ends
+            spans.append(f"{axis.format(name)} goes from {ends[0]:g} to {ends[1]:g}")
+        raise ValueError("no common range: " + ", ".join(spans))
+    integrals = []
+    for abscissa, value in (a, b):
+        order = np.argsort(abscissa)
+        curve = PchipInterpolator(abscissa[order], value[order])
+        integrals.append(float(curve.integrate(low, high)))
+    return (integrals[1] - integrals[0]) / float(high - low)

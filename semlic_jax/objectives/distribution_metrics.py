@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distances of two sets of images: Fréchet (FID) and kernel (KID), under any trunk.
+
+In: HiFiC's two-grid patches, statistics that stream and merge, and the two distances.
+With Inception-v3's "Mixed_7c" and patches of 256 pixels these are the FID/256 and
+KID/256 of HiFiC and MS-ILLM (arXiv:2006.09965, appendix A.7; arXiv:2301.11189).
+
+Statistics are float64 on the host. Mean and scatter matrix are updated in place (Chan
+et al. 1983), so a set of any size fits in memory; for the kernel distance a sample of
+features is kept, chosen by a hash of each patch's place in the set. So a set split over
+processes gives, merged, what one process gives. Imports jax, numpy and this package's
+`features`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from semlic_jax.objectives.features import FeatureNetwork
+
+PATCH_SIDE = 256
+_PATCHES_PER_IMAGE = 1 << 24  # room in a patch's number for a 2^28-pixel image
+_MAX_KEPT = 10_000
+_PENDING_ROWS = 256
+
+
+def patch_grids(image: np.ndarray, side: int = PATCH_SIDE) -> np.ndarray:
+    """Non-overlapping patches on HiFiC's two grids.
+
+    The first grid starts at (0, 0), remainders at the right and bottom dropped; the
+    second is shifted by side // 2 and used only if both sides of the image are at least
+    1.5 * side. A 768x512 image has 6 + 2 patches of 256.
+
+    Args:
+        image: uint8 [H, W, 3].
+        side: of a patch, in pixels.
+
+    Returns:
+        uint8 [N, side, side, 3].
+
+    Raises:
+        ValueError: not a uint8 image, or one that is smaller than a patch.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(
+            f"image should be uint8 [H, W, 3], found {image.dtype} {image.shape}"
+        )
+    height, width, _ = image.shape
+    if side < 1 or min(height, width) < side:
+        raise ValueError(
+            f"patches of {side}x{side} do not fit into an image of {width}x{height}"
+        )
+    starts = [0] if min(height, width) < 1.5 * side else [0, side // 2]
+    grids = []
+    for start in starts:
+        rows, columns = (height - start) // side, (width - start) // side
+        part = image[start : start + rows * side, start : start + columns * side]
+        part = part.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+        grids.append(part.reshape(-1, side, side, 3))
+    return np.concatenate(grids)
+
+
+def _hashed(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64 of uint64 numbers: an order that looks random and never changes."""
+    z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class FeatureStatistics:
+    """Count, mean and scatter of feature vectors, and a sample of them.
+
+    Attributes:
+        label: what the features are; statistics of different labels do not mix.
+        count: vectors seen.
+        mean: float64 [D].
+        scatter: float64 [D, D], sum of outer products of deviations from the mean.
+        numbers: int64 [K], ascending: places in the set of the vectors kept.
+        kept: float32 [K, D], those vectors.
+        max_kept: largest K.
+    """
+
+    def __init__(
+        self, dimension: int, *, label: str = "", max_kept: int = _MAX_KEPT
+    ) -> None:
+        self.label = label
+        self.count = 0
+        self.mean = np.zeros(dimension)
+        self.scatter = np.zeros((dimension, dimension))
+        self.numbers = np.zeros(0, np.int64)
+        self.kept = np.zeros((0, dimension), np.float32)
+        self.max_kept = max_kept
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Unbiased covariance, float64 [D, D]."""
+        if self.count < 2:
+            raise ValueError(
+                f"a covariance needs at least 2 vectors, found {self.count}"
+            )
+        return self.scatter / (self.count - 1)
+
+    def update(self, features: np.ndarray, numbers: Sequence[int] | np.ndarray) -> None:
+        """Add vectors.
+
+        Args:
+            features: float [N, D], finite.
+            numbers: N places in the whole set, over all processes, none twice.
+
+        Raises:
+            ValueError: other dimension, values that are not finite, or a place that a
+                kept vector has already. Nothing is added then.
+        """
+        rows = np.asarray(features, np.float64)
+        if rows.ndim != 2 or rows.shape[1] != len(self.mean):
+            raise ValueError(
+                f"features should be [N, {len(self.mean)}], found {rows.shape}"
+            )
+        if len(rows) != len(numbers):
+            raise ValueError(f"{len(rows)} vectors came with {len(numbers)} numbers")
+        if not np.isfinite(rows).all():
+            raise ValueError("features hold values that are not finite")
+        if not len(rows):
+            return
+        numbers = np.asarray(numbers, np.int64)
+        self._require_new(numbers)
+        mean = rows.mean(axis=0)
+        deviations = rows - mean
+        self._add_moments(len(rows), mean, deviations.T @ deviations)
+        self._keep(numbers, rows.astype(np.float32))
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add everything that another has seen.
+
+        Raises:
+            ValueError: statistics of other features.
+        """
+        _require_alike(self, other)
+        if other.count:
+            self._require_new(other.numbers)
+            self._add_moments(other.count, other.mean, other.scatter)
+            self._keep(other.numbers, other.kept)
+
+    def _add_moments(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total = self.count + count
+        shift = mean - self.mean
+        self.scatter += scatter
+        self.scatter += np.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    def _require_new(self, numbers: np.ndarray) -> None:
+        every = np.concatenate([self.numbers, numbers])
+        if len(np.unique(every)) != len(every):
+            raise ValueError("the same place in the set was given twice")
+
+    def _keep(self, numbers: np.ndarray, features: np.ndarray) -> None:
+        numbers = np.concatenate([self.numbers, numbers])
+        first = np.argsort(_hashed(numbers), kind="stable")[: self.max_kept]
+        order = first[np.argsort(numbers[first])]
+        features = np.concatenate([self.kept, features])
+        self.numbers, self.kept = numbers[order], features[order]
+
+    def to_bytes(self) -> bytes:
+        """An .npz of everything, without pickle."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            label=np.asarray(self.label),
+            count=self.count,
+            mean=self.mean,
+            scatter=self.scatter,
+            numbers=self.numbers,
+            kept=self.kept,
+            max_kept=self.max_kept,
+        )
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> FeatureStatistics:
+        """What `to_bytes` wrote.
+
+        Raises:
+            ValueError: anything else.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                values = {key: file[key] for key in file.files}
+            statistics = cls(
+                len(values["mean"]),
+                label=str(values["label"]),
+                max_kept=int(values["max_kept"]),
+            )
+            statistics.count = int(values["count"])
+            for name in ("mean", "scatter", "numbers", "kept"):
+                setattr(statistics, name, values[name])
+        except Exception as error:  # zipfile, zlib and numpy have errors of their own
+            raise ValueError(f"not a file of feature statistics: {error}") from error
+        return statistics
+
+    def save(self, path: str | Path) -> None:
+        """Write to a file, for another process to merge."""
+        Path(path).write_bytes(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: not such a file.
+        """
+        return cls.from_bytes(Path(path).read_bytes())
+
+
+def _require_alike(a: FeatureStatistics, b: FeatureStatistics) -> None:
+    if a.label != b.label or len(a.mean) != len(b.mean):
+        raise ValueError(
+            f"statistics of different features: {a.label or 'no label'} with "
+            f"{len(a.mean)} values, {b.label or 'no label'} with {len(b.mean)}"
+        )
+
+
+def gather_statistics(statistics: FeatureStatistics) -> FeatureStatistics:
+    """The statistics of all processes of a `jax.distributed` run, merged, on each.
+
+    Sent as bytes, since JAX would round float64 to float32.
+    """
+    if jax.process_count() == 1:
+        return statistics
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.frombuffer(statistics.to_bytes(), np.uint8)
+    lengths = np.asarray(process_allgather(np.asarray(len(data), np.int32)))
+    filled = np.zeros(int(lengths.max()), np.uint8)
+    filled[: len(data)] = data
+    merged = FeatureStatistics(
+        len(statistics.mean), label=statistics.label, max_kept=statistics.max_kept
+    )
+    rows = np.asarray(process_allgather(filled))
+    for row, length in zip(rows, lengths.reshape(-1), strict=True):
+        merged.merge(FeatureStatistics.from_bytes(row[:length].tobytes()))
+    return merged
+
+
+_embed = jax.jit(FeatureNetwork.embed)
+
+
+class PatchStatistics:
+    """Statistics of the patches of a set of images under one network.
+
+    Args:
+        network: its last tap's spatial mean is the feature vector of a patch; for FID,
+            `load_features(..., "inception_v3")`.
+        patch_side: in pixels; smaller than 256 for small sets.
+        batch: patches per call of the network; one compiled program serves all images.
+        max_kept: see `FeatureStatistics`.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        *,
+        patch_side: int = PATCH_SIDE,
+        batch: int = 8,
+        max_kept: int = _MAX_KEPT,
+    ) -> None:
+        self._network = network
+        self._side, self._batch = patch_side, batch
+        images = jax.ShapeDtypeStruct((1, patch_side, patch_side, 3), np.float32)
+        dimension = jax.eval_shape(FeatureNetwork.embed, network, images).shape[-1]
+        module = network.module
+        label = (
+            f"{type(module).__name__} {getattr(module, 'version', '')}"
+            f"({network.taps[-1]}, {module.preprocessing}, patches of {patch_side})"
+        )
+        self._statistics = FeatureStatistics(dimension, label=label, max_kept=max_kept)
+        self._patches: list[np.ndarray] = []
+        self._numbers: list[int] = []
+        self._rows: list[np.ndarray] = []
+        self._row_numbers: list[int] = []
+
+    def add(self, image: np.ndarray, index: int) -> int:
+        """Add the patches of one image.
+
+        Args:
+            image: uint8 [H, W, 3].
+            index: its place in the whole set, over all processes.
+
+        Returns:
+            how many patches.
+
+        Raises:
+            ValueError: see `patch_grids`.
+        """
+        patches = patch_grids(image, self._side)
+        self._patches.extend(patches)
+        first = index * _PATCHES_PER_IMAGE
+        self._numbers.extend(range(first, first + len(patches)))
+        while len(self._patches) >= self._batch:
+            self._run(self._batch)
+        return len(patches)
+
+    def statistics(self) -> FeatureStatistics:
+        """Of all images added so far."""
+        if self._patches:
+            self._run(len(self._patches))
+        self._fold()
+        return self._statistics
+
+    def _run(self, count: int) -> None:
+        patches = np.stack(self._patches[:count]).astype(np.float32) / 255
+        fill = ((0, self._batch - count), (0, 0), (0, 0), (0, 0))
+        with jax.default_matmul_precision("highest"):
+            rows = np.asarray(_embed(self._network, np.pad(patches, fill)))[:count]
+        self._rows.append(rows)
+        self._row_numbers += self._numbers[:count]
+        del self._patches[:count], self._numbers[:count]
+        if len(self._row_numbers) >= _PENDING_ROWS:  # the scatter update costs D^2
+            self._fold()
+
+    def _fold(self) -> None:
+        if self._rows:
+            self._statistics.update(np.concatenate(self._rows), self._row_numbers)
+            self._rows, self._row_numbers = [], []
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), float64 (arXiv:1706.08500).
+
+    The trace of the root is the sum of the roots of the eigenvalues of
+    C_a^(1/2) C_b C_a^(1/2), which is symmetric: no complex parts, and covariances of
+    fewer vectors than dimensions are no trouble (but the distance is biased then).
+
+    Raises:
+        ValueError: statistics of other features, or of fewer than 2 vectors.
+    """
+    _require_alike(a, b)
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    covariance = b.covariance
+    product = np.linalg.eigvalsh(root @ covariance @ root)
+    trace = np.trace(a.covariance) + np.trace(covariance)
+    shift = a.mean - b.mean
+    return float(shift @ shift + trace - 2 * np.sqrt(np.maximum(product, 0)).sum())
+
+
+class KernelDistance(NamedTuple):
+    """Mean and standard deviation over subsets."""
+
+    mean: float
+    std: float
+
+
+def polynomial_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased squared MMD under k(x, y) = (x . y / D + 1)^3 (arXiv:1801.01401).
+
+    Args:
+        a, b: float [N, D] and [M, D], computed in float64.
+
+    Raises:
+        ValueError: fewer than 2 vectors, or other dimensions.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(
+            "a kernel distance needs at least 2 vectors of equal dimension on both "
+            f"sides, found {a.shape} and {b.shape}"
+        )
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: np.ndarray) -> float:
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def kernel_distance(
+    a: FeatureStatistics,
+    b: FeatureStatistics,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> KernelDistance:
+    """KID: `polynomial_mmd` over random subsets, as torch-fidelity draws them.
+
+    Its defaults are theirs, and so are the subsets, where all vectors were kept.
+
+    Raises:
+        ValueError: statistics of other features, or fewer vectors than `subset_size`.
+    """
+    _require_alike(a, b)
+    least = min(len(a.kept), len(b.kept))
+    if least < subset_size:
+        raise ValueError(
+            f"subsets of {subset_size} vectors do not fit into the {least} kept; "
+            "give a smaller subset size or smaller patches"
+        )
+    rng = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        rows_a = rng.choice(len(a.kept), subset_size, replace=False)
+        rows_b = rng.choice(len(b.kept), subset_size, replace=False)
+        values.append(polynomial_mmd(a.kept[rows_a], b.kept[rows_b]))
+    return KernelDistance(float(np.mean(values)), float(np.std(values)))

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of one reconstruction against its original: batched, jitted, of 8-bit images.
+
+In: PSNR, MS-SSIM, feature distance, LPIPS, DISTS, SSIMULACRA2, and `ImageMetrics`,
+which loads what a list of names needs and measures batches. Out: metrics of a set of
+images (`distribution_metrics.py`) and of rate-distortion curves (`bd_rates.py`).
+
+Every metric takes uint8 images, [H, W, 3] or [B, H, W, 3], or float images in [0, 1],
+which are taken as they are except where a definition rounds. One value per image.
+Matrix products run in full float32 on every device: a metric that changes with the
+accelerator is none. Imports jax, numpy and this package's `features`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.objectives.feature_weights import (
+    load_dists_weights,
+    load_lpips_heads,
+)
+from semlic_jax.objectives.features import (
+    FeatureNetwork,
+    feature_distance,
+    load_features,
+)
+from semlic_jax.objectives.trunks import LPIPS_TAPS
+
+Images = jax.Array | np.ndarray
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_LEAST_SIDE = 161  # 11 pixels at the fifth scale
+_WINDOW_SIDE, _WINDOW_SIGMA = 11, 1.5
+
+
+class ImageTooSmallError(ValueError):
+    """The images are smaller than the metric is defined for."""
+
+
+def _as_pixels(images: Images) -> jax.Array:
+    """float32 [B, H, W, 3] in 0..255, unrounded."""
+    images = jnp.asarray(images)
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images should be [H, W, 3] or [B, H, W, 3], found shape {images.shape}"
+        )
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(jnp.float32) * 255
+    raise ValueError(
+        f"images should be uint8, or float in [0, 1], found {images.dtype}"
+    )
+
+
+def _as_pair(reference: Images, image: Images) -> tuple[jax.Array, jax.Array]:
+    x, x_hat = _as_pixels(reference), _as_pixels(image)
+    if x.shape != x_hat.shape:
+        raise ValueError(
+            "original and reconstruction should have one shape, "
+            f"found {x.shape} and {x_hat.shape}"
+        )
+    return x, x_hat
+
+
+def _exact(function: Callable) -> Callable:
+    """jit, with float32 products that are float32 on accelerators too."""
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return compiled(*args)
+
+    return call
+
+
+@_exact
+def psnr_db(reference: Images, image: Images) -> jax.Array:
+    """Peak signal-to-noise ratio of 8-bit images in dB, float32 [B].
+
+    10 log10(255^2 / mean of squared differences over pixels and channels), float
+    images rounded to 8 bits first; infinite for equal images.
+    """
+    x, x_hat = _as_pair(reference, image)
+    x, x_hat = (jnp.clip(jnp.round(pixels), 0, 255) for pixels in (x, x_hat))
+    mse = jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3))
+    return 10 * jnp.log10(255.0**2 / mse)
+
+
+def _blur(x: jax.Array) -> jax.Array:
+    """Gaussian window over rows and columns, without padding.
+
+    Shifted additions: a depthwise convolution is many times slower on CPU.
+    """
+    offsets = np.arange(_WINDOW_SIDE) - _WINDOW_SIDE // 2
+    window = np.exp(-(offsets**2) / (2 * _WINDOW_SIGMA**2))
+    window /= window.sum()
+    for axis in (1, 2):
+        length = x.shape[axis] - _WINDOW_SIDE + 1
+        shifted = (
+            weight * jax.lax.slice_in_dim(x, start, start + length, axis=axis)
+            for start, weight in enumerate(window.astype(np.float32))
+        )
+        x = functools.reduce(jnp.add, shifted)
+    return x
+
+
+def _ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means over pixels of SSIM and of its contrast-structure part, [B, 3] each.
+
+    Pixels come shifted by -128: variances do not change, and float32 keeps two more
+    of their bits.
+    """
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    maps = jnp.concatenate([x, x_hat, x * x + x_hat * x_hat, x * x_hat], axis=-1)
+    mean, mean_hat, squares, products = jnp.split(_blur(maps), 4, axis=-1)
+    variances = squares - mean * mean - mean_hat * mean_hat
+    covariance = products - mean * mean_hat
+    contrast = (2 * covariance + c2) / (variances + c2)
+    mean, mean_hat = mean + 128, mean_hat + 128
+    luminance = (2 * mean * mean_hat + c1) / (mean * mean + mean_hat * mean_hat + c1)
+    return (
+        jnp.mean(luminance * contrast, axis=(1, 2)),
+        jnp.mean(contrast, axis=(1, 2)),
+    )
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    """2x2 means; an odd side gets a row of black on both ends (as the field does)."""
+    pads = [(n % 2, n % 2) for n in x.shape[1:3]]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-128.0)
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return jnp.mean(x, axis=(2, 4))
+
+
+@_exact
+def ms_ssim(reference: Images, image: Images) -> jax.Array:
+    """Multi-scale structural similarity, float32 [B], 1 for equal images.
+
+    Wang et al. 2003 in the field's form (pytorch-msssim): Gaussian window of 11 pixels
+    and sigma 1.5, five scales, range 255, each channel alone, then their mean; negative
+    factors count as 0.
+
+    Raises:
+        ImageTooSmallError: a side under 161 pixels.
+    """
+    x, x_hat = _as_pair(reference, image)
+    _require_side(x.shape, MS_SSIM_LEAST_SIDE, "MS-SSIM")
+    x, x_hat = x - 128, x_hat - 128
+    product = jnp.ones((x.shape[0], 3), jnp.float32)
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
+        ssim, contrast = _ssim_terms(x, x_hat)
+        last = scale == len(MS_SSIM_WEIGHTS) - 1
+        product = product * jnp.maximum(ssim if last else contrast, 0) ** weight
+        if not last:
+            x, x_hat = _halve(x), _halve(x_hat)
+    return jnp.mean(product, axis=-1)
+
+
+def _require_side(shape: Sequence[int], least: int, metric: str) -> None:
+    height, width = shape[-3:-1]
+    if min(height, width) < least:
+        raise ImageTooSmallError(
+            f"{metric} needs images of at least {least}x{least} pixels, "
+            f"found {width}x{height}"
+        )
+
+
+@_exact
+def _network_distance(
+    network: FeatureNetwork,
+    heads: Sequence[jax.Array] | None,
+    reference: Images,
+    image: Images,
+) -> jax.Array:
+    x, x_hat = _as_pair(reference, image)
+    # 1e-20 in the root is stock LPIPS's 1e-10 beside it; no gradient is taken here.
+    return feature_distance(
+        network.apply(x / 255), network.apply(x_hat / 255), heads, eps=1e-20
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDistance:
+    """LPIPS (arXiv:1801.03924) with learnt heads, a plain feature distance without.
+
+    Attributes:
+        network: trunk; its taps are compared.
+        heads: channel weights [C] per tap, or None: all 1.
+    """
+
+    network: FeatureNetwork
+    heads: tuple[jax.Array, ...] | None = None
+
+    def __call__(self, reference: Images, image: Images) -> jax.Array:
+        """Distance of original and reconstruction, float32 [B], 0 for equal images."""
+        return _network_distance(self.network, self.heads, reference, image)
+
+
+_LPIPS_TRUNKS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+
+
+def load_lpips(folder: str | Path, trunk: str = "alex") -> FeatureDistance:
+    """LPIPS v0.1 from a folder with the trunk's weights and the heads.
+
+    Args:
+        folder: holds `alexnet*.npz`, `vgg16*.npz` or `squeezenet1_1*.npz`, and
+            `lpips_v0.1_<trunk>.npz`.
+        trunk: "alex", "vgg" or "squeeze".
+
+    Raises:
+        ValueError: unknown trunk, or a file that is missing or does not fit.
+    """
+    heads = load_lpips_heads(folder, trunk)
+    network = load_features(folder, _LPIPS_TRUNKS[trunk], taps=LPIPS_TAPS[trunk])
+    return FeatureDistance(network, tuple(map(jnp.asarray, heads)))
+
+
+@_exact
+def _dists(
+    network: FeatureNetwork,
+    alpha: Sequence[jax.Array],
+    beta: Sequence[jax.Array],
+    reference: Images,
+    image: Images,
+) -> jax.Array:
+    x, x_hat = (pixels / 255 for pixels in _as_pair(reference, image))
+    total = sum(jnp.sum(w) for w in (*alpha, *beta))
+    similarity = jnp.zeros(x.shape[0], jnp.float32)
+    maps = zip(
+        (x, *network.apply(x)), (x_hat, *network.apply(x_hat)), alpha, beta, strict=True
+    )
+    for f, g, a, b in maps:
+        mean, mean_hat = jnp.mean(f, axis=(1, 2)), jnp.mean(g, axis=(1, 2))
+        df, dg = f - mean[:, None, None], g - mean_hat[:, None, None]
+        variances = jnp.mean(df * df + dg * dg, axis=(1, 2))
+        covariance = jnp.mean(df * dg, axis=(1, 2))
+        squares = mean * mean + mean_hat * mean_hat
+        texture = (2 * mean * mean_hat + 1e-6) / (squares + 1e-6)
+        structure = (2 * covariance + 1e-6) / (variances + 1e-6)
+        similarity += (texture @ a + structure @ b) / total
+    return 1 - similarity
+
+
+@dataclasses.dataclass(frozen=True)
+class DISTS:
+    """Deep image structure and texture similarity (arXiv:2004.07728).
+
+    1 - sum over maps and channels of alpha * texture + beta * structure, over the image
+    and five layers of VGG-16 with L2 pooling, at the images' own size (as in MS-ILLM's
+    evaluation; the authors' example scales the short side to 256 first).
+
+    Attributes:
+        network: VGG-16 with `pooling="l2"`.
+        alpha, beta: weights [C] of each map, the image's three channels first.
+    """
+
+    network: FeatureNetwork
+    alpha: tuple[jax.Array, ...]
+    beta: tuple[jax.Array, ...]
+
+    def __call__(self, reference: Images, image: Images) -> jax.Array:
+        """Distance of original and reconstruction, float32 [B], 0 for equal images."""
+        return _dists(self.network, self.alpha, self.beta, reference, image)
+
+
+def load_dists(folder: str | Path) -> DISTS:
+    """DISTS from a folder that holds `vgg16*.npz` and `dists_alpha_beta.npz`.
+
+    Raises:
+        ValueError: a file that is missing or does not fit.
+    """
+    alpha, beta = load_dists_weights(folder)
+    network = load_features(folder, "vgg16", taps=LPIPS_TAPS["vgg"])
+    return DISTS(
+        network.replace(pooling="l2"),
+        tuple(map(jnp.asarray, alpha)),
+        tuple(map(jnp.asarray, beta)),
+    )
+
+
+def ssimulacra2(reference: Images, image: Images) -> np.ndarray:
+    """SSIMULACRA2 through its PyPI package, float64 [B]; 100 for equal images.
+
+    Runs in NumPy on the host, image by image; float images are rounded to 8 bits.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    try:
+        compute = importlib.import_module("ssimulacra2").compute_ssimulacra2
+    except ImportError:
+        raise ValueError(
+            "SSIMULACRA2 needs its package: pip install ssimulacra2"
+        ) from None
+    from PIL import Image
+
+    def file_of(pixels: np.ndarray) -> io.BytesIO:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "BMP")
+        buffer.seek(0)
+        return buffer
+
+    pair = [
+        np.clip(np.round(np.asarray(pixels)), 0, 255).astype(np.uint8)
+        for pixels in _as_pair(reference, image)
+    ]
+    scores = [compute(file_of(a), file_of(b)) for a, b in zip(*pair, strict=True)]
+    return np.asarray(scores, np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricInfo:
+    """What a table or plot must know of a metric.
+
+    Attributes:
+        label: for axes and headings, with the unit.
+        higher_is_better: direction.
+        least_side: smallest side of an image in pixels.
+    """
+
+    label: str
+    higher_is_better: bool
+    least_side: int = 1
+
+
+IMAGE_METRICS = {
+    "psnr_db": MetricInfo("PSNR (dB)", True),
+    "ms_ssim": MetricInfo("MS-SSIM", True, MS_SSIM_LEAST_SIDE),
+    "feature_distance": MetricInfo("SqueezeNet feature distance", False, 7),
+    "lpips_alex": MetricInfo("LPIPS (AlexNet)", False, 31),
+    "lpips_vgg": MetricInfo("LPIPS (VGG-16)", False, 16),
+    "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 3),
+    "dists": MetricInfo("DISTS", False, 16),
+    "ssimulacra2": MetricInfo("SSIMULACRA2", True, 8),
+}
+
+
+class ImageMetrics:
+    """Several metrics at once, loaded by name.
+
+    Args:
+        names: of `IMAGE_METRICS`.
+        weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
+            Looked at only for metrics that need one.
+
+    Raises:
+        ValueError: unknown name, or weights that are missing or do not fit.
+    """
+
+    def __init__(self, names: Sequence[str], weights: str | Path | None = None) -> None:
+        unknown = [name for name in names if name not in IMAGE_METRICS]
+        if unknown:
+            raise ValueError(
+                f"unknown metric {', '.join(unknown)}; "
+                f"known: {', '.join(IMAGE_METRICS)}"
+            )
+        self._functions = {name: self._load(name, weights) for name in names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the metrics, as given."""
+        return tuple(self._functions)
+
+    @staticmethod
+    def _load(name: str, weights: str | Path | None) -> Callable[..., Any]:
+        plain = {"psnr_db": psnr_db, "ms_ssim": ms_ssim, "ssimulacra2": ssimulacra2}
+        if name in plain:
+            return plain[name]
+        if name == "feature_distance":
+            return FeatureDistance(load_features(weights, "squeezenet1_0"))
+        folder = weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
+        if not folder:
+            raise ValueError(
+                f"{name} needs feature weights: give their folder, or set "
+                "SEMLIC_FEATURES to it"
+            )
+        if name == "dists":
+            return load_dists(folder)
+        return load_lpips(folder, name.removeprefix("lpips_"))
+
+    def refusals(self, height: int, width: int) -> dict[str, str]:
+        """Metrics that images of this size are too small for, with the reason."""
+        return {
+            name: f"needs {least}x{least} pixels, found {width}x{height}"
+            for name in self._functions
+            if min(height, width) < (least := IMAGE_METRICS[name].least_side)
+        }
+
+    def __call__(self, reference: Images, image: Images) -> dict[str, np.ndarray]:
+        """Values of every metric that the images are large enough for.
+
+        Args:
+            reference, image: uint8 (or float in [0, 1]), [H, W, 3] or [B, H, W, 3].
+
+        Returns:
+            name: float64 [B]; metrics among `refusals` are left out.
+        """
+        height, width = reference.shape[-3:-1]
+        refused = self.refusals(height, width)
+        return {
+            name: np.asarray(function(reference, image), np.float64)
+            for name, function in self._functions.items()
+            if name not in refused
+        }
