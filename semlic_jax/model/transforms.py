@@ -9,9 +9,13 @@ Two options make small models train in hours instead of weeks:
 
 * `patch`: the first and last convolution work on `patch x patch` pixel blocks, so the
   full-resolution levels, which cost most of the time of a narrow network, are gone.
-* `linear_skip`: beside the network runs a trainable linear 16 x 16 block transform,
-  started at the Karhunen-Loève transform of photographs (`training.klt`), with the
-  network's last layers at zero: training starts at a working codec.
+* `linear_skip`: beside the network runs a trainable linear transform, with the
+  network's last layers at zero: training starts at a working codec. It is a lapped
+  transform, so that the start shows no blocks: a filter across the borders of 16 x 16
+  blocks (Malvar's LOT, written as a time-domain filter: Tran et al. 2003, "Lapped
+  transform via time-domain pre- and post-filtering"), then a linear map of each block,
+  started at the Karhunen-Loève transform of photographs (`training.klt`). The last
+  layers of g_s see what the linear part made.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from semlic_jax.model.layers import (
     ChannelNorm,
@@ -36,6 +41,52 @@ Array = jax.Array
 STRIDE = 16  # pixels per latent
 HYPER_STRIDE = 64  # pixels per hyper-latent
 _MID_GREY = 0.5
+
+
+def lapping_matrix() -> np.ndarray:
+    """The filter across a block border that makes the LOT of a block DCT.
+
+    Returns:
+        float64 [16, 16], orthonormal; it maps the 16 samples around a border. Its
+        transpose undoes it.
+    """
+    half = STRIDE // 2
+    k, i = np.mgrid[:half, :half]
+    dct_2 = np.sqrt(2 / half) * np.cos(np.pi * (i + 0.5) * k / half)
+    dct_2[0] /= np.sqrt(2)
+    dct_4 = np.sqrt(2 / half) * np.cos(np.pi * (i + 0.5) * (k + 0.5) / half)
+    eye = np.eye(half)
+    flip = eye[::-1]
+    butterfly = np.block([[eye, flip], [flip, -eye]])
+    core = np.zeros((STRIDE, STRIDE))
+    core[:half, :half] = eye
+    core[half:, half:] = flip @ dct_2.T @ dct_4 @ flip
+    return butterfly @ core @ butterfly / 2
+
+
+def filter_borders(x: Any, matrix: Any) -> Any:
+    """Apply a matrix to the 16 samples around each border of 16 x 16 blocks.
+
+    Args:
+        x: [B, H, W, C], JAX or NumPy, H and W multiples of 16. The outer 8 rows and
+            columns have no border and stay.
+        matrix: [16, 16], `out[j] = sum_k matrix[j, k] in[k]`; first along rows of
+            blocks, then along columns.
+    """
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    half = STRIDE // 2
+    batch, height, width, channels = x.shape
+    if height > STRIDE:
+        inner = x[:, half:-half].reshape(batch, -1, STRIDE, width * channels)
+        inner = xp.einsum("bnkc,jk->bnjc", inner, matrix)
+        inner = inner.reshape(batch, height - STRIDE, width, channels)
+        x = xp.concatenate([x[:, :half], inner, x[:, -half:]], 1)
+    if width > STRIDE:
+        inner = x[:, :, half:-half].reshape(batch, height, -1, STRIDE, channels)
+        inner = xp.einsum("bhnkc,jk->bhnjc", inner, matrix)
+        inner = inner.reshape(batch, height, width - STRIDE, channels)
+        x = xp.concatenate([x[:, :, :half], inner, x[:, :, -half:]], 2)
+    return x
 
 
 class AnalysisTransform(nn.Module):
@@ -71,7 +122,11 @@ class AnalysisTransform(nn.Module):
         y = Conv(self.latent_channels, dtype=self.dtype, kernel_init=init)(h)
         y = y.astype(jnp.float32)
         if self.linear_skip:
-            blocks = space_to_depth(x - _MID_GREY, STRIDE)
+            lapping = self.param(
+                "skip_lapping", lambda _: jnp.asarray(lapping_matrix())
+            )
+            lapped = filter_borders(x - _MID_GREY, lapping)
+            blocks = space_to_depth(lapped, STRIDE)
             skip = nn.Dense(self.latent_channels, use_bias=False, name="skip")
             y = y + skip(blocks)
         return y
@@ -128,7 +183,22 @@ class SynthesisTransform(nn.Module):
         x_hat = depth_to_space(out.astype(jnp.float32), self.patch)
         if self.linear_skip:
             skip = nn.Dense(3 * STRIDE**2, use_bias=False, name="skip")
-            x_hat = x_hat + depth_to_space(skip(y_hat), STRIDE) + _MID_GREY
+            lapping = self.param(
+                "skip_lapping", lambda _: jnp.asarray(lapping_matrix().T)
+            )
+            linear = filter_borders(depth_to_space(skip(y_hat), STRIDE), lapping)
+            x_hat = x_hat + linear + _MID_GREY
+            seen = space_to_depth(x_hat - _MID_GREY, self.patch).astype(self.dtype)
+            h = jnp.concatenate([h, seen], -1)
+            h = Conv(self.widths[0], dtype=self.dtype, name="repair_0")(h)
+            h = nn.relu(ChannelNorm(name="repair_norm")(h))
+            h = Conv(
+                3 * self.patch**2,
+                dtype=self.dtype,
+                kernel_init=init,
+                name="repair_1",
+            )(h)
+            x_hat = x_hat + depth_to_space(h.astype(jnp.float32), self.patch)
         return x_hat
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from semlic_jax.model.compression import ModelConfig
 from semlic_jax.model.priors import index_from_scale
-from semlic_jax.model.transforms import STRIDE
+from semlic_jax.model.transforms import STRIDE, filter_borders, lapping_matrix
 
 # Quantisation step of the coefficients, in image units, where the gain is 1: the
 # coarsest quality, about 200 of 255 grey levels.
@@ -26,7 +26,7 @@ BASE_STEP = 0.8
 
 
 def block_covariance(images: Iterable[np.ndarray]) -> np.ndarray:
-    """Second moment of 16 x 16 RGB blocks about mid-grey.
+    """Second moment of 16 x 16 RGB blocks about mid-grey, after the lapping filter.
 
     Args:
         images: uint8 [H, W, 3] each.
@@ -36,6 +36,7 @@ def block_covariance(images: Iterable[np.ndarray]) -> np.ndarray:
         `layers.space_to_depth`.
     """
     size = 3 * STRIDE**2
+    lapping = lapping_matrix().astype(np.float32)
     total = np.zeros((size, size))
     count = 0
     for image in images:
@@ -43,6 +44,7 @@ def block_covariance(images: Iterable[np.ndarray]) -> np.ndarray:
         if not rows * columns:
             continue
         image = image[: rows * STRIDE, : columns * STRIDE] / np.float32(255) - 0.5
+        image = filter_borders(image[None], lapping)[0]
         blocks = image.reshape(rows, STRIDE, columns, STRIDE, 3).transpose(
             0, 2, 1, 3, 4
         )
