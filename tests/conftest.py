@@ -96,6 +96,40 @@ def lively_params(config, seed: int = 0):
     return jax.tree.map(np.asarray, params)
 
 
+def random_integers(config, seed: int = 0, *, saturated: bool = False):
+    """Integer networks of any configuration, with lively activations.
+
+    Args:
+        config: the architecture.
+        seed: of the numbers.
+        saturated: weights, sums and shifts at the limits of what can be proved.
+    """
+    from semlic_jax.model.compression import entropy_model
+
+    rng = np.random.default_rng(seed)
+    tree = {}
+    for name, spec in entropy_model(config, "exact").layer_specs().items():
+        shape = (spec.kernel, spec.kernel, spec.inputs, spec.features)
+        taps = spec.kernel**2 * spec.inputs
+        if saturated:
+            largest = min(127, (2**24 - 1) // (spec.input_max * taps))
+            kernel = largest * rng.choice([-1, 1], shape)
+            bias = rng.integers(-(2**30), 2**30, spec.features)
+            shift = rng.choice([1, 6, 10, 14 + spec.right], spec.features)
+        else:
+            kernel = np.clip(np.rint(30 * rng.standard_normal(shape)), -127, 127)
+            # A sum of products of about 60 gives an activation of about 60.
+            shift = np.full(spec.features, round(np.log2(30 * np.sqrt(taps))))
+            shift += spec.right - (name.endswith("mean"))
+            bias = rng.integers(-20, 60, spec.features) << shift
+        tree[name] = {
+            "kernel": kernel.astype(np.int8),
+            "bias": bias.astype(np.int32),
+            "shift": shift.astype(np.int32),
+        }
+    return tree
+
+
 @pytest.fixture(scope="session")
 def photograph():
     """Function (height, width, seed=0) -> uint8 [height, width, 3]."""
