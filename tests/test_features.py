@@ -44,15 +44,7 @@ def normalised(images):
 def network(name, state, **settings) -> FeatureNetwork:
     """A network of the registry with a state dict of PyTorch names, through a file."""
     arrays = feature_weights.convert_network(state, name)
-    arrays.pop("network")
-    arrays.pop("preprocessing")
-    params: dict = {}
-    for key, value in arrays.items():
-        *parents, leaf = key.split("/")
-        node = params
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = jnp.asarray(value)
+    params, _ = feature_weights.parameter_tree(arrays, name, "")
     return FeatureNetwork(params, features.NETWORKS[name].clone(**settings))
 
 
@@ -350,9 +342,9 @@ def test_own_form_round_trips_through_a_file(tmp_path):
     for name, layer in variables.items():
         state[f"{name}.weight"] = np.asarray(layer["kernel"]).transpose(3, 2, 0, 1)
         state[f"{name}.bias"] = np.asarray(layer["bias"])
-    np.savez(
-        tmp_path / "alexnet.npz", **feature_weights.convert_network(state, "alexnet")
-    )
+    np.savez(tmp_path / "published.npz", **state)
+    file_name, data = features.convert_features(tmp_path / "published.npz", "alexnet")
+    (tmp_path / file_name).write_bytes(data)
     net = load_features(tmp_path, "alexnet", taps=("conv2",))
     images = random_images(1, 64, 64, 3)
     expected = FeatureNetwork(variables, trunks.AlexNet(("conv2",))).apply(images)
@@ -421,6 +413,30 @@ def test_published_heads_load():
         feature_weights.load_lpips_heads(folder / "dists_alpha_beta.npz", "alex")
     with pytest.raises(ValueError, match=r"lin1.* \(1, 192, 1, 1\)"):
         feature_weights.load_lpips_heads(folder / "lpips_v0.1_vgg.npz", "alex")
+
+
+def test_heads_convert_to_files_that_load(tmp_path):
+    rng = np.random.default_rng(0)
+    channels = feature_weights._LPIPS_CHANNELS["alex"]
+    heads = {
+        f"lin{i}.model.1.weight": rng.random((1, c, 1, 1), np.float32)
+        for i, c in enumerate(channels)
+    }
+    total = sum(feature_weights.DISTS_CHANNELS)
+    weights = {k: rng.random((1, total, 1, 1), np.float32) for k in ("alpha", "beta")}
+    for name, arrays in (("lpips_alex", heads), ("dists", weights)):
+        np.savez(tmp_path / "published.npz", **arrays)
+        file_name, data = features.convert_features(tmp_path / "published.npz", name)
+        (tmp_path / file_name).write_bytes(data)
+    loaded = feature_weights.load_lpips_heads(tmp_path, "alex")
+    for ours, theirs in zip(loaded, heads.values(), strict=True):
+        np.testing.assert_array_equal(ours, theirs.reshape(-1))
+    alpha, _ = feature_weights.load_dists_weights(tmp_path)
+    np.testing.assert_array_equal(np.concatenate(alpha), weights["alpha"].reshape(-1))
+    with pytest.raises(ValueError, match="known: alexnet.*dists"):
+        features.convert_features(tmp_path / "published.npz", "resnet")
+    with pytest.raises(ValueError, match="no layer of vgg16"):
+        features.convert_features(tmp_path / "published.npz", "vgg16")
 
 
 # ---- PyTorch files

@@ -86,7 +86,7 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
 }
 
 
-def convert_network(state: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A published state dict in this package's form.
 
     Args:
@@ -185,30 +185,32 @@ def find_weights(path: str | Path, name: str) -> Path:
     )
 
 
-def read_weights(path: Path, name: str) -> tuple[dict[str, Any], str | None]:
-    """Parameter tree and preprocessing of a file of weights.
+def parameter_tree(
+    arrays: Mapping[str, Any], name: str, file_name: str
+) -> tuple[dict[str, Any], str]:
+    """Parameter tree and preprocessing of arrays in this package's form.
 
     Args:
-        path: an .npz in this package's form or with PyTorch's names.
-        name: the network it should hold.
+        arrays: what `convert_network` returns.
+        name: the network they should be of.
+        file_name: where they came from, for messages.
 
     Raises:
-        ValueError: the file is of another network or holds no layer of this one.
+        ValueError: weights of another network.
     """
-    arrays: dict[str, Any] = read_arrays(path)
-    if "network" not in arrays:
-        arrays = convert_network(arrays, name)
-    network, preprocessing = (str(arrays.pop(k)) for k in ("network", "preprocessing"))
+    network = str(arrays["network"])
     if network != name:
-        raise ValueError(f"{path.name} holds weights of {network}, not of {name}")
+        raise ValueError(f"{file_name} holds weights of {network}, not of {name}")
     params: dict[str, Any] = {}
     for key, value in arrays.items():
         *parents, leaf = key.split("/")
+        if not parents:  # network and preprocessing
+            continue
         node = params
         for part in parents:
             node = node.setdefault(part, {})
         node[leaf] = value
-    return params, preprocessing
+    return params, str(arrays.get("preprocessing", "imagenet"))
 
 
 def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen feature networks: a network with its weights, and distances of features.
 
-In: `load_features`, the `FeatureNetwork` it returns, and the channel-normalised
-distance of two sets of feature maps. Out: the networks themselves (`trunks.py`,
-`inception.py`), conversion of published weights (`feature_weights.py`), losses and
-metrics. Imports jax, flax and numpy only.
+In: `load_features`, the `FeatureNetwork` it returns, `convert_features`, and the
+channel-normalised distance of two sets of feature maps. Out: the networks themselves
+(`trunks.py`, `inception.py`), the names and layouts of published weights
+(`feature_weights.py`), losses and metrics. Imports jax, flax and numpy only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from semlic_jax.objectives.feature_weights import find_weights, read_weights
+from semlic_jax.objectives.feature_weights import (
+    convert_network,
+    find_weights,
+    load_dists_weights,
+    load_lpips_heads,
+    parameter_tree,
+    read_arrays,
+)
 from semlic_jax.objectives.inception import InceptionV3
 from semlic_jax.objectives.trunks import (
     LPIPS_TAPS,
@@ -37,6 +46,7 @@ __all__ = [
     "FeatureNetwork",
     "InceptionV3",
     "SqueezeNet",
+    "convert_features",
     "feature_distance",
     "load_features",
     "normalise_channels",
@@ -118,12 +128,13 @@ def load_features(
                 "set SEMLIC_FEATURES to the folder that holds them"
             )
     file = find_weights(path, name)
-    params, preprocessing = read_weights(file, name)
-    settings: dict[str, Any] = {"dtype": dtype}
+    arrays = read_arrays(file)
+    if "network" not in arrays:
+        arrays = convert_network(arrays, name)
+    params, preprocessing = parameter_tree(arrays, name, file.name)
+    settings: dict[str, Any] = {"dtype": dtype, "preprocessing": preprocessing}
     if taps is not None:
         settings["taps"] = tuple(taps)
-    if preprocessing is not None:
-        settings["preprocessing"] = preprocessing
     module = NETWORKS[name].clone(**settings)
     _check_params(params, module, file)
     return FeatureNetwork(jax.tree.map(jnp.asarray, params), module)
@@ -145,6 +156,48 @@ def _check_params(params: Mapping[str, Any], module: nn.Module, file: Path) -> N
                 f"{'/'.join(keys)} should have shape {leaf.shape}, "
                 f"found {found or 'none'}"
             )
+
+
+def convert_features(path: str | Path, name: str) -> tuple[str, bytes]:
+    """A published file of weights in the form that this package loads, checked.
+
+    Args:
+        path: .pth, .pt or .npz; never executed.
+        name: one of `NETWORKS`; "lpips_alex", "lpips_vgg" or "lpips_squeeze" for the
+            heads of LPIPS; "dists" for alpha and beta of DISTS.
+
+    Returns:
+        the name under which a folder of weights should hold it, and the .npz itself.
+
+    Raises:
+        ValueError: unknown name, an unreadable file, or weights that do not fit.
+    """
+    arrays: dict[str, Any]
+    path = Path(path)
+    if name in NETWORKS:
+        arrays = convert_network(read_arrays(path), name)
+        params, preprocessing = parameter_tree(arrays, name, path.name)
+        module = NETWORKS[name].clone(preprocessing=preprocessing)
+        _check_params(params, module, path)
+        file_name = f"{name}.npz"
+    elif name.startswith("lpips_"):
+        trunk = name.removeprefix("lpips_")
+        heads = load_lpips_heads(path, trunk)
+        arrays = {
+            f"lin{index}.model.1.weight": head.reshape(1, -1, 1, 1)
+            for index, head in enumerate(heads)
+        }
+        file_name = f"lpips_v0.1_{trunk}.npz"
+    elif name == "dists":
+        alpha, beta = (np.concatenate(part) for part in load_dists_weights(path))
+        arrays = {"alpha": alpha, "beta": beta}
+        file_name = "dists_alpha_beta.npz"
+    else:
+        known = [*sorted(NETWORKS), "lpips_alex", "lpips_vgg", "lpips_squeeze", "dists"]
+        raise ValueError(f"unknown feature weights {name!r}, known: {', '.join(known)}")
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return file_name, buffer.getvalue()
 
 
 def normalise_channels(features: jax.Array, *, eps: float = 1e-8) -> jax.Array:
