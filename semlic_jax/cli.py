@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `semlic compress | decompress | info | demo | models | bench`.
+"""The command line: `semlic compress | decompress | info | demo | models | bench |
+eval`.
 
 Each command imports what it needs when it runs, so that `semlic --help` and `semlic
 info` answer at once. A refusal is one sentence on the error stream and exit status 1;
-wrong usage is status 2; an error of ours is status 3 (`--debug` shows the traceback).
+wrong usage is status 2; an error of ours is status 3 (`--debug` shows the traceback);
+status 4 says that the work is done, but for some inputs that were skipped.
 Results go to the standard output; notes and progress to the error stream, progress only
 where that is a terminal.
 """
@@ -28,16 +30,16 @@ if TYPE_CHECKING:
 
 SUFFIX = ".semlic"
 
-_REFUSED, _USAGE, _INTERNAL, _INTERRUPTED = 1, 2, 3, 130
+_REFUSED, _USAGE, _INTERNAL, _SKIPPED, _INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     options = _parser().parse_args(argv)
     try:
-        options.run(options)
+        status = options.run(options)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except BrokenPipeError:
         # The reader went away. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Any], None], text: str) -> _Parser:
+    def command(name: str, run: Callable[[Any], int | None], text: str) -> _Parser:
         # No abbreviations: a script must not break when an option is added.
         sub = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False
@@ -137,6 +139,44 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sub)
     _add_background(sub)
     _add_json(sub)
+
+    sub = command("eval", _eval, "compare codecs over many images, rates and metrics")
+    sub.add_argument("inputs", metavar="IMAGES", type=Path, nargs="+")
+    sub.add_argument(
+        "--codecs",
+        metavar="C,...",
+        type=_names,
+        default=["semlic", "avif", "webp", "jpeg"],
+        help="semlic, semlic:MODEL, semlic+refine:PRESET, avif, webp, jxl, jpeg, "
+        "jpeg2000; default semlic,avif,webp,jpeg",
+    )
+    sub.add_argument(
+        "--bpp",
+        metavar="B,...",
+        type=_rates,
+        default=[0.1, 0.15, 0.2, 0.3, 0.45],
+        help="default 0.1,0.15,0.2,0.3,0.45",
+    )
+    sub.add_argument(
+        "--metrics", metavar="M,...", type=_names, help="default: what is here"
+    )
+    sub.add_argument("--out", metavar="DIR", type=Path, default=Path("eval"))
+    _add_model(sub)
+    sub.add_argument("--anchor", metavar="C", help="of BD-rates; default avif")
+    sub.add_argument("--weights", metavar="DIR", type=Path, help="of feature networks")
+    sub.add_argument(
+        "--patch", metavar="N", type=_positive_int, default=256, help="default 256"
+    )
+    sub.add_argument(
+        "--published", metavar="SET", help="draw published curves; kodak is recognised"
+    )
+    sub.add_argument(
+        "--jobs", metavar="N", type=_positive_int, help="threads; 1 for exact timings"
+    )
+    sub.add_argument(
+        "--remeasure", action="store_true", help="take all metrics anew from the files"
+    )
+    _add_background(sub)
     return parser
 
 
@@ -191,8 +231,17 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _rates(text: str) -> list[float]:
+    return [_positive_float(rate) for rate in _names(text)]
+
+
 # argparse names the type in "invalid ... value".
 _unit_float.__name__ = _positive_float.__name__ = "number"
+_rates.__name__ = "list of numbers"
 _positive_int.__name__ = "whole number"
 
 
@@ -377,6 +426,38 @@ def _bench(options: argparse.Namespace) -> None:
             progress=progress,
         )
     print(json.dumps(report.facts(), indent=2) if options.json else report.table())
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from semlic_jax.evaluation import evaluate
+    from semlic_jax.images import parse_colour
+
+    background = options.background
+    with _progress() as progress:
+        report = evaluate.evaluate(
+            options.inputs,
+            options.codecs,
+            options.bpp,
+            options.out,
+            metrics=options.metrics,
+            model=options.model,
+            anchor=options.anchor,
+            weights=options.weights,
+            patch_side=options.patch,
+            image_set=options.published,
+            jobs=options.jobs or 0,
+            background=None if background is None else parse_colour(background),
+            remeasure=options.remeasure,
+            progress=progress,
+        )
+    print(report.summary.markdown())
+    print()
+    for path in report.paths:
+        print(path)
+    skipped = report.summary.results.skipped
+    for each in skipped:
+        _say(f"skipped {each.name}: {each.reason}")
+    return _SKIPPED if skipped else 0
 
 
 if __name__ == "__main__":

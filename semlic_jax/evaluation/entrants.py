@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The codecs of a sweep, by name, each fitted to a rate.
+
+    semlic                        the model given by `--model`
+    semlic:small                  a packaged model, semlic:PATH a model file
+    semlic+refine:fast            with latent refinement by a preset
+    avif, webp, jxl, jpeg, ...    see `codecs.py`
+
+An entrant makes the best file of at most so many bits per pixel, and says why where it
+cannot. Every one may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import PIL
+from PIL import features
+
+import semlic_jax
+from semlic_jax.evaluation.codecs import CODECS, ClassicalCodec, classical_codec
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec, Latents
+
+# A codec's largest file counts as the rate that was asked for down to this part of it.
+_LEAST_USE = 0.97
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A file, the setting that made it, and how long one call took."""
+
+    data: bytes
+    setting: str
+    encode_s: float
+
+
+class Entrant(Protocol):
+    """A codec as a sweep sees it.
+
+    Attributes:
+      key: its name on the command line, in tables and folders.
+      label: its name in plots.
+      suffix: of its files.
+      identity: changes when its files would; cached files of another are not used.
+    """
+
+    key: str
+    label: str
+    suffix: str
+    identity: str
+
+    def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
+        """For one image, uint8 [H, W, 3]: a function of bits per pixel.
+
+        It returns the best file of at most that rate, and raises ValueError, with the
+        reason, where the codec does not reach it.
+        """
+        ...
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """A file -> uint8 [H, W, 3]."""
+        ...
+
+
+class RateSearch:
+    """The files of one image at a codec's settings, and the best of them at a rate.
+
+    Files that were made for one rate narrow the search for the next. Sizes are taken
+    to grow with the setting: where they do not quite, the file found is within the
+    rate all the same.
+
+    Args:
+      codec: see `ClassicalCodec`.
+      image: uint8 [H, W, 3].
+    """
+
+    def __init__(self, codec: ClassicalCodec, image: np.ndarray) -> None:
+        self._codec, self._image = codec, image
+        self._pixels = image.shape[0] * image.shape[1]
+        self._files: dict[int, Encoded] = {}  # by position among the settings
+
+    def fit(self, bpp: float) -> Encoded:
+        """The highest setting whose file has at most `bpp` bits per pixel.
+
+        Raises:
+          ValueError: the codec does not reach the rate on this image; says how far it
+            gets.
+        """
+        budget = max(int(bpp * self._pixels / 8), 1)
+        last = len(self._codec.settings) - 1
+        sizes = {at: len(file.data) for at, file in self._files.items()}
+        low = max((at for at, size in sizes.items() if size <= budget), default=-1)
+        above = (at for at, size in sizes.items() if size > budget and at > low)
+        high = min(above, default=last + 1)
+        while high - low > 1:
+            at = self._guess(low, high, budget)
+            if len(self._encode(at).data) <= budget:
+                low = at
+            else:
+                high = at
+        if low < 0:
+            least = self._bpp(0)
+            raise ValueError(f"its smallest file of this image takes {least:.3f} bpp")
+        if low == last and self._bpp(last) < _LEAST_USE * bpp:
+            most = self._bpp(last)
+            raise ValueError(f"its largest file of this image takes {most:.3f} bpp")
+        return self._files[low]
+
+    def _encode(self, at: int) -> Encoded:
+        if at not in self._files:
+            setting = self._codec.settings[at]
+            start_s = time.perf_counter()
+            data = self._codec.encode(self._image, setting)
+            wall_s = time.perf_counter() - start_s
+            self._files[at] = Encoded(data, str(setting), wall_s)
+        return self._files[at]
+
+    def _bpp(self, at: int) -> float:
+        return 8 * len(self._encode(at).data) / self._pixels
+
+    def _guess(self, low: int, high: int, budget: int) -> int:
+        """Where log(size), nearly linear in the setting, should meet the budget."""
+        known = sorted(self._files)
+        below = [at for at in known if at <= low][-2:]
+        above = [at for at in known if at >= high][:2]
+        if below and above:
+            a, b = below[-1], above[0]
+        elif len(known) >= 2:
+            a, b = (below or above)[0], (below or above)[-1]
+        elif known:
+            # One file: so far, sizes of most codecs double about ten times in all.
+            size = len(self._files[known[0]].data)
+            octaves = math.log2(budget / size)
+            step = len(self._codec.settings) / 10
+            return self._between(known[0] + octaves * step, low, high)
+        else:
+            return self._between(len(self._codec.settings) / 4, low, high)
+        log_a, log_b = (math.log(len(self._files[at].data)) for at in (a, b))
+        if log_a == log_b:
+            return (low + high) // 2
+        position = a + (b - a) * (math.log(budget) - log_a) / (log_b - log_a)
+        return self._between(position, low, high)
+
+    @staticmethod
+    def _between(position: float, low: int, high: int) -> int:
+        return min(max(round(position), low + 1), high - 1)
+
+
+class ClassicalEntrant:
+    """A codec of `codecs.py`."""
+
+    def __init__(self, key: str) -> None:
+        self._codec = classical_codec(key)
+        self.key = key
+        self.label = self._codec.name
+        self.suffix = self._codec.suffix
+        self.identity = _classical_identity(key, self._codec)
+
+    def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
+        return RateSearch(self._codec, image).fit
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return self._codec.decode(data)
+
+
+def _classical_identity(key: str, codec: ClassicalCodec) -> str:
+    """The library's version, and the settings as the class states them."""
+    libraries = {"jpeg": "libjpeg_turbo", "webp": "webp", "avif": "avif"}
+    if key == "jxl":
+        version = f"pillow-jxl-plugin {metadata.version('pillow-jxl-plugin')}"
+    else:
+        library = libraries.get(key, "jpg_2000")
+        version = f"Pillow {PIL.__version__}, {library} {features.version(library)}"
+    return f"{inspect.getdoc(type(codec))} {version}"
+
+
+class _AtLevels:
+    """A model as a `ClassicalCodec` of 256 settings; analyses one image once."""
+
+    suffix = ".semlic"
+    settings = range(256)
+
+    def __init__(self, codec: Codec, name: str) -> None:
+        self._codec, self.name = codec, name
+        self._analysed: tuple[np.ndarray, Latents] | None = None
+
+    def encode(self, image: np.ndarray, setting: int) -> bytes:
+        if self._analysed is None or self._analysed[0] is not image:
+            self._analysed = image, self._codec.analyse(image)
+        return self._codec.encode(self._analysed[1], setting)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return self._codec.decompress(data)
+
+
+class SemlicEntrant:
+    """A model of this package, as it is.
+
+    Times of encoding leave out the analysis of the image, which its rates share.
+    """
+
+    suffix = ".semlic"
+
+    def __init__(self, key: str, codec: Codec) -> None:
+        self._codec = codec
+        self.key = self.label = key
+        self.identity = model_identity(codec)
+
+    def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
+        return RateSearch(_AtLevels(self._codec, self.label), image).fit
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return self._codec.decompress(data)
+
+
+class RefinedEntrant:
+    """A model of this package, each image refined for each rate by a preset."""
+
+    suffix = ".semlic"
+
+    def __init__(self, key: str, codec: Codec, preset: str) -> None:
+        if "refine" not in inspect.signature(codec.compress).parameters:
+            raise ValueError(
+                f"{key} needs latent refinement, which is not in this build"
+            )
+        self._codec, self._preset = codec, preset
+        self.key = self.label = key
+        self.identity = f"{model_identity(codec)}, refined: {preset}"
+
+    def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
+        def fit(bpp: float) -> Encoded:
+            options: dict[str, Any] = {"bpp": bpp, "refine": self._preset}
+            start_s = time.perf_counter()
+            data = self._codec.compress(image, **options)
+            wall_s = time.perf_counter() - start_s
+            quality = self._codec.info(data)["quality"]
+            return Encoded(data, f"{quality * 255:.0f} {self._preset}", wall_s)
+
+        return fit
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return self._codec.decompress(data)
+
+
+def model_identity(codec: Codec) -> str:
+    """Names a model by all its numbers, not only those that its files depend on."""
+    import jax
+
+    digest = hashlib.sha256(codec.fingerprint)
+    for leaf in jax.tree.leaves(codec.params):
+        digest.update(np.asarray(leaf).tobytes())
+    return (
+        f"semlic_jax {semlic_jax.__version__}, format "
+        f"{semlic_jax.BITSTREAM_VERSION}, model {digest.hexdigest()[:16]}"
+    )
+
+
+def entrants(names: Sequence[str], *, model: str = "small") -> list[Entrant]:
+    """The codecs of these names, in order; see the module's docstring.
+
+    Args:
+      names: each one once.
+      model: name or path of the model of those that name none.
+
+    Raises:
+      CodecUnavailableError: this machine lacks what a codec needs.
+      ValueError: a name is unknown or comes twice, or a model cannot be loaded.
+    """
+    if not names:
+        raise ValueError("expected the names of codecs, found none")
+    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    if twice:
+        raise ValueError(f"the codec {twice[0]} was given twice")
+    loaded: dict[str, Codec] = {}
+    found = [_entrant(name, model, loaded) for name in names]
+    for index, entrant in enumerate(found):
+        if any(entrant.key == other.key for other in found[:index]):
+            raise ValueError(
+                f"two models are called {entrant.key}: rename a model file"
+            )
+    return found
+
+
+def _entrant(name: str, model: str, loaded: dict[str, Codec]) -> Entrant:
+    if not name.startswith("semlic"):
+        if name not in CODECS:
+            raise ValueError(
+                f"unknown codec {name!r}: expected semlic, semlic:MODEL, "
+                f"semlic+refine:PRESET or one of {', '.join(CODECS)}"
+            )
+        return ClassicalEntrant(name)
+    base, refined, preset = name.partition("+refine:")
+    kind, _, given = base.partition(":")
+    if kind != "semlic" or (refined and not preset) or base.endswith(":"):
+        raise ValueError(
+            f"unknown codec {name!r}: expected semlic, semlic:MODEL or "
+            "semlic+refine:PRESET"
+        )
+    given = given or model
+    if given not in loaded:
+        loaded[given] = semlic_jax.load(given)
+    # A path is too long for tables: its stem names the model there.
+    key = f"semlic:{Path(given).stem}" if ":" in base else "semlic"
+    if refined:
+        return RefinedEntrant(f"{key}+refine:{preset}", loaded[given], preset)
+    return SemlicEntrant(key, loaded[given])

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of a sweep: of each image, and of the set of all images.
+
+Those of an image come from `objectives.metrics`. Those of the set compare the features
+of patches (`objectives.distribution_metrics`): one small array of features for each
+image is what a sweep keeps, so that they are computed once and any part of the set can
+be put together from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from semlic_jax.evaluation.results import MetricFacts
+from semlic_jax.objectives.distribution_metrics import (
+    PATCH_SIDE,
+    FeatureStatistics,
+    frechet_distance,
+    kernel_distance,
+    patch_grids,
+)
+from semlic_jax.objectives.features import FeatureNetwork, load_features
+from semlic_jax.objectives.metrics import IMAGE_METRICS, ImageMetrics
+
+_SUBSET_SIZE = 1000  # of the kernel distance, as in the field
+_PATCHES_PER_CALL = 8  # of the network: what a 768x512 image has
+
+
+@dataclass(frozen=True)
+class SetMetric:
+    """A distance of two sets of images: its name, trunk and kind."""
+
+    label: str
+    trunk: str
+    kind: str  # "frechet" or "kernel"
+
+
+SET_METRICS = {
+    "frechet": SetMetric(
+        "patch Fréchet distance, SqueezeNet", "squeezenet1_0", "frechet"
+    ),
+    "kernel": SetMetric("patch kernel distance, SqueezeNet", "squeezenet1_0", "kernel"),
+    "fid": SetMetric("patch FID", "inception_v3", "frechet"),
+    "kid": SetMetric("patch KID", "inception_v3", "kernel"),
+}
+
+# In the order of tables; those that this machine cannot compute are left out.
+DEFAULT_METRICS = (
+    "psnr_db",
+    "ms_ssim",
+    "ssimulacra2",
+    "feature_distance",
+    "frechet",
+    "kernel",
+)
+_WITHOUT_WEIGHTS = ("psnr_db", "ms_ssim", "ssimulacra2")
+
+
+def default_metrics(weights: str | Path | None = None) -> tuple[list[str], list[str]]:
+    """The default metrics that can be computed here, and why the others cannot.
+
+    Args:
+      weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
+    """
+    names, notes = list(DEFAULT_METRICS), []
+    if importlib.util.find_spec("ssimulacra2") is None:
+        names.remove("ssimulacra2")
+        notes.append(
+            "SSIMULACRA2 is left out: its package ssimulacra2 is not installed"
+        )
+    if weights is None and not os.environ.get("SEMLIC_FEATURES"):
+        names = [name for name in names if name in _WITHOUT_WEIGHTS]
+        notes.append(
+            "distances of features are left out: no --weights, and SEMLIC_FEATURES "
+            "is not set"
+        )
+    return names, notes
+
+
+class Measures:
+    """Several metrics of images and of sets, loaded by name.
+
+    Args:
+      names: of `IMAGE_METRICS` and `SET_METRICS`.
+      weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
+      patch_side: of the metrics of sets, in pixels; smaller than 256 for small sets.
+
+    Raises:
+      ValueError: a name is unknown, or weights are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: str | Path | None = None,
+        *,
+        patch_side: int = PATCH_SIDE,
+    ) -> None:
+        known = [*IMAGE_METRICS, *SET_METRICS]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"unknown metric {name!r}: expected some of {', '.join(known)}"
+                )
+        if patch_side < 32:
+            raise ValueError(f"expected patches of at least 32 pixels: {patch_side}")
+        self.patch_side = patch_side
+        # Loaded one by one, so that any of them can be measured alone.
+        self._of_images = {
+            name: ImageMetrics([name], weights)
+            for name in names
+            if name in IMAGE_METRICS
+        }
+        self._of_sets = {
+            name: SET_METRICS[name] for name in names if name in SET_METRICS
+        }
+        trunks = dict.fromkeys(metric.trunk for metric in self._of_sets.values())
+        self._networks = {trunk: load_features(weights, trunk) for trunk in trunks}
+        self._weights = _weights_digest(weights)
+
+    @property
+    def image_metrics(self) -> dict[str, MetricFacts]:
+        """Of images: name to facts."""
+        return {
+            name: MetricFacts(
+                IMAGE_METRICS[name].label, IMAGE_METRICS[name].higher_is_better
+            )
+            for name in self._of_images
+        }
+
+    @property
+    def set_metrics(self) -> dict[str, MetricFacts]:
+        """Of the set: name to facts."""
+        return {
+            name: MetricFacts(f"{metric.label} ({self.patch_side} px)", False)
+            for name, metric in self._of_sets.items()
+        }
+
+    @property
+    def trunks(self) -> dict[str, str]:
+        """Networks whose features the metrics of sets need: name to identity."""
+        return {
+            name: f"{name}-{self.patch_side}-{self._weights}" for name in self._networks
+        }
+
+    def identity(self, metric: str) -> str:
+        """Changes when the values of a metric of images would."""
+        return self._weights if metric not in _WITHOUT_WEIGHTS else ""
+
+    def measure(
+        self, original: np.ndarray, decoded: np.ndarray, names: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Values of metrics of one image, and reasons for those that have none.
+
+        Args:
+          original, decoded: uint8 [H, W, 3].
+          names: which of `image_metrics`.
+        """
+        values: dict[str, float] = {}
+        gaps: dict[str, str] = {}
+        for name in names:
+            metric = self._of_images[name]
+            refused = metric.refusals(*original.shape[:2])
+            if refused:
+                gaps |= refused
+                continue
+            value = float(metric(original, decoded)[name][0])
+            if math.isfinite(value):
+                values[name] = value
+            else:  # PSNR of equal images
+                gaps[name] = f"its value is {value}"
+        return values, gaps
+
+    def features(self, image: np.ndarray, trunk: str) -> np.ndarray:
+        """float32 [patches, D] of one image, uint8 [H, W, 3].
+
+        Raises:
+          ValueError: the image is smaller than a patch.
+        """
+        patches = patch_grids(image, self.patch_side).astype(np.float32) / 255
+        rows = []
+        for start in range(0, len(patches), _PATCHES_PER_CALL):
+            batch = patches[start : start + _PATCHES_PER_CALL]
+            fill = ((0, _PATCHES_PER_CALL - len(batch)), (0, 0), (0, 0), (0, 0))
+            with jax.default_matmul_precision("highest"):
+                found = _embed(self._networks[trunk], np.pad(batch, fill))
+            rows.append(np.asarray(found)[: len(batch)])
+        return np.concatenate(rows)
+
+    def distances(
+        self,
+        originals: Mapping[str, Sequence[np.ndarray]],
+        decoded: Mapping[str, Sequence[np.ndarray]],
+    ) -> tuple[dict[str, float], dict[str, str], int]:
+        """Values of the metrics of a set, reasons for gaps, and patches on each side.
+
+        Args:
+          originals, decoded: trunk to the features of each image, in one order.
+        """
+        values, gaps, patches = {}, {}, 0
+        sides = {
+            trunk: (_statistics(originals[trunk]), _statistics(decoded[trunk]))
+            for trunk in self._networks
+        }
+        for name, metric in self._of_sets.items():
+            a, b = sides[metric.trunk]
+            patches = a.count
+            if patches < 2:
+                gaps[name] = f"needs at least 2 patches, found {patches}"
+            elif metric.kind == "frechet":
+                values[name] = frechet_distance(a, b)
+            else:
+                # A set smaller than a subset is one subset: the plain unbiased MMD.
+                size = min(_SUBSET_SIZE, patches)
+                subsets = 100 if patches > size else 1
+                values[name] = kernel_distance(
+                    a, b, subsets=subsets, subset_size=size
+                ).mean
+        return values, gaps, patches
+
+
+_embed = jax.jit(FeatureNetwork.embed)
+
+
+def _statistics(features: Sequence[np.ndarray]) -> FeatureStatistics:
+    rows = np.concatenate(list(features))
+    statistics = FeatureStatistics(rows.shape[1])
+    statistics.update(rows, range(len(rows)))
+    return statistics
+
+
+def _weights_digest(weights: str | Path | None) -> str:
+    """Names the weight files in use, by name and size: they do not change unseen."""
+    folder = weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
+    if not folder:
+        return "none"
+    path = Path(folder)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    facts = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]

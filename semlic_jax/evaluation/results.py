@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sweep found: one row per image, codec and rate; as CSV and JSON.
+
+JSON is the whole and can be read back; CSV is for spreadsheets. A number that is
+missing has a reason in its place (`gaps`), never a zero. Imports only the standard
+library, so that tables and plots can be made where no codec is installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS_VERSION = 1
+
+# Columns of every row, before those of the metrics.
+_ROW_COLUMNS = (
+    "image",
+    "width",
+    "height",
+    "codec",
+    "target_bpp",
+    "bpp",
+    "file_bytes",
+    "setting",
+    "encode_s",
+    "decode_s",
+)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """One image of a set.
+
+    Attributes:
+      name: of its file.
+      sha256: of its shape and pixels, so that a set is known whatever its files' names.
+      width, height: in pixels.
+    """
+
+    name: str
+    sha256: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was given but not used."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CodecFacts:
+    """How a codec is called, and what exactly made its files."""
+
+    label: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """How a metric is called, and which way is up."""
+
+    label: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image by one codec at one rate.
+
+    Attributes:
+      image: name, as in `Results.images`.
+      codec: key, as in `Results.codecs`.
+      target_bpp: what was asked for; the file takes at most that.
+      bpp: file bytes * 8 / (width * height); None where there is no file.
+      file_bytes: of the whole file.
+      setting: of the codec, as it says itself.
+      encode_s, decode_s: wall time of one call, under the load of the sweep.
+      values: metric to number.
+      gaps: "file" or metric to the reason why there is none.
+    """
+
+    image: str
+    codec: str
+    target_bpp: float
+    bpp: float | None = None
+    file_bytes: int | None = None
+    setting: str | None = None
+    encode_s: float | None = None
+    decode_s: float | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    gaps: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SetRow:
+    """One codec at one rate over the whole set.
+
+    Attributes:
+      codec, target_bpp: as in `Row`.
+      bpp: mean over images; None where an image has no file.
+      values: metric of the set to number.
+      patches: on each side of the comparison.
+      gaps: metric to the reason why there is none.
+    """
+
+    codec: str
+    target_bpp: float
+    bpp: float | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    patches: int = 0
+    gaps: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a sweep found.
+
+    Attributes:
+      images: the set, in order.
+      skipped: files that were given and not used.
+      codecs: key to facts, in the order of tables.
+      image_metrics, set_metrics: name to facts, in the order of tables.
+      rows: see `Row`; ordered by image, codec, rate.
+      set_rows: see `SetRow`.
+      notes: sentences that a reader of the numbers must know.
+    """
+
+    images: tuple[ImageFacts, ...]
+    skipped: tuple[Skipped, ...]
+    codecs: dict[str, CodecFacts]
+    image_metrics: dict[str, MetricFacts]
+    set_metrics: dict[str, MetricFacts]
+    rows: tuple[Row, ...]
+    set_rows: tuple[SetRow, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, MetricFacts]:
+        """Of images and of the set."""
+        return {**self.image_metrics, **self.set_metrics}
+
+    def targets(self) -> list[float]:
+        """Rates that were asked for, ascending."""
+        return sorted({row.target_bpp for row in self.rows})
+
+    def set_sha256(self) -> str:
+        """Names the set of images: the same for the same pixels in any order."""
+        return set_sha256(image.sha256 for image in self.images)
+
+    def to_json(self) -> str:
+        """Everything; `read_results` reads it back."""
+        return json.dumps({"version": RESULTS_VERSION, **asdict(self)}, indent=1)
+
+    def to_csv(self) -> str:
+        """One line per row; gaps in the last column."""
+        names = list(self.image_metrics)
+        sizes = {image.name: image for image in self.images}
+        stream = io.StringIO()
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow([*_ROW_COLUMNS, *names, "gaps"])
+        for row in self.rows:
+            size = sizes[row.image]
+            facts = {**asdict(row), "width": size.width, "height": size.height}
+            table.writerow(
+                [
+                    *("" if facts[c] is None else facts[c] for c in _ROW_COLUMNS),
+                    *(row.values.get(name, "") for name in names),
+                    "; ".join(f"{name}: {why}" for name, why in row.gaps.items()),
+                ]
+            )
+        return stream.getvalue()
+
+    def set_csv(self) -> str:
+        """One line per codec and rate: the metrics of the set."""
+        names = list(self.set_metrics)
+        stream = io.StringIO()
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["codec", "target_bpp", "bpp", "patches", *names, "gaps"])
+        for row in self.set_rows:
+            table.writerow(
+                [
+                    row.codec,
+                    row.target_bpp,
+                    "" if row.bpp is None else row.bpp,
+                    row.patches,
+                    *(row.values.get(name, "") for name in names),
+                    "; ".join(f"{name}: {why}" for name, why in row.gaps.items()),
+                ]
+            )
+        return stream.getvalue()
+
+
+def set_sha256(images: Iterable[str]) -> str:
+    """Names a set of images by the hashes of its members, in any order."""
+    return hashlib.sha256("\n".join(sorted(images)).encode()).hexdigest()
+
+
+def read_results(path: str | Path) -> Results:
+    """Reads the `results.json` of a sweep, or of the folder that holds it.
+
+    Raises:
+      ValueError: it is not one, or was written by another version.
+      OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "results.json"
+    try:
+        found = json.loads(path.read_text())
+        version = found.pop("version")
+        if version != RESULTS_VERSION:
+            raise ValueError(
+                f"{path} has version {version}: expected {RESULTS_VERSION}; run the "
+                "evaluation again"
+            )
+        return Results(
+            images=_tuple_of(ImageFacts, found["images"]),
+            skipped=_tuple_of(Skipped, found["skipped"]),
+            codecs={k: CodecFacts(**v) for k, v in found["codecs"].items()},
+            image_metrics={
+                k: MetricFacts(**v) for k, v in found["image_metrics"].items()
+            },
+            set_metrics={k: MetricFacts(**v) for k, v in found["set_metrics"].items()},
+            rows=_tuple_of(Row, found["rows"]),
+            set_rows=_tuple_of(SetRow, found["set_rows"]),
+            notes=tuple(found["notes"]),
+        )
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is not the results.json of an evaluation") from None
+
+
+def _tuple_of(kind: Any, records: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    return tuple(kind(**record) for record in records)
+
+
+def merge(parts: Sequence[Results]) -> Results:
+    """Results of several sweeps over one set of images, as one.
+
+    Raises:
+      ValueError: the sets of images differ, or a codec is in two of them.
+    """
+    if not parts:
+        raise ValueError("expected results to merge, found none")
+    first = parts[0]
+    codecs: dict[str, CodecFacts] = {}
+    for part in parts:
+        require_same_images(first, part)
+        twice = sorted(set(codecs) & set(part.codecs))
+        if twice:
+            raise ValueError(f"the codec {twice[0]} is in more than one of the results")
+        codecs.update(part.codecs)
+    # Images may have other names in another folder: rows follow the first one's.
+    names = {image.sha256: image.name for image in first.images}
+    rows: list[Row] = []
+    for part in parts:
+        known = {image.name: names[image.sha256] for image in part.images}
+        rows += [Row(**{**asdict(r), "image": known[r.image]}) for r in part.rows]
+    return Results(
+        images=first.images,
+        skipped=tuple(dict.fromkeys(s for part in parts for s in part.skipped)),
+        codecs=codecs,
+        image_metrics={k: v for p in parts for k, v in p.image_metrics.items()},
+        set_metrics={k: v for p in parts for k, v in p.set_metrics.items()},
+        rows=tuple(rows),
+        set_rows=tuple(row for part in parts for row in part.set_rows),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def require_same_images(a: Results, b: Results) -> None:
+    """Refuses to compare results over different sets of images."""
+    odd = {i.sha256: i.name for i in a.images}
+    for image in b.images:
+        if odd.pop(image.sha256, None) is None:
+            odd[image.sha256] = image.name
+    if odd:
+        raise ValueError(
+            f"the results are over different images ({len(a.images)} and "
+            f"{len(b.images)}; {next(iter(odd.values()))} is in only one): they cannot "
+            "be compared"
+        )

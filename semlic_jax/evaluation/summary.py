@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a sweep: means over images, BD-rates with confidence intervals, gaps.
+
+A point of a curve is the mean over *all* images of the set, rate and metric alike; a
+codec that misses a rate on one image has no point there, since a mean over fewer images
+would be a mean over another set. BD-rates are those of `objectives.bd_rates` between
+such curves; their intervals come from resampling the images with replacement (Efron's
+percentile bootstrap), both curves on the same sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from semlic_jax.evaluation.published import PublishedCurve
+from semlic_jax.evaluation.results import Results, Row, require_same_images
+from semlic_jax.objectives.bd_rates import RateCurve, bd_rate
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+# Of resampled curves, so many may fail to be comparable before no interval is given.
+_MOST_FAILURES = 0.05
+_FEWEST_IMAGES = 3  # for an interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean over a set of images at one rate that was asked for."""
+
+    target_bpp: float
+    bpp: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One codec under one metric.
+
+    Attributes:
+      codec, metric: keys of `Results`.
+      points: in ascending order of the rate.
+      gaps: rate to the reason why there is no point.
+      samples: float64 [2, images, points], bpp and metric of each image, or None for
+        metrics of the set.
+    """
+
+    codec: str
+    metric: str
+    points: tuple[Point, ...]
+    gaps: dict[float, str]
+    samples: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class BdRate:
+    """Bits of a codec against those of an anchor at equal metric, in percent.
+
+    Attributes:
+      anchor, codec, metric: of the two curves.
+      percent: negative where the codec needs fewer bits; None with a `gap`.
+      low, high: the confidence interval, or None where there is none.
+      gap: why there is no number, or no interval.
+    """
+
+    anchor: str
+    codec: str
+    metric: str
+    percent: float | None
+    low: float | None = None
+    high: float | None = None
+    gap: str = ""
+
+
+def curve(results: Results, codec: str, metric: str) -> Curve:
+    """The curve of a codec under a metric of images or of the set.
+
+    Raises:
+      ValueError: the results have no such codec or metric.
+    """
+    if codec not in results.codecs:
+        raise ValueError(
+            f"the results have no codec {codec!r}: they have "
+            f"{', '.join(results.codecs)}"
+        )
+    if metric in results.set_metrics:
+        return _set_curve(results, codec, metric)
+    if metric not in results.image_metrics:
+        raise ValueError(
+            f"the results have no metric {metric!r}: they have "
+            f"{', '.join(results.metrics)}"
+        )
+    points, samples = [], []
+    gaps: dict[float, str] = {}
+    by_rate: dict[float, dict[str, Row]] = {}
+    for row in results.rows:
+        if row.codec == codec:
+            by_rate.setdefault(row.target_bpp, {})[row.image] = row
+    names = [image.name for image in results.images]
+    for rate in sorted(by_rate):
+        rows = [by_rate[rate].get(name) for name in names]
+        reason = _reason(rows, metric)
+        if reason:
+            gaps[rate] = reason
+            continue
+        pairs = np.array([(r.bpp, r.values[metric]) for r in rows if r is not None])
+        bpp, value = pairs.mean(axis=0)
+        points.append(Point(rate, float(bpp), float(value)))
+        samples.append(pairs.T)
+    stacked = np.stack(samples, axis=-1) if samples else None
+    return Curve(codec, metric, tuple(points), gaps, stacked)
+
+
+def _reason(rows: Sequence[Row | None], metric: str) -> str:
+    """Why a rate has no point: in how many images, and the first one's reason."""
+    lacking = [
+        (row, "it is not in the results" if row is None else _gap_of(row, metric))
+        for row in rows
+        if row is None or metric not in row.values
+    ]
+    if not lacking:
+        return ""
+    row, why = lacking[0]
+    where = f" ({row.image}: {why})" if row is not None else f" ({why})"
+    return f"{len(lacking)} of {len(rows)} images have none{where}"
+
+
+def _gap_of(row: Row, metric: str) -> str:
+    return row.gaps.get("file") or row.gaps.get(metric) or "it was not measured"
+
+
+def _set_curve(results: Results, codec: str, metric: str) -> Curve:
+    points, gaps = [], {}
+    for row in results.set_rows:
+        if row.codec != codec:
+            continue
+        if metric in row.values and row.bpp is not None:
+            points.append(Point(row.target_bpp, row.bpp, row.values[metric]))
+        else:
+            gaps[row.target_bpp] = row.gaps.get(metric, "it was not measured")
+    points.sort(key=lambda point: point.target_bpp)
+    return Curve(codec, metric, tuple(points), gaps)
+
+
+def bd_rate_of(
+    results: Results,
+    codec: str,
+    anchor: str,
+    metric: str,
+    *,
+    anchor_results: Results | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> BdRate:
+    """BD-rate of a codec against an anchor, with its interval.
+
+    Args:
+      results: of the codec, and of the anchor unless it has its own.
+      codec, anchor: keys of codecs.
+      metric: of images or of the set; for those of the set there is no interval.
+      anchor_results: where the anchor is from another sweep.
+      resamples: of the images.
+      seed: of the resampling.
+
+    Raises:
+      ValueError: the two are over different images, or a name is unknown.
+    """
+    theirs = anchor_results or results
+    require_same_images(results, theirs)
+    test, base = curve(results, codec, metric), curve(theirs, anchor, metric)
+    where = anchor, codec, metric
+    try:
+        percent = bd_rate(_rate_curve(base), _rate_curve(test))
+    except ValueError as error:
+        return BdRate(*where, None, gap=_with_gaps(str(error), test, base))
+    if test.samples is None or base.samples is None:
+        return BdRate(*where, percent, gap="a metric of the set has no interval")
+    count = test.samples.shape[1]
+    if count < _FEWEST_IMAGES:
+        return BdRate(*where, percent, gap=f"no interval from {count} images")
+    # The same image has another place in another sweep.
+    order = [image.sha256 for image in theirs.images]
+    places = [order.index(image.sha256) for image in results.images]
+    base_samples = base.samples[:, places]
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        chosen = rng.integers(0, count, count)
+        pair = []
+        for which, samples in ((base, base_samples), (test, test.samples)):
+            bpp, values = samples[:, chosen].mean(axis=1)
+            pair.append((which, bpp, values))
+        try:
+            found.append(bd_rate(*(_rate_curve(c, b, v) for c, b, v in pair)))
+        except ValueError:
+            continue
+    if len(found) < (1 - _MOST_FAILURES) * resamples:
+        lost = resamples - len(found)
+        return BdRate(
+            *where,
+            percent,
+            gap=f"{lost} of {resamples} resampled curves do not compare",
+        )
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(found, [tail, 100 - tail])
+    return BdRate(*where, percent, float(low), float(high))
+
+
+def _rate_curve(
+    curve: Curve, bpp: np.ndarray | None = None, values: np.ndarray | None = None
+) -> RateCurve:
+    return RateCurve(
+        bpp=[p.bpp for p in curve.points] if bpp is None else list(bpp),
+        values=[p.value for p in curve.points] if values is None else list(values),
+        metric=curve.metric,
+        name=curve.codec,
+    )
+
+
+def _with_gaps(text: str, *curves: Curve) -> str:
+    """Adds to a refusal which rates are missing, where some are."""
+    for each in curves:
+        if each.gaps:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(each.gaps))
+            text += f"; {each.codec} has no point at {rates} bpp"
+    return text
+
+
+def bd_rate_to_published(
+    results: Results, codec: str, published: PublishedCurve, metric: str
+) -> BdRate:
+    """BD-rate of a codec against a published curve over the same images.
+
+    There is no interval: others publish means.
+
+    Raises:
+      ValueError: the results have no such codec or metric.
+    """
+    where = published.name, codec, metric
+    test = curve(results, codec, metric)
+    if metric not in published.values:
+        return BdRate(*where, None, gap=f"{published.name} has no values of it")
+    try:
+        base = RateCurve(
+            published.bpp, published.values[metric], metric, name=published.name
+        )
+        percent = bd_rate(base, _rate_curve(test))
+    except ValueError as error:
+        return BdRate(*where, None, gap=_with_gaps(str(error), test))
+    return BdRate(*where, percent, gap="published means have no interval")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Mean wall times of one call of a codec over images and rates, in seconds."""
+
+    codec: str
+    encode_s: float | None
+    decode_s: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that is said of a sweep; `markdown` and `facts` say it.
+
+    Attributes:
+      results: of the sweep.
+      anchor: codec that BD-rates are against.
+      curves: of every codec under every metric.
+      bd_rates: of every other codec under every metric.
+      to_published: BD-rates against curves that others have published.
+      timing: of every codec.
+    """
+
+    results: Results
+    anchor: str
+    curves: tuple[Curve, ...]
+    bd_rates: tuple[BdRate, ...]
+    to_published: tuple[BdRate, ...]
+    timing: tuple[Timing, ...]
+
+    def facts(self) -> dict[str, object]:
+        """For programs: what JSON can hold."""
+        return {
+            "images": len(self.results.images),
+            "set_sha256": self.results.set_sha256(),
+            "skipped": [asdict(skipped) for skipped in self.results.skipped],
+            "anchor": self.anchor,
+            "curves": [
+                {
+                    "codec": curve.codec,
+                    "metric": curve.metric,
+                    "points": [asdict(point) for point in curve.points],
+                    "gaps": {f"{rate:g}": why for rate, why in curve.gaps.items()},
+                }
+                for curve in self.curves
+            ],
+            "bd_rates": [asdict(found) for found in self.bd_rates],
+            "to_published": [asdict(found) for found in self.to_published],
+            "timing": [asdict(timing) for timing in self.timing],
+            "notes": list(self.results.notes),
+        }
+
+    def markdown(self) -> str:
+        """For people: tables of means, of BD-rates and of times, then the gaps."""
+        return "\n".join(_markdown(self))
+
+
+def summarise(
+    results: Results,
+    anchor: str | None = None,
+    *,
+    published: Sequence[PublishedCurve] = (),
+    resamples: int = RESAMPLES,
+) -> Summary:
+    """Tables of a sweep.
+
+    Args:
+      results: of the sweep.
+      anchor: codec that BD-rates are against; None: AVIF, else the first that is not
+        of this package, else the first.
+      published: curves over the same images; see `published.curves_beside`.
+      resamples: of the images, for intervals.
+
+    Raises:
+      ValueError: the results do not have the anchor.
+    """
+    anchor = anchor or default_anchor(results)
+    if anchor not in results.codecs:
+        raise ValueError(
+            f"the anchor {anchor!r} is not among the codecs {', '.join(results.codecs)}"
+        )
+    metrics, codecs = list(results.metrics), list(results.codecs)
+    ours = [codec for codec in codecs if codec.startswith("semlic")]
+    timing = []
+    for codec in codecs:
+        rows = [row for row in results.rows if row.codec == codec and row.bpp]
+        encode_s = [row.encode_s for row in rows if row.encode_s is not None]
+        decode_s = [row.decode_s for row in rows if row.decode_s is not None]
+        timing.append(Timing(codec, _mean(encode_s), _mean(decode_s)))
+    return Summary(
+        results=results,
+        anchor=anchor,
+        curves=tuple(curve(results, c, m) for m in metrics for c in codecs),
+        bd_rates=tuple(
+            bd_rate_of(results, codec, anchor, metric, resamples=resamples)
+            for codec in codecs
+            if codec != anchor
+            for metric in metrics
+        ),
+        to_published=tuple(
+            bd_rate_to_published(results, codec, system, metric)
+            for system in published
+            for codec in ours
+            for metric in metrics
+            if metric in system.values
+        ),
+        timing=tuple(timing),
+    )
+
+
+def default_anchor(results: Results) -> str:
+    """AVIF, else the first codec that is not of this package, else the first."""
+    if "avif" in results.codecs:
+        return "avif"
+    others = [codec for codec in results.codecs if not codec.startswith("semlic")]
+    return [*others, *results.codecs][0]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, padded so that it reads as text too."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = row
+        padded = [
+            cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)
+        ]
+        return "| " + " | ".join([first.ljust(widths[0]), *padded]) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [line(cells[0]), "| " + " | ".join(rule) + " |", *map(line, cells[1:])]
+
+
+def number(value: float) -> str:
+    """Four significant digits, as tables show them."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.3e}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    decimals = 3 if size < 1 else 3 - math.floor(math.log10(size))
+    return f"{value:.{decimals + (size < 1)}f}"
+
+
+def _markdown(summary: Summary) -> list[str]:
+    results = summary.results
+    count = len(results.images)
+    lines = [
+        f"Means over {count} image{'s' * (count > 1)}; rates are whole files, at most "
+        "the bits per pixel (bpp) asked for."
+    ]
+    if results.skipped:
+        lines += ["", f"Skipped, {len(results.skipped)} files:", ""]
+        lines += [f"* {skipped.name}: {skipped.reason}" for skipped in results.skipped]
+    targets = results.targets()
+    header = [f"{rate:g} bpp" for rate in targets]
+    for metric, facts in results.metrics.items():
+        arrow = "higher" if facts.higher_is_better else "lower"
+        patches = {row.patches for row in results.set_rows if metric in row.values}
+        of_set = f", {max(patches)} patches" if patches else ""
+        lines += ["", f"### {facts.label} ({arrow} is better{of_set})", ""]
+        lines += table(
+            ["codec", *header],
+            [
+                [
+                    results.codecs[each.codec].label,
+                    *_cells(targets, {p.target_bpp: p.value for p in each.points}),
+                ]
+                for each in summary.curves
+                if each.metric == metric
+            ],
+        )
+    first = next(iter(results.metrics), None)
+    lines += ["", "### Bits per pixel used", ""]
+    lines += table(
+        ["codec", *header],
+        [
+            [
+                results.codecs[each.codec].label,
+                *_cells(targets, {p.target_bpp: p.bpp for p in each.points}),
+            ]
+            for each in summary.curves
+            if each.metric == first
+        ],
+    )
+    if summary.bd_rates:
+        label = results.codecs[summary.anchor].label
+        lines += [
+            "",
+            f"### Bits at equal metric against {label} (BD-rate)",
+            "",
+            f"In brackets the {CONFIDENCE:.0%} interval over images; negative is "
+            "better.",
+            "",
+        ]
+        lines += _bd_table(summary, summary.bd_rates, lambda found: found.codec)
+    if summary.to_published:
+        lines += ["", "### Bits at equal metric against published curves (BD-rate)", ""]
+        lines += _bd_table(
+            summary,
+            summary.to_published,
+            lambda found: f"{found.codec} : {found.anchor}",
+        )
+    lines += ["", "### Wall time of one call, under the load of the sweep", ""]
+    lines += table(
+        ["codec", "encode (s)", "decode (s)"],
+        [
+            [
+                results.codecs[timing.codec].label,
+                *(
+                    "-" if seconds is None else f"{seconds:.2f}"
+                    for seconds in (timing.encode_s, timing.decode_s)
+                ),
+            ]
+            for timing in summary.timing
+        ],
+    )
+    gaps = _gaps(summary)
+    if gaps:
+        lines += ["", "### Gaps", "", *(f"* {gap}" for gap in gaps)]
+    if results.notes:
+        lines += ["", "### Notes", "", *(f"* {note}" for note in results.notes)]
+    return lines
+
+
+def _cells(targets: Sequence[float], found: dict[float, float]) -> list[str]:
+    return [number(found[rate]) if rate in found else "-" for rate in targets]
+
+
+def _bd_table(
+    summary: Summary, found: Sequence[BdRate], name: Callable[[BdRate], str]
+) -> list[str]:
+    metrics = list(dict.fromkeys(each.metric for each in found))
+    cells: dict[str, dict[str, str]] = {}
+    for each in found:
+        text = "-" if each.percent is None else f"{each.percent:+.1f} %"
+        if each.low is not None and each.high is not None:
+            text += f" [{each.low:+.1f}, {each.high:+.1f}]"
+        cells.setdefault(name(each), {})[each.metric] = text
+    return table(
+        ["codec", *(summary.results.metrics[metric].label for metric in metrics)],
+        [[row, *(c.get(m, "-") for m in metrics)] for row, c in cells.items()],
+    )
+
+
+def _gaps(summary: Summary) -> list[str]:
+    """Every number that is missing from the tables, once for each reason."""
+    points: dict[str, list[str]] = {}
+    for each in summary.curves:
+        for rate, why in each.gaps.items():
+            where = f"{each.codec} at {rate:g} bpp: {why}"
+            points.setdefault(where, []).append(each.metric)
+    bd_rates: dict[str, list[str]] = {}
+    intervals: dict[str, list[str]] = {}
+    for found in (*summary.bd_rates, *summary.to_published):
+        if not found.gap:
+            continue
+        # The same reason under several metrics names each of them.
+        why = found.gap.replace(found.metric, "metric")
+        if found.percent is None:
+            where = f"no BD-rate of {found.codec} against {found.anchor}: {why}"
+            bd_rates.setdefault(where, []).append(found.metric)
+        elif found in summary.bd_rates:
+            where = f"no interval: {why}"
+            intervals.setdefault(where, []).append(found.metric)
+    every = len(summary.results.metrics)
+    gaps = []
+    for kind in (points, bd_rates, intervals):
+        for text, names in kind.items():
+            names = list(dict.fromkeys(names))
+            which = "" if len(names) == every else f"{', '.join(names)}: "
+            gaps.append(which + text)
+    return gaps

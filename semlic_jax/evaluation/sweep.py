@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`semlic eval`: many images, codecs and rates; every number from a real file.
+
+The folder of a sweep:
+
+    results.json, results.csv   one row per image, codec and rate; sets.csv per set
+    files/<codec>/...           every encoded file
+    features/...                features of patches, for the metrics of the set
+    journal.jsonl               what was done, line by line
+
+Running the same command again goes on where it stopped: a file is encoded once and a
+metric measured once, as long as the image, the codec and the metric stay what they
+were. Files are encoded by threads while the metrics of earlier ones are measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from semlic_jax.evaluation.entrants import Entrant
+from semlic_jax.evaluation.measures import Measures
+from semlic_jax.evaluation.results import (
+    CodecFacts,
+    ImageFacts,
+    Results,
+    Row,
+    SetRow,
+    Skipped,
+)
+from semlic_jax.images import read_photograph, write_file
+
+# Images whose files may be ready and wait for their metrics: bounds the memory.
+_IMAGES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class _File:
+    """An encoded file of the sweep, or the reason why there is none."""
+
+    path: Path | None
+    facts: dict[str, Any]
+
+
+def list_images(inputs: Sequence[Path]) -> list[Path]:
+    """The files named, and the image files in the folders named, sorted in each.
+
+    Raises:
+      ValueError: there is no such file or folder, or no image file at all.
+    """
+    suffixes = Image.registered_extensions()
+    found: list[Path] = []
+    for given in inputs:
+        if given.is_dir():
+            inside = [p for p in given.iterdir() if p.suffix.lower() in suffixes]
+            found += sorted(p for p in inside if p.is_file())
+        elif given.exists():
+            found.append(given)
+        else:
+            raise ValueError(f"there is no image or folder {given}")
+    if not found:
+        raise ValueError(f"no image files in {', '.join(map(str, inputs))}")
+    return list(dict.fromkeys(found))
+
+
+def check_rates(rates: Sequence[float]) -> list[float]:
+    """Rates in bits per pixel, ascending.
+
+    Raises:
+      ValueError: none, one twice, or one that is no rate.
+    """
+    if not rates:
+        raise ValueError("expected rates in bits per pixel, found none")
+    for rate in rates:
+        if not 0 < rate <= 48:
+            raise ValueError(f"expected rates of 0 to 48 bits per pixel, found {rate}")
+    if len(set(rates)) < len(rates):
+        raise ValueError("a rate was given twice")
+    return sorted(rates)
+
+
+class Journal:
+    """What was done so far: a file of JSON lines, kept across runs.
+
+    Args:
+      path: read if it is there; a last line that was cut off is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                    self._known[record["key"]] = record
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+        # A line that was cut off must not swallow the next one.
+        self._prefix = "\n" if path.exists() and path.stat().st_size else ""
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The last record of this key."""
+        return self._known.get(key)
+
+    def put(self, key: str, record: dict[str, Any]) -> None:
+        """Adds a record; it is on disk when this returns."""
+        record = {"key": key, **record}
+        self._known[key] = record
+        with open(self._path, "a") as stream:
+            stream.write(f"{self._prefix}{json.dumps(record)}\n")
+        self._prefix = ""
+
+
+def run_sweep(
+    paths: Sequence[Path],
+    entrants: Sequence[Entrant],
+    rates: Sequence[float],
+    measures: Measures,
+    out: Path,
+    *,
+    jobs: int = 0,
+    background: tuple[int, int, int] | None = None,
+    remeasure: bool = False,
+    notes: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> Results:
+    """Encodes, decodes and measures; writes the results into a folder.
+
+    Args:
+      paths: image files; see `list_images`.
+      entrants: codecs; see `entrants.py`.
+      rates: bits per pixel.
+      measures: metrics.
+      out: folder, new or of an earlier sweep.
+      jobs: threads that encode; 0: one for each core.
+      background: RGB that transparent pixels are laid on; None: such images are
+        skipped.
+      remeasure: measures again what was measured already.
+      notes: sentences for a reader of the results.
+      progress: is told what is being done.
+
+    Raises:
+      ValueError: no image could be read, or the folder holds something else.
+    """
+    rates = check_rates(rates)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "journal.jsonl").exists() and any(out.iterdir()):
+        raise ValueError(f"the folder {out} holds something else than an evaluation")
+    sweep = _Sweep(entrants, rates, measures, out, remeasure=remeasure)
+    skipped: list[Skipped] = []
+    images: list[ImageFacts] = []
+    rows: list[Row] = []
+    clock = _Clock(len(paths), progress)
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        waiting: deque[tuple[ImageFacts, np.ndarray, list[Future[list[_File]]]]] = (
+            deque()
+        )
+
+        def measure_one() -> None:
+            image, pixels, encoded = waiting.popleft()
+            for entrant, future in zip(entrants, encoded, strict=True):
+                clock.say(f"{image.name}, {entrant.key}")
+                for rate, file in zip(rates, future.result(), strict=True):
+                    rows.append(sweep.measure(image, pixels, entrant, rate, file))
+            images.append(image)
+            clock.one_done()
+
+        try:
+            for loaded in _readable(paths, background, skipped):
+                image, pixels = loaded
+                encoded = [
+                    pool.submit(sweep.encode, image, pixels, entrant)
+                    for entrant in entrants
+                ]
+                waiting.append((image, pixels, encoded))
+                if len(waiting) > _IMAGES_AHEAD:
+                    measure_one()
+            while waiting:
+                measure_one()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if not images:
+        raise ValueError(
+            f"none of the {len(paths)} images could be read; the first: "
+            f"{skipped[0].reason}"
+        )
+    progress("distances of the sets")
+    results = Results(
+        images=tuple(images),
+        skipped=tuple(skipped),
+        codecs={e.key: CodecFacts(e.label, e.identity) for e in entrants},
+        image_metrics=measures.image_metrics,
+        set_metrics=measures.set_metrics,
+        rows=tuple(rows),
+        set_rows=tuple(sweep.measure_sets(images)) if measures.set_metrics else (),
+        notes=tuple(notes),
+    )
+    write_results(results, out)
+    return results
+
+
+def write_results(results: Results, out: Path) -> None:
+    """Writes `results.json`, `results.csv` and `sets.csv`, replacing older ones."""
+    write_file(out / "results.json", results.to_json().encode(), force=True)
+    write_file(out / "results.csv", results.to_csv().encode(), force=True)
+    write_file(out / "sets.csv", results.set_csv().encode(), force=True)
+
+
+def _readable(
+    paths: Sequence[Path],
+    background: tuple[int, int, int] | None,
+    skipped: list[Skipped],
+) -> Iterator[tuple[ImageFacts, np.ndarray]]:
+    """Images that can be read, once each; appends the others to `skipped`."""
+    seen: dict[str, str] = {}
+    names: dict[str, Path] = {}
+    for path in paths:
+        try:
+            pixels = read_photograph(path, background=background).pixels
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            skipped.append(Skipped(str(path), reason))
+            continue
+        height, width = pixels.shape[:2]
+        digest = hashlib.sha256(f"{height}x{width} ".encode() + pixels.tobytes())
+        sha256 = digest.hexdigest()
+        if sha256 in seen:
+            reason = f"it has the same pixels as {seen[sha256]}"
+            skipped.append(Skipped(str(path), reason))
+            continue
+        # Two folders may hold files of one name.
+        name = path.name if path.name not in names else str(path)
+        seen[sha256], names[name] = name, path
+        yield ImageFacts(name, sha256, width, height), pixels
+
+
+class _Clock:
+    """Progress, with the time left from the images done in this run."""
+
+    def __init__(self, count: int, progress: Callable[[str], None]) -> None:
+        self._count, self._done, self._progress = count, 0, progress
+        self._start_s = time.perf_counter()
+
+    def one_done(self) -> None:
+        self._done += 1
+
+    def say(self, text: str) -> None:
+        left = ""
+        if self._done:
+            wall_s = time.perf_counter() - self._start_s
+            left_s = wall_s / self._done * (self._count - self._done)
+            left = f", about {left_s / 60:.0f} min left" if left_s > 90 else ""
+        self._progress(f"{self._done}/{self._count} images{left}: {text}")
+
+
+class _Sweep:
+    """The two steps of a sweep and the files they leave."""
+
+    def __init__(
+        self,
+        entrants: Sequence[Entrant],
+        rates: Sequence[float],
+        measures: Measures,
+        out: Path,
+        *,
+        remeasure: bool,
+    ) -> None:
+        self._entrants, self._rates, self._measures = entrants, rates, measures
+        self._out = out
+        self._journal = Journal(out / "journal.jsonl")
+        self._journal.put("sweep", {"started": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        self._remeasure = remeasure
+        self._remeasured: set[str] = set()
+        # (codec, rate) to image to trunk to the file of its features, or a reason.
+        self._features: dict[tuple[str, float], dict[str, dict[str, Path] | str]] = {}
+        self._bpps: dict[tuple[str, float], list[float]] = {}
+        self._originals: dict[str, dict[str, Path] | str] = {}
+
+    def encode(
+        self, image: ImageFacts, pixels: np.ndarray, entrant: Entrant
+    ) -> list[_File]:
+        """The files of one image by one codec, from the cache where they are there."""
+        fit: Callable[[float], Any] | None = None
+        files = []
+        for rate in self._rates:
+            key = f"file {image.sha256} {entrant.key} {rate:g}"
+            known = self._journal.get(key)
+            if known is None or not self._is_current(known, entrant):
+                fit = fit or entrant.fitter(pixels)
+                known = self._encode_one(image, entrant, rate, fit)
+                self._journal.put(key, known)
+            path = self._out / known["path"] if "path" in known else None
+            files.append(_File(path, known))
+        return files
+
+    def _is_current(self, known: dict[str, Any], entrant: Entrant) -> bool:
+        if known["identity"] != entrant.identity:
+            return False
+        if "reason" in known:
+            return True
+        path = self._out / known["path"]
+        return path.is_file() and _sha256(path.read_bytes()) == known["sha256"]
+
+    def _encode_one(
+        self,
+        image: ImageFacts,
+        entrant: Entrant,
+        rate: float,
+        fit: Callable[[float], Any],
+    ) -> dict[str, Any]:
+        try:
+            encoded = fit(rate)
+        # A codec that fails on one image is a gap with its words, not the end.
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return {"identity": entrant.identity, "reason": reason}
+        stem = f"{_slug(Path(image.name).stem)}-{image.sha256[:8]}"
+        name = f"files/{_slug(entrant.key)}/{stem}@{rate:g}{entrant.suffix}"
+        path = self._out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, encoded.data, force=True)
+        return {
+            "identity": entrant.identity,
+            "path": name,
+            "bytes": len(encoded.data),
+            "sha256": _sha256(encoded.data),
+            "setting": encoded.setting,
+            "encode_s": round(encoded.encode_s, 4),
+        }
+
+    def measure(
+        self,
+        image: ImageFacts,
+        pixels: np.ndarray,
+        entrant: Entrant,
+        rate: float,
+        file: _File,
+    ) -> Row:
+        """One row: decodes the file where something about it is not known yet."""
+        at = (entrant.key, rate)
+        features = self._features.setdefault(at, {})
+        if file.path is None:
+            reason = str(file.facts["reason"])
+            features[image.sha256] = f"{image.name}: {reason}"
+            return Row(image.name, entrant.key, rate, gaps={"file": reason})
+        if image.sha256 not in self._originals:
+            self._originals[image.sha256] = self._features_of(image.sha256, pixels)
+        sha256 = file.facts["sha256"]
+        key = f"measure {image.sha256} {sha256}"
+        record = dict(self._journal.get(key) or {"values": {}, "gaps": {}})
+        if self._remeasure and key not in self._remeasured:
+            record = {"values": {}, "gaps": {}}
+        self._remeasured.add(key)
+        missing = self._missing(record)
+        wanted = self._features_known(sha256)
+        if missing or wanted is None or "decode_s" not in record:
+            data = file.path.read_bytes()
+            start_s = time.perf_counter()
+            decoded = entrant.decode(data)
+            record["decode_s"] = round(time.perf_counter() - start_s, 4)
+            if decoded.shape != pixels.shape:
+                raise RuntimeError(
+                    f"{entrant.key} decoded {file.path} to {decoded.shape}, the image "
+                    f"is {pixels.shape}"
+                )
+            self._add_values(record, pixels, decoded, missing)
+            wanted = self._features_of(sha256, decoded)
+            self._journal.put(key, record)
+        assert wanted is not None
+        features[image.sha256] = wanted
+        bpp = 8 * file.facts["bytes"] / (image.width * image.height)
+        self._bpps.setdefault(at, []).append(bpp)
+        names = list(self._measures.image_metrics)
+        return Row(
+            image=image.name,
+            codec=entrant.key,
+            target_bpp=rate,
+            bpp=bpp,
+            file_bytes=file.facts["bytes"],
+            setting=file.facts["setting"],
+            encode_s=file.facts["encode_s"],
+            decode_s=record["decode_s"],
+            values={n: record["values"][n][1] for n in names if n in record["values"]},
+            gaps={n: record["gaps"][n][1] for n in names if n in record["gaps"]},
+        )
+
+    def _missing(self, record: dict[str, Any]) -> list[str]:
+        """Metrics that were not measured, or not as they are measured now."""
+        known = {**record["values"], **record["gaps"]}
+        return [
+            name
+            for name in self._measures.image_metrics
+            if name not in known or known[name][0] != self._measures.identity(name)
+        ]
+
+    def _add_values(
+        self,
+        record: dict[str, Any],
+        pixels: np.ndarray,
+        decoded: np.ndarray,
+        names: Sequence[str],
+    ) -> None:
+        values, gaps = self._measures.measure(pixels, decoded, names)
+        for kind, found in (("values", values), ("gaps", gaps)):
+            kept = {k: v for k, v in record[kind].items() if k not in names}
+            identities = {k: [self._measures.identity(k), v] for k, v in found.items()}
+            record[kind] = kept | identities
+
+    def _feature_paths(self, sha256: str) -> dict[str, Path]:
+        folder = self._out / "features"
+        return {
+            trunk: folder / f"{sha256[:32]}.{identity}.npy"
+            for trunk, identity in self._measures.trunks.items()
+        }
+
+    def _features_known(self, sha256: str) -> dict[str, Path] | str | None:
+        paths = self._feature_paths(sha256)
+        if self._remeasure and f"features {sha256}" not in self._remeasured:
+            return None
+        return paths if all(path.exists() for path in paths.values()) else None
+
+    def _features_of(self, sha256: str, image: np.ndarray) -> dict[str, Path] | str:
+        """Files with the features of an image, or the reason why there are none."""
+        known = self._features_known(sha256)
+        if known is not None:
+            return known
+        self._remeasured.add(f"features {sha256}")
+        paths = self._feature_paths(sha256)
+        for trunk, path in paths.items():
+            try:
+                features = self._measures.features(image, trunk)
+            except ValueError as error:
+                return str(error)
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(".part")
+            with open(part, "wb") as stream:
+                np.save(stream, features, allow_pickle=False)
+            part.replace(path)
+        return paths
+
+    def measure_sets(self, images: Sequence[ImageFacts]) -> Iterator[SetRow]:
+        """One row per codec and rate, over the images that are large enough."""
+        names = list(self._measures.set_metrics)
+        too_small = [
+            i for i in images if isinstance(self._originals.get(i.sha256), str)
+        ]
+        used = [i.sha256 for i in images if i not in too_small]
+        loaded: dict[str, dict[str, np.ndarray]] = {}
+        for entrant in self._entrants:
+            for rate in self._rates:
+                found = self._features[entrant.key, rate]
+                reasons = [
+                    str(found[i.sha256])
+                    for i in images
+                    if isinstance(found[i.sha256], str) and i not in too_small
+                ]
+                if reasons:
+                    why = f"{len(reasons)} of {len(images)} images have no file"
+                    yield SetRow(entrant.key, rate, gaps=dict.fromkeys(names, why))
+                    continue
+                bpps = self._bpps.get((entrant.key, rate), [])
+                bpp = float(np.mean(bpps)) if len(bpps) == len(images) else None
+                if not used:
+                    why = (
+                        f"no image holds a patch of {self._measures.patch_side} pixels"
+                    )
+                    yield SetRow(entrant.key, rate, bpp, gaps=dict.fromkeys(names, why))
+                    continue
+                for sha256 in used:
+                    if sha256 not in loaded:
+                        loaded[sha256] = _load_features(self._originals[sha256])
+                decoded = [_load_features(found[sha256]) for sha256 in used]
+                values, gaps, patches = self._measures.distances(
+                    _by_trunk([loaded[sha256] for sha256 in used]), _by_trunk(decoded)
+                )
+                if too_small:
+                    left_out = f"{len(too_small)} images are smaller than a patch"
+                    gaps = {**gaps, "images left out": left_out}
+                yield SetRow(entrant.key, rate, bpp, values, patches, gaps)
+
+
+def _load_features(paths: dict[str, Path] | str) -> dict[str, np.ndarray]:
+    assert not isinstance(paths, str)
+    return {trunk: np.load(p, allow_pickle=False) for trunk, p in paths.items()}
+
+
+def _by_trunk(images: Sequence[dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    return {trunk: [image[trunk] for image in images] for trunk in images[0]}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text)[:80]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
