@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -136,20 +136,16 @@ def _prior_tables(config: ModelConfig, prior: Any) -> SymbolTables:
 
 def save_model(path: str | os.PathLike[str], model: ModelFile) -> None:
     """Write a model file, whole or not at all; replaces an existing file."""
+    from semlic_jax.images import write_file
+
     arrays = {"config": np.frombuffer(_config_bytes(model.config), np.uint8)}
     arrays |= dict(_flatten("transforms", model.transforms))
     arrays |= dict(_flatten("prior", model.prior))
     for name, array in model._exact_arrays():
         arrays[name] = array.astype(np.int8) if name.endswith("/shift") else array
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        try:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-            file.close()
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    write_file(path, packed.getvalue(), force=True)
 
 
 def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
