@@ -82,6 +82,8 @@ def start_from_klt(
     tree = jax.tree.map(np.array, params)
     tree["g_a"]["skip"]["kernel"][:] = basis / BASE_STEP
     tree["g_s"]["skip"]["kernel"][:] = basis.T * BASE_STEP
+    tree["g_a"]["skip_lapping"][:] = lapping_matrix()
+    tree["g_s"]["skip_lapping"][:] = lapping_matrix().T
     tree["g_s"]["input_scale"][:] = 1 / deviation
     tree["h_a"]["input_scale"][:] = 1 / deviation
     log_gain = np.mean(tree["log_gain"], axis=1)
