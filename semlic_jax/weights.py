@@ -13,9 +13,9 @@ entry                       content
 `tables/<y or z>/<array>`   int32 offsets and starts, uint32 counts
 ==========================  ==========================================================
 
-The fingerprint is the SHA-256 of the shape of the entropy model, the integer networks and
-the tables: of everything that decides what the bytes of a file mean, and of nothing else.
-Models that differ in their float transforms only can read each other's files.
+The fingerprint is the SHA-256 of the shape of the entropy model, the integer networks
+and the tables: of everything that decides what the bytes of a file mean, and of nothing
+else. Models that differ in their float transforms only can read each other's files.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 _MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
 _TABLE_ARRAYS = ("offsets", "starts", "counts")
-# What of the configuration decides the meaning of a file. Named one by one: a field that
-# a later version adds must not change the fingerprints of models that are out.
+# What of the configuration decides the meaning of a file. Named one by one: a field
+# that a later version adds must not change the fingerprints of models that are out.
 _CODING_FIELDS = (
     "latent_channels",
     "groups",
