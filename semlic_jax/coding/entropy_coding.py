@@ -391,7 +391,7 @@ class SymbolDecoder:
 
         Raises:
             ValueError: an argument has another type, shape or range.
-            BitstreamError: a symbol beyond +-MAX_SYMBOL.
+            BitstreamError: a symbol beyond +-MAX_SYMBOL, or the data has run out.
         """
         indexes = tables._as_indexes(indexes, np.size(indexes))
         order = np.argsort(indexes, kind="stable")
@@ -413,6 +413,13 @@ class SymbolDecoder:
                     f"found {values[np.abs(values).argmax()]}: the payload is damaged"
                 )
             symbols[escaped] = values
+        words_left, state = self._coder.pos()
+        # Without words the state can only fall, and it has to end at its first value:
+        # a caller need not go on to `finish` with data that claims more than it has.
+        if words_left == 0 and state < _INITIAL_STATE:
+            raise BitstreamError(
+                "expected more symbols, found the end of the payload: it is damaged"
+            )
         return symbols
 
     def _pop_escaped(self, size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
