@@ -505,7 +505,7 @@ def test_hand_written_zip_reads(tmp_path):
         ([2, 4], [4, 1], 6, 0),
         ([2, 3], [3, 1], 6, 1),
         ([2, 3], [3, 1], 5, 0),
-        ([10**6, 10**6], [0, 0], 6, 0),
+        ([1000, 1000], [0, 0], 6, 0),
         ([2, 3], [3, -1], 6, 0),
         ([2, 3], [1], 6, 0),
     ],
@@ -536,7 +536,7 @@ def test_code_in_a_torch_file_is_refused_by_name(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=r"mkdir|operation \w+,|not start"):
                 read_torch_file(path)
     write_zip(tmp_path / "a.pth", pickle.dumps({"x": _Evil()}, protocol=2))
-    with pytest.raises(ValueError, match=r"a.pth refused: .*\.mkdir"):
+    with pytest.raises(ValueError, match=r"a.pth refused: it holds \w+\.mkdir,"):
         read_torch_file(tmp_path / "a.pth")
     write_zip(tmp_path / "a.pth", pickle.dumps({"x": 1}, 2), (), zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match="compressed"):
