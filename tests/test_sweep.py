@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: the search for a rate, rows from real files, resuming, bad inputs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semlic_jax import cli
+from semlic_jax.evaluation import measures as measures_module
+from semlic_jax.evaluation.codecs import classical_codec
+from semlic_jax.evaluation.demo import psnr_db
+from semlic_jax.evaluation.entrants import ClassicalEntrant, RateSearch, entrants
+from semlic_jax.evaluation.measures import Measures
+from semlic_jax.evaluation.results import read_results
+from semlic_jax.evaluation.sweep import Journal, check_rates, list_images, run_sweep
+
+RATES = [1.5, 2.0, 3.0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photograph):
+    """Three small photographs."""
+    path = tmp_path_factory.mktemp("images")
+    for seed in range(3):
+        Image.fromarray(photograph(64, 80, seed)).save(path / f"photo{seed}.png")
+    return path
+
+
+class Counting(ClassicalEntrant):
+    """A codec that counts how often it works."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.fits = self.decodes = 0
+
+    def fitter(self, image):
+        fit = super().fitter(image)
+
+        def counted(bpp):
+            self.fits += 1
+            return fit(bpp)
+
+        return counted
+
+    def decode(self, data):
+        self.decodes += 1
+        return super().decode(data)
+
+
+def sweep(folder, out, codecs, metrics=("psnr_db",), rates=RATES, **options):
+    return run_sweep(
+        list_images([folder]), codecs, rates, Measures(metrics), out, **options
+    )
+
+
+# The search.
+
+
+class Stairs:
+    """A codec whose file sizes are given."""
+
+    name, suffix = "stairs", ".st"
+
+    def __init__(self, sizes):
+        self.sizes, self.settings, self.calls = sizes, range(len(sizes)), []
+
+    def encode(self, image, setting):
+        self.calls.append(setting)
+        return bytes(self.sizes[setting])
+
+    def decode(self, data):
+        raise NotImplementedError
+
+
+IMAGE = np.zeros((80, 100, 3), np.uint8)  # 1,000 bytes are 1 bpp
+
+
+@pytest.mark.parametrize("base", [1.02, 1.05, 1.2])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.77, 1.0, 3.0])
+def test_search_finds_the_highest_setting_that_fits(base, rate):
+    sizes = [round(40 * base**i) for i in range(100)]
+    codec = Stairs(sizes)
+    budget = int(rate * 1000)
+    fitting = [i for i, size in enumerate(sizes) if size <= budget]
+    search = RateSearch(codec, IMAGE)
+    if len(fitting) == len(sizes) and sizes[-1] < 0.97 * budget:
+        with pytest.raises(ValueError, match=f"largest .* {sizes[-1] / 1000:.3f} bpp"):
+            search.fit(rate)
+    else:
+        assert search.fit(rate).setting == str(fitting[-1])
+        assert len(codec.calls) == len(set(codec.calls)) <= 9
+
+
+def test_search_on_plateaus_and_cliffs():
+    sizes = [100] * 20 + [500] * 30 + [501, 9000]
+    search = RateSearch(Stairs(sizes), IMAGE)
+    assert search.fit(0.1).setting == "19"
+    assert search.fit(0.4).setting == "19"
+    assert search.fit(0.5).setting == "49"
+    assert search.fit(0.9).setting == "50"
+    assert search.fit(9.0).setting == "51"
+
+
+def test_search_never_breaks_the_budget_where_sizes_do_not_grow():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = (40 * 1.06 ** np.arange(80) * rng.uniform(0.7, 1.4, 80)).astype(int)
+        search = RateSearch(Stairs(list(sizes)), IMAGE)
+        for rate in (0.1, 0.2, 0.4, 0.8):
+            assert len(search.fit(rate).data) <= 1000 * rate
+
+
+def test_search_says_how_small_it_gets():
+    with pytest.raises(ValueError, match="smallest file of this image takes 0.200 bpp"):
+        RateSearch(Stairs([200, 300]), IMAGE).fit(0.1)
+    # A largest file just below the rate is what was asked for.
+    assert RateSearch(Stairs([200, 980]), IMAGE).fit(1.0).setting == "1"
+
+
+def test_files_of_one_rate_narrow_the_search_for_the_next():
+    codec = Stairs([round(40 * 1.05**i) for i in range(100)])
+    search = RateSearch(codec, IMAGE)
+    for rate in (0.1, 0.15, 0.2, 0.3, 0.45):
+        search.fit(rate)
+    assert len(codec.calls) <= 16
+
+
+@pytest.mark.parametrize("key", ["jpeg", "webp"])
+def test_search_agrees_with_trying_every_setting(key, photograph):
+    image, codec = photograph(64, 80), classical_codec(key)
+    sizes = {s: len(codec.encode(image, s)) for s in codec.settings}
+    search = RateSearch(codec, image)
+    for rate in RATES:
+        found = search.fit(rate)
+        budget = int(rate * 64 * 80 / 8)
+        setting = int(found.setting)
+        assert len(found.data) == sizes[setting] <= budget
+        assert setting == codec.settings[-1] or sizes[setting + 1] > budget
+        assert found.encode_s > 0
+
+
+# Rows.
+
+
+def test_rows_are_what_the_files_say(folder, tmp_path):
+    results = sweep(
+        folder, tmp_path, [ClassicalEntrant("jpeg"), ClassicalEntrant("webp")]
+    )
+    assert [(row.image, row.codec, row.target_bpp) for row in results.rows] == [
+        (f"photo{i}.png", codec, rate)
+        for i in range(3)
+        for codec in ("jpeg", "webp")
+        for rate in RATES
+    ]
+    for row in results.rows:
+        if row.bpp is None:
+            assert "bpp" in row.gaps["file"]
+            continue
+        suffix = {"jpeg": "jpg", "webp": "webp"}[row.codec]
+        stem = row.image.removesuffix(".png")
+        [path] = (tmp_path / "files" / row.codec).glob(
+            f"{stem}-*@{row.target_bpp:g}.{suffix}"
+        )
+        original = np.asarray(Image.open(folder / row.image))
+        decoded = np.asarray(Image.open(path).convert("RGB"))
+        assert row.file_bytes == path.stat().st_size
+        assert row.bpp == 8 * row.file_bytes / (64 * 80) <= row.target_bpp
+        assert row.values["psnr_db"] == pytest.approx(psnr_db(original, decoded), 1e-5)
+        assert row.encode_s is not None and row.decode_s is not None
+    assert any(row.bpp is not None for row in results.rows)
+
+
+def test_results_come_back_from_json_and_lie_flat_in_csv(folder, tmp_path):
+    results = sweep(
+        folder, tmp_path, [ClassicalEntrant("jpeg")], ["psnr_db", "ms_ssim"]
+    )
+    assert read_results(tmp_path) == results
+    lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert len(lines) == len(results.rows) == 9
+    for line, row in zip(lines, results.rows, strict=True):
+        assert line["image"] == row.image and line["width"] == "80"
+        assert line["ms_ssim"] == ""
+        assert "161x161" in line["gaps"]  # too small is a reason, not a number
+        if row.bpp is not None:
+            assert float(line["psnr_db"]) == row.values["psnr_db"]
+
+
+def test_results_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    for text in ("[]", "{", '{"version": 1}', '{"version": 1, "images": 3}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not the results.json"):
+            read_results(tmp_path)
+    path.write_text('{"version": 99}')
+    with pytest.raises(ValueError, match="version 99: expected 1"):
+        read_results(path)
+
+
+# Going on.
+
+
+def test_a_second_run_does_nothing_again(folder, tmp_path):
+    first = sweep(folder, tmp_path, [Counting("jpeg")])
+    again = Counting("jpeg")
+    assert sweep(folder, tmp_path, [again]) == first
+    assert again.fits == again.decodes == 0
+
+
+def test_an_interrupted_run_goes_on(folder, tmp_path):
+    whole = sweep(folder, tmp_path / "whole", [Counting("jpeg")])
+
+    def interrupt(text):
+        if text.startswith("2/3"):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        sweep(folder, out, [Counting("jpeg")], progress=interrupt)
+    assert not (out / "results.json").exists()
+    with open(out / "journal.jsonl", "a") as journal:
+        journal.write('{"key": "measure of a line that was cut')
+    rest = Counting("jpeg")
+    found = sweep(folder, out, [rest])
+    assert rest.decodes == 3  # of the last image
+    for row, other in zip(found.rows, whole.rows, strict=True):
+        assert row.values == other.values and row.file_bytes == other.file_bytes
+    again = Counting("jpeg")
+    sweep(folder, out, [again])
+    assert again.fits == again.decodes == 0
+
+
+@pytest.mark.parametrize("damage", ["deleted", "changed"])
+def test_a_file_that_is_not_what_it_was_is_made_again(folder, tmp_path, damage):
+    first = sweep(folder, tmp_path, [Counting("jpeg")])
+    path = next((tmp_path / "files" / "jpeg").glob("photo1-*@2.jpg"))
+    whole = path.read_bytes()
+    path.unlink() if damage == "deleted" else path.write_bytes(whole[:-5])
+    again = Counting("jpeg")
+    found = sweep(folder, tmp_path, [again])
+    assert again.fits == 1 and path.read_bytes() == whole
+    assert [r.values for r in found.rows] == [r.values for r in first.rows]
+
+
+def test_another_codec_of_that_name_makes_its_own_files(folder, tmp_path):
+    sweep(folder, tmp_path, [Counting("jpeg")])
+    newer = Counting("jpeg")
+    newer.identity += " of tomorrow"
+    sweep(folder, tmp_path, [newer])
+    assert newer.fits == 9
+    # The files are the same bytes, so their metrics are known.
+    assert newer.decodes == 0
+
+
+def test_new_metrics_and_rates_take_only_their_own_work(folder, tmp_path):
+    sweep(folder, tmp_path, [Counting("jpeg")], ["psnr_db"])
+    more = Counting("jpeg")
+    found = sweep(folder, tmp_path, [more], ["psnr_db", "ms_ssim"], [*RATES, 4.0])
+    assert more.fits == 3
+    assert more.decodes == sum(row.bpp is not None for row in found.rows)
+    fewer = Counting("jpeg")
+    found = sweep(folder, tmp_path, [fewer], ["psnr_db"], [2.0])
+    assert fewer.fits == fewer.decodes == 0
+    assert len(found.rows) == 3 and list(found.rows[0].values) == ["psnr_db"]
+
+
+def test_remeasuring_decodes_but_does_not_encode(folder, tmp_path):
+    first = sweep(folder, tmp_path, [Counting("jpeg")])
+    again = Counting("jpeg")
+    found = sweep(folder, tmp_path, [again], remeasure=True)
+    assert again.fits == 0
+    assert again.decodes == sum(row.bpp is not None for row in first.rows)
+    assert [r.values for r in found.rows] == [r.values for r in first.rows]
+
+
+def test_journal_keeps_the_last_of_a_key(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.put("a", {"n": 1})
+    journal.put("a", {"n": 2})
+    assert Journal(path).get("a") == {"key": "a", "n": 2}
+    assert Journal(path).get("b") is None
+
+
+def test_one_thread_or_many_give_the_same(folder, tmp_path):
+    codecs = ["jpeg", "webp"]
+    both = [
+        sweep(folder, tmp_path / str(jobs), entrants(codecs), jobs=jobs).rows
+        for jobs in (1, 4)
+    ]
+    for one, many in zip(*both, strict=True):
+        assert (one.file_bytes, one.values) == (many.file_bytes, many.values)
+
+
+# Sets.
+
+
+@pytest.fixture
+def small_trunk(monkeypatch):
+    """Stands in for a feature network: three numbers of each patch."""
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    from semlic_jax.objectives.features import FeatureNetwork
+
+    class Trunk(nn.Module):
+        taps: tuple = ("moments",)
+
+        def __call__(self, images):
+            edges = jnp.abs(jnp.diff(images, axis=2, append=images[:, :, -1:]))
+            found = images, images**2, edges
+            return {"moments": jnp.stack([x.mean(axis=-1) for x in found], axis=-1)}
+
+    class Network(FeatureNetwork):
+        def apply(self, images):
+            return [self.module.apply({}, images)["moments"]]
+
+    monkeypatch.setattr(
+        measures_module, "load_features", lambda *args: FeatureNetwork({}, Trunk())
+    )
+
+
+def test_set_metrics_fall_with_the_rate(folder, tmp_path, small_trunk):
+    measures = Measures(["psnr_db", "frechet", "kernel"], patch_side=32)
+    run = [list_images([folder]), [ClassicalEntrant("jpeg")], [1.5, 3.0], measures]
+    results = run_sweep(*run, tmp_path)
+    low, high = results.set_rows
+    # 2 x 2 patches of 32 in 64 x 80, and 1 x 2 on the grid that is shifted by 16.
+    assert low.patches == high.patches == 3 * (4 + 2)
+    assert 0 < high.values["frechet"] < low.values["frechet"]
+    assert set(low.values) == {"frechet", "kernel"}
+    assert results.set_metrics["frechet"].label.endswith("(32 px)")
+    features = sorted((tmp_path / "features").iterdir())
+    assert len(features) == 3 + 6
+    assert np.load(features[0]).shape == (6, 3)
+    # A second run takes the features from their files.
+    stamp = features[0].stat().st_mtime_ns
+    assert run_sweep(*run, tmp_path).set_rows == results.set_rows
+    assert features[0].stat().st_mtime_ns == stamp
+
+
+def test_set_metrics_of_images_smaller_than_a_patch(folder, tmp_path, small_trunk):
+    results = run_sweep(
+        list_images([folder]),
+        [ClassicalEntrant("jpeg")],
+        [3.0],
+        Measures(["frechet"], patch_side=256),
+        tmp_path,
+    )
+    [row] = results.set_rows
+    assert row.values == {} and "patch of 256" in row.gaps["frechet"]
+
+
+def test_a_set_with_a_missing_file_is_not_a_smaller_set(folder, tmp_path, small_trunk):
+    class Fussy(ClassicalEntrant):
+        def fitter(self, image):
+            fit = super().fitter(image)
+
+            def only_dark(bpp):
+                if image.mean() == brightest:
+                    raise ValueError("too bright for me")
+                return fit(bpp)
+
+            return only_dark
+
+    paths = list_images([folder])
+    brightest = max(np.asarray(Image.open(path)).mean() for path in paths)
+    results = run_sweep(
+        paths, [Fussy("jpeg")], [3.0], Measures(["frechet"], patch_side=32), tmp_path
+    )
+    [row] = results.set_rows
+    assert row.gaps == {"frechet": "1 of 3 images have no file"}
+    assert [row.gaps.get("file") for row in results.rows].count(
+        "too bright for me"
+    ) == 1
+
+
+# Bad inputs.
+
+
+def test_images_that_cannot_be_used_are_named(folder, tmp_path):
+    broken, twin = tmp_path / "broken.png", tmp_path / "twin.png"
+    broken.write_bytes((folder / "photo0.png").read_bytes()[:200])
+    Image.open(folder / "photo1.png").save(twin)
+    paths = [*list_images([folder]), broken, twin]
+    results = run_sweep(
+        paths,
+        [ClassicalEntrant("jpeg")],
+        [2.0],
+        Measures(["psnr_db"]),
+        tmp_path / "out",
+    )
+    assert len(results.images) == 3
+    assert [Path(skipped.name).name for skipped in results.skipped] == [
+        "broken.png",
+        "twin.png",
+    ]
+    assert "damaged" in results.skipped[0].reason
+    assert "same pixels as photo1.png" in results.skipped[1].reason
+    with pytest.raises(ValueError, match="none of the 1 images could be read"):
+        run_sweep([broken], [], [1.0], Measures([]), tmp_path / "none")
+
+
+def test_images_of_one_name_in_two_folders(folder, tmp_path, photograph):
+    Image.fromarray(photograph(40, 40, 9)).save(tmp_path / "photo0.png")
+    results = run_sweep(
+        list_images([folder / "photo0.png", tmp_path]),
+        [ClassicalEntrant("jpeg")],
+        [6.0],
+        Measures(["psnr_db"]),
+        tmp_path / "out",
+    )
+    assert results.images[0].name == "photo0.png"
+    assert results.images[1].name == str(tmp_path / "photo0.png")
+    assert len({row.image for row in results.rows}) == 2
+    assert len(list((tmp_path / "out" / "files" / "jpeg").iterdir())) == 2
+
+
+def test_a_codec_that_fails_leaves_a_gap(folder, tmp_path):
+    class Failing(ClassicalEntrant):
+        def fitter(self, image):
+            def fit(bpp):
+                raise RuntimeError("out of paper")
+
+            return fit
+
+    results = sweep(folder, tmp_path, [Failing("jpeg"), ClassicalEntrant("webp")])
+    failed = [row for row in results.rows if row.codec == "jpeg"]
+    assert all(row.gaps == {"file": "out of paper"} for row in failed)
+    assert any(row.values for row in results.rows if row.codec == "webp")
+
+
+def test_a_folder_that_holds_something_else(folder, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="something else than an evaluation"):
+        sweep(folder, tmp_path, [ClassicalEntrant("jpeg")])
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_listing_images(folder, tmp_path):
+    (tmp_path / "README.txt").touch()
+    for name in ("b.PNG", "a.jpg"):
+        (tmp_path / name).touch()
+    assert [p.name for p in list_images([tmp_path])] == ["a.jpg", "b.PNG"]
+    named = tmp_path / "README.txt"  # named files are tried whatever they are called
+    assert list_images([named, named]) == [named]
+    with pytest.raises(ValueError, match="no image or folder .*nowhere"):
+        list_images([folder, tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image files in .*empty"):
+        list_images([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("rates", [[], [0.0], [-1.0], [float("nan")], [0.1, 0.1], [99]])
+def test_rates_that_are_none(rates):
+    with pytest.raises(ValueError, match="rate"):
+        check_rates(rates)
+
+
+def test_rates_are_sorted():
+    assert check_rates([0.3, 0.1]) == [0.1, 0.3]
+
+
+def test_unknown_metrics():
+    with pytest.raises(ValueError, match="unknown metric 'psnr': expected .*psnr_db"):
+        Measures(["psnr"])
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        Measures(["psnr_db"], patch_side=8)
+
+
+# Codecs by name.
+
+
+@pytest.mark.parametrize(
+    "name", ["gif", "semlic2", "semlic:", "semlic+refine:", "semlic+fast", ""]
+)
+def test_unknown_codecs(name, tiny_model):
+    with pytest.raises(ValueError, match="unknown codec"):
+        entrants([name], model=str(tiny_model))
+
+
+def test_codecs_given_twice(tiny_model):
+    with pytest.raises(ValueError, match="given twice"):
+        entrants(["jpeg", "jpeg"])
+    with pytest.raises(ValueError, match="two models are called semlic:tiny"):
+        entrants([f"semlic:{tiny_model}", f"semlic:{tiny_model.parent}/./tiny.npz"])
+
+
+def test_models_by_name_and_path(tiny_model, codec, photograph):
+    image = photograph(64, 80)
+    plain, named = entrants(["semlic", f"semlic:{tiny_model}"], model=str(tiny_model))
+    assert (plain.key, named.key) == ("semlic", "semlic:tiny")
+    assert plain.identity == named.identity
+    fit = plain.fitter(image)
+    low, high = (
+        8 * len(codec.compress(image, quality=quality)) / (64 * 80)
+        for quality in (0.0, 1.0)
+    )
+    for part in (0.3, 0.8):
+        rate = low + part * (high - low)
+        found = fit(rate)
+        assert 0.7 * rate * 64 * 80 / 8 < len(found.data) <= rate * 64 * 80 / 8
+        assert codec.info(found.data)["quality"] * 255 == pytest.approx(
+            int(found.setting)
+        )
+        np.testing.assert_array_equal(
+            plain.decode(found.data), codec.decompress(found.data)
+        )
+    with pytest.raises(ValueError, match=f"smallest file .* {low:.3f} bpp"):
+        fit(low / 2)
+    with pytest.raises(ValueError, match=f"largest file .* {high:.3f} bpp"):
+        fit(2 * high)
+
+
+# The command.
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
+
+
+def test_command(folder, tmp_path, capsys, no_weights):
+    command = ["eval", str(folder), "--codecs", "jpeg,webp", "--bpp", "1.5,2"]
+    command += ["--metrics", "psnr_db", "--out", str(tmp_path), "--anchor", "webp"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "### PSNR (dB)" in printed and "against WebP" in printed
+    for name in (
+        "results.json results.csv sets.csv summary.md summary.json journal.jsonl "
+        "plots/rd_all.png plots/rd_all.svg plots/rd_psnr_db.png plots/rd_psnr_db.svg"
+    ).split():
+        assert (tmp_path / name).stat().st_size > 0, name
+    facts = json.loads((tmp_path / "summary.json").read_text())
+    assert facts["images"] == 3 and facts["anchor"] == "webp"
+
+
+def test_command_with_skipped_images_says_so(folder, tmp_path, capsys, no_weights):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    command = ["eval", str(folder / "photo0.png"), str(broken), "--codecs", "jpeg"]
+    command += ["--bpp", "2", "--metrics", "psnr_db", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 4
+    printed = capsys.readouterr()
+    assert "skipped" in printed.err and "broken.png" in printed.err
+    assert "Skipped, 1 files" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--codecs", "gif"], "unknown codec 'gif'"),
+        (["--codecs", "jpeg", "--anchor", "avif"], "the anchor 'avif' is not among"),
+        (["--codecs", "jpeg", "--metrics", "fid"], "SEMLIC_FEATURES"),
+        (["--codecs", "jpeg", "--published", "imagenet"], "there are some over clic"),
+    ],
+)
+def test_command_refuses_before_it_works(
+    folder, tmp_path, capsys, no_weights, options, message
+):
+    out = tmp_path / "out"
+    assert cli.main(["eval", str(folder), "--out", str(out), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
