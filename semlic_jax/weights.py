@@ -24,8 +24,11 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -40,6 +43,26 @@ if TYPE_CHECKING:
 
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 _MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
+_MAX_ENTRIES = 2**14
+_MAX_CONFIG_BYTES = 2**14
+_ENTRIES = {"config", "transforms", "prior", "entropy", "tables"}
+_DTYPES = ("<f2", "<f4", "|i1", "<i4", "|u1", "<u4")
+# What zipfile, zlib, NumPy and json raise on damaged data, and what our own use of a
+# tree that is not as it should be does.
+_READ_ERRORS = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    NotImplementedError,  # a compression that Python does not know
+    OSError,
+    RecursionError,
+    RuntimeError,  # an encrypted entry
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _TABLE_ARRAYS = ("offsets", "starts", "counts")
 # What of the configuration decides the meaning of a file. Named one by one: a field
 # that a later version adds must not change the fingerprints of models that are out.
@@ -100,22 +123,29 @@ def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
         params: the parameter tree of `CompressionModel`.
 
     Raises:
-        ValueError: an integer network breaks its bound.
+        ValueError: an integer network breaks its bound, or a parameter is not finite
+            or beyond float16.
     """
     from semlic_jax.coding.entropy_coding import gaussian_tables
     from semlic_jax.coding.integer_networks import export_integers
     from semlic_jax.model.priors import scale_table
 
-    def as_dtype(tree: Any, dtype: type) -> Any:
+    def as_dtype(name: str, tree: Any, dtype: type[np.floating]) -> Any:
         if isinstance(tree, Mapping):
-            return {key: as_dtype(value, dtype) for key, value in tree.items()}
-        return np.asarray(tree).astype(dtype)
+            return {key: as_dtype(f"{name}/{key}", tree[key], dtype) for key in tree}
+        array = np.asarray(tree, np.float32)
+        limit = np.finfo(dtype).max
+        if not (np.abs(array) <= limit).all():
+            raise ValueError(
+                f"expected {name} within +-{limit:g}, found {np.abs(array).max():g}"
+            )
+        return array.astype(dtype)
 
     names = ("g_a", "g_s", "h_a", "log_gain")
     return ModelFile(
         config=config,
-        transforms=as_dtype({name: params[name] for name in names}, np.float16),
-        prior=as_dtype(params["prior"], np.float32),
+        transforms={name: as_dtype(name, params[name], np.float16) for name in names},
+        prior=as_dtype("prior", params["prior"], np.float32),
         integers=export_integers(params["entropy"], config),
         y_tables=gaussian_tables(scale_table()),
         z_tables=_prior_tables(config, params["prior"]),
@@ -137,9 +167,14 @@ def _prior_tables(config: ModelConfig, prior: Any) -> SymbolTables:
         lambda z: density.apply({"params": prior}, z, method="probability")
     )(grid)
     pmfs, offsets = [], []
-    for pmf in np.asarray(probability, np.float64).T:
+    for channel, pmf in enumerate(np.asarray(probability, np.float64).T):
         # What is less likely than this is left to the escape.
         likely = np.nonzero(pmf > 1e-6)[0]
+        if not likely.size:
+            raise ValueError(
+                f"expected a density of channel {channel} of z within +-{radius}, "
+                "found none there"
+            )
         pmfs.append(pmf[likely[0] : likely[-1] + 1])
         offsets.append(int(z[likely[0]]))
     return tables_from_pmfs(pmfs, offsets)
@@ -179,8 +214,12 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
                 f"found neither under {str(name_or_path)!r}"
             )
         path = packaged
-    tree = _read_arrays(path)
     try:
+        tree = _read_arrays(path)
+        if set(tree) != _ENTRIES or tree["config"].size > _MAX_CONFIG_BYTES:
+            raise ValueError(
+                f"expected the entries {sorted(_ENTRIES)}, found {sorted(tree)[:9]}"
+            )
         config = ModelConfig(**json.loads(tree["config"].tobytes()))
         integers = {
             layer: {
@@ -203,8 +242,11 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
         )
         prove_exact(integers, config)
         _check_shapes(model)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a valid model file: {error}") from error
+    except FileNotFoundError:
+        raise ValueError(f"expected a model file, found nothing at {path}") from None
+    except _READ_ERRORS as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a valid model file: {reason}") from error
     return model
 
 
@@ -233,19 +275,18 @@ def _check_shapes(model: ModelFile) -> None:
         init = partial(network.init, method=method)
         wanted |= jax.eval_shape(init, key, *inputs)["params"]
     found = {**model.transforms, "prior": model.prior}
-    for name, shapes in wanted.items():
-        expected = {key: array.shape for key, array in _flatten(name, shapes)}
-        present = {key: array.shape for key, array in _flatten(name, found[name])}
-        if expected != present:
-            odd = sorted(
-                key
-                for key in expected.keys() | present.keys()
-                if expected.get(key) != present.get(key)
-            )[0]
-            raise ValueError(
-                f"expected {odd} of shape {expected.get(odd)}, "
-                f"found {present.get(odd, 'nothing')}"
-            )
+    expected = dict(pair for name in wanted for pair in _flatten(name, wanted[name]))
+    present = dict(pair for name in found for pair in _flatten(name, found[name]))
+    for path in sorted(expected.keys() | present.keys()):
+        shapes = [
+            tree[path].shape if path in tree else "nothing"
+            for tree in (expected, present)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"expected {path} of shape {shapes[0]}, found {shapes[1]}")
+        array = present[path]
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"expected finite floats as {path}, found others")
     for kind, tables, number in (
         ("y", model.y_tables, NUM_SCALES),
         ("z", model.z_tables, model.config.hyper_channels),
@@ -255,29 +296,54 @@ def _check_shapes(model: ModelFile) -> None:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz file as a tree, sizes checked before they are read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > _MAX_FILE_BYTES:
-            raise ValueError(
-                f"expected at most {_MAX_FILE_BYTES} bytes of arrays in {path}, "
-                f"found {unpacked}"
-            )
-        with np.load(path, allow_pickle=False) as file:
-            flat = {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        raise ValueError(f"expected a model file, found nothing at {path}") from None
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a model file: {error}") from error
+    """The arrays of an .npz file as a tree; whatever the file is, it stays in bounds.
+
+    NumPy's own reader allocates what the header of an array claims and takes entries
+    of any kind.
+    """
     tree: dict[str, Any] = {}
-    for key, array in flat.items():
-        *folders, leaf = key.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = array
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        if len(entries) > _MAX_ENTRIES or unpacked > _MAX_FILE_BYTES:
+            raise ValueError(
+                f"expected at most {_MAX_ENTRIES} arrays of {_MAX_FILE_BYTES} bytes "
+                f"together, found {len(entries)} of {unpacked}"
+            )
+        for entry in entries:
+            *folders, leaf = entry.filename.removesuffix(".npy").split("/")
+            node = tree
+            for folder in folders:
+                node = node.setdefault(folder, {})
+                if not isinstance(node, dict):
+                    raise ValueError(f"expected one array {folder}, found a folder too")
+            if leaf in node:
+                raise ValueError(f"expected one {entry.filename}, found two")
+            node[leaf] = _read_array(archive, entry)
     return tree
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"expected {entry.filename} stored or deflated")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(
+                f"expected {entry.filename} in version (1, 0) of .npy, found {version}"
+            )
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.str not in _DTYPES:
+            raise ValueError(
+                f"expected {entry.filename} of {', '.join(_DTYPES)}, found {dtype.str}"
+            )
+        data = file.read()
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"expected {entry.filename} of shape {shape}, found {len(data)} bytes"
+        )
+    array = np.frombuffer(data, dtype)
+    return array.reshape(shape, order="F" if columns_first else "C")
 
 
 def pretrained_models() -> dict[str, dict[str, Any]]:
