@@ -21,7 +21,7 @@ ALLOWED = {
     "coding": {"model"},
     "objectives": {"model"},
     "refinement": {"model", "objectives"},
-    "weights": {"model", "coding", "objectives"},
+    "weights": {"model", "coding", "images", "objectives"},
     "codec": {"", "model", "coding", "objectives", "refinement", "weights"},
     "packaged": {"codec", "coding", "weights"},
     "pillow_plugin": {"", "codec", "coding", "images", "packaged"},
