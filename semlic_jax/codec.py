@@ -8,7 +8,9 @@ image = codec.decompress(data)
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import os
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,7 @@ _ICC_CHUNK = b"ICCP"
 # Sizes that a search for a budget looks at beyond the first that does not fit: sizes
 # rise with the quality, but not strictly.
 _LOOK_AHEAD = 3
+_INTERPOLATIONS = 5
 
 
 class Latents(NamedTuple):
@@ -52,9 +55,9 @@ class Latents(NamedTuple):
 def bucket_side(side: int) -> int:
     """Padded length of an image side, in pixels.
 
-    Multiples of 64 with at most three significant bits above the leading one: few
-    enough that the compiled programs of a few buckets serve every image, close enough
-    that padding never adds more than about a quarter to the pixels.
+    Multiples of 64, of which those above 15 x 64 have four significant bits: few enough
+    that the compiled programs of a few buckets serve every image, close enough that
+    they add at most an eighth to the length that the model needs anyway.
     """
     cells = -(-side // HYPER_STRIDE)
     step = 1 << max(0, cells.bit_length() - 4)
@@ -147,19 +150,28 @@ class Codec:
         """
         image = _checked_image(image)
         budget = _checked_budget(image, quality, bpp, max_bytes)
+        if icc_profile is not None and not isinstance(icc_profile, bytes):
+            raise ValueError(
+                f"expected bytes as icc_profile, found {type(icc_profile).__name__}"
+            )
         latents = self.analyse(image)
         if quality is not None:
-            return self.encode(latents, round(quality * MAX_LEVEL), icc_profile)
+            return self.encode(latents, round(float(quality) * MAX_LEVEL), icc_profile)
         return self._fit(latents, budget, icc_profile, exact_target=bpp is not None)
 
-    def decompress(self, data: bytes) -> np.ndarray:
+    def decompress(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Decode the bytes of a `.semlic` file to uint8 [H, W, 3].
+
+        Args:
+            data: the file.
+            max_pixels: refuse larger images. Decoding takes memory in proportion to
+                the pixels, and a file of a few bytes may claim any number of them.
 
         Raises:
             BitstreamError: the data is damaged or not a `.semlic` file.
             IncompatibleModelError: another model made it.
         """
-        header, y_hat = self.decode_latents(data)
+        header, y_hat = self.decode_latents(data, max_pixels=max_pixels)
         height, width = header.height, header.width
         # Positions outside the image repeat its edge, as the encoder's padding does.
         grid = [bucket_side(side) // STRIDE for side in (height, width)]
@@ -235,13 +247,15 @@ class Codec:
         )
         return pack(header, self.entropy.encode(symbols, size))
 
-    def decode_latents(self, data: bytes) -> tuple[Header, np.ndarray]:
+    def decode_latents(
+        self, data: bytes, *, max_pixels: int = MAX_PIXELS
+    ) -> tuple[Header, np.ndarray]:
         """Header and y_hat_scaled float32 [ceil(H/16), ceil(W/16), M] of a file.
 
         Raises:
             BitstreamError, IncompatibleModelError: see `decompress`.
         """
-        header, payload = unpack(data)
+        header, payload = unpack(data, max_pixels=max_pixels)
         header.require_model(self.fingerprint)
         size = (header.height, header.width)
         grid = (bucket_side(size[0]) // STRIDE, bucket_side(size[1]) // STRIDE)
@@ -274,11 +288,16 @@ class Codec:
         if size(MAX_LEVEL) <= budget:
             return files[MAX_LEVEL]
         fits, too_big = 0, MAX_LEVEL
-        while too_big - fits > 1:
+        for step in itertools.count():
+            if too_big - fits <= 1:
+                break
             # log(size) is nearly linear in the quality, so a few steps are enough.
+            # Where it is not, halving the range ends the search soon.
             position = math.log(budget / size(fits)) / math.log(
                 size(too_big) / size(fits)
             )
+            if step >= _INTERPOLATIONS and step % 2:
+                position = 0.5
             guess = fits + round(position * (too_big - fits))
             guess = min(max(guess, fits + 1), too_big - 1)
             if size(guess) <= budget:
@@ -287,8 +306,9 @@ class Codec:
                 too_big = guess
         for level in range(too_big + 1, min(too_big + _LOOK_AHEAD, MAX_LEVEL) + 1):
             size(level)
-        fitting = [data for data in files.values() if len(data) <= budget]
-        return max(fitting, key=len)
+        fitting = [level for level in files if size(level) <= budget]
+        # Of files of one size, that of the highest quality.
+        return files[max(fitting, key=lambda level: (size(level), level))]
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Codec:
@@ -338,30 +358,53 @@ def _checked_budget(
     if len(given) != 1:
         found = ", ".join(given) or "none"
         raise ValueError(f"expected one of quality, bpp and max_bytes, found {found}")
+    if max_bytes is not None:
+        try:
+            budget = operator.index(max_bytes)
+        except TypeError:
+            budget = 0
+        if budget <= 0:
+            raise ValueError(
+                f"expected a positive whole number as max_bytes, found {max_bytes!r}"
+            )
+        return budget
+    name, value = next(iter(given.items()))
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        number = math.nan
     if quality is not None:
-        if not 0 <= quality <= 1:
-            raise ValueError(f"expected a quality from 0 to 1, found {quality}")
+        if not 0 <= number <= 1:
+            raise ValueError(f"expected a quality from 0 to 1, found {quality!r}")
         return 0
-    if bpp is not None:
-        if not (math.isfinite(bpp) and bpp > 0):
-            raise ValueError(f"expected a positive bpp, found {bpp}")
-        return int(bpp * image.shape[0] * image.shape[1] / 8)
-    assert max_bytes is not None
-    if max_bytes <= 0:
-        raise ValueError(f"expected a positive max_bytes, found {max_bytes}")
-    return max_bytes
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"expected a positive {name}, found {value!r}")
+    pixels = image.shape[0] * image.shape[1]
+    budget = int(min(number * pixels / 8, 2.0**60))
+    # The product may round to just below the whole number that was meant.
+    return budget + ((budget + 1) * 8 / pixels <= number)
 
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs between processes, unless the user set it up.
 
     The folder is $SEMLIC_CACHE or ~/.cache/semlic_jax; an empty $SEMLIC_CACHE turns
-    the cache off.
+    the cache off, and so does a folder that cannot be written.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = os.environ.get("SEMLIC_CACHE", str(default / "semlic_jax"))
-    if folder:
+    folder = os.environ.get("SEMLIC_CACHE")
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(base, "semlic_jax")
+        if not os.path.isabs(folder):  # a user without a home
+            return
+    if not folder:
+        return
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError:  # a read-only home: JAX would warn at every program
+        return
+    if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
