@@ -226,6 +226,11 @@ def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]
         BitstreamError: the data is not a `.semlic` file, of another format version,
             damaged, or out of the ranges of the format.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        # bytes(10**9) would be a gigabyte of zeros.
+        raise BitstreamError(
+            f"expected the bytes of a .semlic file, found {type(data).__name__}"
+        )
     data = bytes(data)
     if not data.startswith(MAGIC):
         found = data[: len(MAGIC)].hex() or "no bytes"
