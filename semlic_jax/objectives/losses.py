@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The semantic ensemble loss, term by term (arXiv:2401.14007).
 
-    L = lambda(q)*R + k_charbonnier*Charbonnier + k_perceptual*Perceptual
-        + k_style*Style + k_local_style*LocalStyle + k_adversarial*Adversarial
+    L = lambda(q)*R + k_charbonnier*Charbonnier + k_structural*Structural
+        + k_perceptual*Perceptual + k_style*Style + k_local_style*LocalStyle
+        + k_adversarial*Adversarial
 
 In: each term as a function that returns one value per image, float32 [B], so that
 rate targets and region weights act per sample; `ensemble_terms`, which computes the
@@ -10,7 +11,7 @@ terms with a weight and skips the others; the rate weight. Out: the networks who
 outputs the terms compare (`features.py`, `adversary.py`), optimisers and schedules.
 
 Images are float [B, H, W, 3] in [0, 1]; reconstructions are compared unclamped.
-Imports jax and this package's `features`.
+Imports jax and this package's `features` and `metrics`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from semlic_jax.objectives.features import FeatureNetwork, feature_distance
+from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve, ssim_terms
 
 LOCAL_PATCH_PIXELS = 16
 # The rate target of the first steps is this much looser (HiFiC: 0.20 bpp for 0.14).
@@ -53,6 +55,33 @@ def charbonnier(
     if pixel_weights is not None:
         pixels = pixels * pixel_weights
     return jnp.mean(pixels, axis=(1, 2))
+
+
+def structural(x: jax.Array, x_hat: jax.Array) -> jax.Array:
+    """1 - MS-SSIM, float32 [B] (Wang et al. 2003), for crops of any size.
+
+    As many scales as leave 11 pixels, their weights scaled to a sum of 1. Factors are
+    at least 1e-3: a power of a smaller one has no useful gradient.
+
+    Args:
+        x, x_hat: float [B, H, W, 3] in [0, 1].
+
+    Raises:
+        ValueError: a side under 11 pixels.
+    """
+    smallest = min(x.shape[1:3])
+    scales = sum(smallest >> scale >= 11 for scale in range(len(MS_SSIM_WEIGHTS)))
+    if not scales:
+        raise ValueError(f"MS-SSIM needs sides of at least 11 pixels, found {smallest}")
+    weights = MS_SSIM_WEIGHTS[:scales]
+    x, x_hat = (pixels.astype(jnp.float32) * 255 - 128 for pixels in (x, x_hat))
+    product = jnp.ones((x.shape[0], x.shape[-1]), jnp.float32)
+    for scale, weight in enumerate(weights):
+        ssim, contrast = ssim_terms(x, x_hat)
+        factor = ssim if scale == scales - 1 else contrast
+        product = product * jnp.maximum(factor, 1e-3) ** (weight / sum(weights))
+        x, x_hat = halve(x), halve(x_hat)
+    return 1 - jnp.mean(product, axis=-1)
 
 
 def perceptual(
@@ -109,7 +138,8 @@ def gram_distance(features: jax.Array, features_hat: jax.Array) -> jax.Array:
             )
         )
         square = jnp.sum(dd * ss + sd * jnp.swapaxes(sd, -1, -2), axis=(-2, -1)) / 2
-    return square / (channels * positions) ** 2
+    # As a float: the square does not fit 32 bits for large maps.
+    return square / float(channels * positions) ** 2
 
 
 def style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array:
@@ -278,6 +308,7 @@ class LossWeights:
     """
 
     charbonnier: float = 1.0
+    structural: float = 0.0
     perceptual: float = 0.0
     style: float = 0.0
     local_style: float = 0.0
@@ -321,6 +352,8 @@ def ensemble_terms(
     terms: dict[str, jax.Array] = {}
     if weights.charbonnier:
         terms["charbonnier"] = charbonnier(x, x_hat)
+    if weights.structural:
+        terms["structural"] = structural(x, x_hat)
     if weights.perceptual or weights.style or weights.local_style:
         if network is None:
             raise ValueError(

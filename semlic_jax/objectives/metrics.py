@@ -119,11 +119,11 @@ def _blur(x: jax.Array) -> jax.Array:
     return x
 
 
-def _ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
+def ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Means over pixels of SSIM and of its contrast-structure part, [B, 3] each.
 
-    Pixels come shifted by -128: variances do not change, and float32 keeps two more
-    of their bits.
+    Pixels 0..255 come shifted by -128: variances do not change, and float32 keeps two
+    more of their bits.
     """
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     maps = jnp.concatenate([x, x_hat, x * x + x_hat * x_hat, x * x_hat], axis=-1)
@@ -139,8 +139,11 @@ def _ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _halve(x: jax.Array) -> jax.Array:
-    """2x2 means; an odd side gets a row of black on both ends (as the field does)."""
+def halve(x: jax.Array) -> jax.Array:
+    """2x2 means of pixels shifted by -128.
+
+    An odd side gets a row of black on both ends, as the field does.
+    """
     pads = [(n % 2, n % 2) for n in x.shape[1:3]]
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-128.0)
     batch, height, width, channels = x.shape
@@ -165,11 +168,11 @@ def ms_ssim(reference: Images, image: Images) -> jax.Array:
     x, x_hat = x - 128, x_hat - 128
     product = jnp.ones((x.shape[0], 3), jnp.float32)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
-        ssim, contrast = _ssim_terms(x, x_hat)
+        ssim, contrast = ssim_terms(x, x_hat)
         last = scale == len(MS_SSIM_WEIGHTS) - 1
         product = product * jnp.maximum(ssim if last else contrast, 0) ** weight
         if not last:
-            x, x_hat = _halve(x), _halve(x_hat)
+            x, x_hat = halve(x), halve(x_hat)
     return jnp.mean(product, axis=-1)
 
 
