@@ -5,44 +5,70 @@ semlic train --config configs/small.py --workdir runs/small \
     --config.data.train='("photos/train", "photos/more")'
 
 Needs the SqueezeNet 1.0 feature weights (SEMLIC_FEATURES or --config.features).
+Expected: about 5 hours on 2 CPU cores for all stages.
 """
 
 from ml_collections import ConfigDict
 
+from semlic_jax.training.settings import base_config, stage_config
+
 
 def get_config() -> ConfigDict:
-    """Two stages; a duration ends in `_steps`."""
-    rate_distortion = dict(
-        name="rate_distortion",
-        steps=12000,
-        arithmetic="float",
-        learning_rate=5e-4,
-        warmup_steps=200,
-        decay_steps=0,
-        final_rate=1.0,
-        # Chosen so that one model covers about 0.05 to 0.65 bpp.
-        lmbda_low=1.2,
-        lmbda_high=0.025,
-        k_charbonnier=1.0,
-        k_perceptual=0.02,
-        ema=0.998,
-        clip_norm=1.0,
+    """Four stages; a duration ends in `_steps`."""
+    config = base_config()
+    config.model = "small"
+    config.stages = ("labeller", "rate_distortion", "integer", "perceptual")
+    # Convolutional and narrow: codes and logits of 8 x 8 cells within a CPU's reach.
+    config.networks.labeller.update(
+        widths=(48, 96),
+        blocks=1,
+        attention=False,
+        patch=4,
+        code_count=256,
     )
-    integer = rate_distortion | dict(
-        name="integer",
+    config.networks.discriminator.update(
+        widths=(16, 48, 96, 128),
+        up_widths=(64, 96),
+        context_channels=8,
+        context_log=True,
+        patch=2,
+        lateral_skips=True,
+    )
+    config.labeller = stage_config(
+        "labeller",
+        steps=3000,
+        optimizer=dict(lr=1e-3, decay_steps=1000, final_rate=0.02),
+        weights=dict(charbonnier=1.0, perceptual=0.02),
+    )
+    # Chosen so that one model covers about 0.05 to 0.65 bpp.
+    rate = dict(lmbda_low=6.0, lmbda_high=0.009, balance=0.5)
+    terms = dict(charbonnier=1.0, structural=0.3, perceptual=0.02)
+    config.rate_distortion = stage_config(
+        "rate_distortion",
+        steps=12000,
+        optimizer=dict(lr=8e-4),
+        weights=terms,
+        **rate,
+    )
+    config.integer = stage_config(
+        "integer",
         steps=3000,
         arithmetic="fake",
-        decay_steps=2800,
-        final_rate=0.01,
+        optimizer=dict(
+            lr=8e-4, warmup_steps=50, decay_steps=2800, final_rate=0.01, ema=0.995
+        ),
+        weights=terms,
+        **rate,
     )
-    return ConfigDict(
-        dict(
-            model="small",
-            seed=0,
-            features="",
-            checkpoint_steps=500,
-            log_steps=50,
-            data=dict(train=("data/train",), batch=8, crop=128),
-            stages=(ConfigDict(rate_distortion), ConfigDict(integer)),
-        )
+    config.perceptual = stage_config(
+        "perceptual",
+        steps=4000,
+        arithmetic="fake",
+        trained=("g_s",),
+        optimizer=dict(
+            lr=2e-4, beta1=0.5, beta2=0.9, decay_steps=1000, final_rate=0.05
+        ),
+        weights=terms | dict(style=500.0, local_style=500.0, adversarial=0.002),
+        adversary=dict(optimizer=dict(lr=4e-4), split_batch=True),
     )
+    return config

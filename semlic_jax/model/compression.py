@@ -253,11 +253,13 @@ class CompressionModel(nn.Module):
         config: the architecture.
         arithmetic: of the entropy networks, `float` or `fake` (see `model.context`).
         dtype: of g_a and g_s.
+        remat: recompute the residual blocks of g_s in the backward pass.
     """
 
     config: ModelConfig
     arithmetic: str = "float"
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -274,6 +276,7 @@ class CompressionModel(nn.Module):
             config.patch,
             config.linear_skip,
             head_norm=not config.linear_skip,
+            block_remat=self.remat,
             dtype=self.dtype,
         )
         self.h_a = HyperAnalysis(config.hyper_channels, config.linear_skip)

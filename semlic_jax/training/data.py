@@ -1,80 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random crops of a folder of photographs, as a pure function of the step.
+"""Random crops of photographs, as a pure function of the step.
 
-Batch `i` depends on the seed and on `i` alone, so a resumed run sees exactly the
-batches that an unbroken one would have seen, and there is no iterator to save.
+Example `e` of batch `s` depends on (seed, s, e) and on the source alone, so a resumed
+run sees exactly the batches that an unbroken one would have seen, there is no iterator
+to save, and each process makes its own share of a batch without talking to the
+others.
 """
 
 from __future__ import annotations
 
-import glob
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+from semlic_jax.training.sources import Source, UnusableImage
+
+SMALL_IMAGES = ("skip", "reflect")
 _PREFETCH_BATCHES = 4
+_MOST_DRAWS = 100  # unusable images in a row before giving up
+_MOST_NAMED = 5
 
 
 class Photographs:
-    """Decoded photographs in memory.
+    """Crops of a source.
 
     Attributes:
-        images: uint8 [H, W, 3] each.
-        skipped: paths of the files that could not be read.
+        skipped: what was left out so far: the name of each image and the reason.
+        padded: how many images were padded so far.
     """
 
-    def __init__(self, patterns: Sequence[str], *, smallest_side: int) -> None:
-        """Reads all files that match the glob patterns (or lie in the folders).
+    def __init__(
+        self,
+        source: Source,
+        *,
+        crop: int,
+        small_images: str = "skip",
+        largest_scale: float = 2.0,
+        cache_bytes: int = 2**31,
+    ) -> None:
+        """Reads nothing yet.
 
         Args:
-            patterns: globs of files or folders.
-            smallest_side: images with a smaller side are left out.
+            source: the images.
+            crop: side of the crops.
+            small_images: images with a side under `crop` are left out (`skip`) or
+                padded by reflection (`reflect`).
+            largest_scale: images are scaled down by a random factor of up to this,
+                which takes their JPEG artefacts away, as far as a crop still fits.
+            cache_bytes: decoded images kept in memory.
 
         Raises:
-            ValueError: no usable image is there.
+            ValueError: the source is empty.
         """
-        paths = sorted({path for pattern in patterns for path in _expand(pattern)})
-        self.skipped: list[str] = []
-        with ThreadPoolExecutor(4) as pool:
-            decoded = list(pool.map(_read, paths))
-        self.images = []
-        for path, image in zip(paths, decoded, strict=True):
-            if image is None or min(image.shape[:2]) < smallest_side:
-                self.skipped.append(path)
-            else:
-                self.images.append(image)
-        if not self.images:
+        if not len(source):
+            raise ValueError("expected photographs to train on, found none")
+        if small_images not in SMALL_IMAGES:
             raise ValueError(
-                f"expected photographs of at least {smallest_side} pixels a side in "
-                f"{', '.join(patterns)}, found {len(paths)} files, none usable"
+                f"config.data.small_images must be {' or '.join(SMALL_IMAGES)}, "
+                f"found {small_images!r}"
             )
-        if self.skipped:
-            logging.warning(
-                "left out %d of %d files (unreadable or under %d pixels): %s%s",
-                len(self.skipped),
-                len(paths),
-                smallest_side,
-                ", ".join(self.skipped[:5]),
-                " ..." if len(self.skipped) > 5 else "",
-            )
+        self.crop = crop
+        self.skipped: dict[int, str] = {}
+        self.padded: set[int] = set()
+        self._source = source
+        self._small_images = small_images
+        self._largest_scale = largest_scale
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()
 
-    def batch(self, step: int, *, seed: int, batch: int, crop: int) -> np.ndarray:
-        """float32 [batch, crop, crop, 3] in [0, 1], a function of (seed, step)."""
-        rng = np.random.default_rng((seed, step))
-        return np.stack([self._crop(rng, crop) for _ in range(batch)])
+    def __len__(self) -> int:
+        return len(self._source)
 
-    def _crop(self, rng: np.random.Generator, crop: int) -> np.ndarray:
-        image = self.images[rng.integers(len(self.images))]
+    def image(self, index: int) -> np.ndarray | None:
+        """uint8 [H, W, 3], no side under the crop; None if it is left out."""
+        image = self._cache.get(index)
+        if image is not None or index in self.skipped:
+            return image
+        try:
+            image = self._usable(index, self._source[index])
+        except UnusableImage as error:
+            with self._lock:
+                if index not in self.skipped:
+                    self.skipped[index] = str(error)
+                    self._tell()
+            return None
+        with self._lock:
+            if index not in self._cache and image.nbytes <= self._cache_bytes:
+                self._cache_bytes -= image.nbytes
+                self._cache[index] = image
+        return image
+
+    def _usable(self, index: int, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
-        # Scaling down takes JPEG artefacts of the source away; BSDS-sized images
-        # allow it only as far as a crop still fits.
-        largest = min(min(height, width) / crop, 2.0)
-        factor = rng.uniform(1.0, largest)
+        missing = [max(self.crop - side, 0) for side in (height, width)]
+        if not any(missing):
+            return image
+        if self._small_images == "skip":
+            raise UnusableImage(
+                f"image {index} ({width}x{height}, smaller than the crop)"
+            )
+        self.padded.add(index)
+        # "symmetric" repeats the edge, so it also serves an image of one pixel.
+        mode = "reflect" if min(height, width) > max(missing) else "symmetric"
+        return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode)
+
+    def _tell(self) -> None:
+        # Every one of the first few, then at each doubling of the count.
+        count = len(self.skipped)
+        if count <= _MOST_NAMED or count & (count - 1) == 0:
+            last = next(reversed(self.skipped.values()))
+            logging.warning("left out %d images so far; the last: %s", count, last)
+
+    def sample(self, count: int) -> Iterator[np.ndarray]:
+        """Up to `count` usable images, evenly spread over the source."""
+        for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)):
+            image = self.image(int(index))
+            if image is not None:
+                yield image
+
+    def example(self, step: int, index: int, *, seed: int) -> np.ndarray:
+        """float32 [crop, crop, 3] in [0, 1]: a function of (seed, step, index).
+
+        Raises:
+            ValueError: of many images drawn none was usable.
+        """
+        rng = np.random.default_rng((seed, step, index))
+        for _ in range(_MOST_DRAWS):
+            image = self.image(int(rng.integers(len(self))))
+            if image is not None:
+                return self._crop(rng, image)
+        named = "; ".join(list(self.skipped.values())[:_MOST_NAMED])
+        raise ValueError(
+            f"expected photographs of at least {self.crop} pixels a side, found none "
+            f"usable in {_MOST_DRAWS} draws: {named}"
+        )
+
+    def _crop(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
+        crop = self.crop
+        factor = rng.uniform(1.0, min(min(height, width) / crop, self._largest_scale))
         side = crop * factor
         left = rng.uniform(0, width - side)
         top = rng.uniform(0, height - side)
@@ -86,9 +156,13 @@ class Photographs:
                 int(top) : int(np.ceil(top + side)),
                 int(left) : int(np.ceil(left + side)),
             ]
-            offset = (left - int(left), top - int(top))
-            box = (*offset, offset[0] + side, offset[1] + side)
-            box = (*box[:2], min(box[2], window.shape[1]), min(box[3], window.shape[0]))
+            x, y = left - int(left), top - int(top)
+            box = (
+                x,
+                y,
+                min(x + side, window.shape[1]),
+                min(y + side, window.shape[0]),
+            )
             pixels = np.asarray(
                 Image.fromarray(window).resize(
                     (crop, crop), Image.Resampling.LANCZOS, box=box
@@ -99,35 +173,42 @@ class Photographs:
         return pixels.astype(np.float32) / 255
 
     def batches(
-        self, start: int, stop: int, *, seed: int, batch: int, crop: int
+        self,
+        start: int,
+        stop: int,
+        *,
+        seed: int,
+        examples: range,
+        threads: int = 0,
     ) -> Iterator[np.ndarray]:
-        """Batches start..stop-1 in order, made ahead of time on other threads."""
-        with ThreadPoolExecutor(2) as pool:
+        """Batches start..stop-1 in order, made ahead of time on other threads.
 
-            def submit(step: int):
-                return pool.submit(self.batch, step, seed=seed, batch=batch, crop=crop)
+        Args:
+            start, stop: steps.
+            seed: see `example`.
+            examples: this process's part of each batch.
+            threads: 0 for one per CPU, at most 16.
+
+        Yields:
+            float32 [len(examples), crop, crop, 3].
+        """
+        workers = threads or min(os.cpu_count() or 1, 16)
+        with ThreadPoolExecutor(workers, "batches") as pool:
+
+            def submit(step: int) -> list:
+                return [
+                    pool.submit(self.example, step, index, seed=seed)
+                    for index in examples
+                ]
 
             ahead = min(start + _PREFETCH_BATCHES, stop)
             waiting = [submit(step) for step in range(start, ahead)]
-            for step in range(start, stop):
-                if step + _PREFETCH_BATCHES < stop:
-                    waiting.append(submit(step + _PREFETCH_BATCHES))
-                yield waiting.pop(0).result()
-
-
-def _expand(pattern: str) -> list[str]:
-    if Path(pattern).is_dir():
-        pattern = f"{pattern}/*"
-    return [
-        path
-        for path in glob.glob(pattern, recursive=True)
-        if Path(path).suffix.lower() in _SUFFIXES
-    ]
-
-
-def _read(path: str) -> np.ndarray | None:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError):
-        return None
+            try:
+                for step in range(start, stop):
+                    if step + _PREFETCH_BATCHES < stop:
+                        waiting.append(submit(step + _PREFETCH_BATCHES))
+                    yield np.stack([future.result() for future in waiting.pop(0)])
+            finally:
+                for futures in waiting:
+                    for future in futures:
+                        future.cancel()

@@ -8,27 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import orbax.checkpoint as ocp
 
 from semlic_jax.model.compression import SIZES
+from semlic_jax.training.checkpoints import read_params
 from semlic_jax.weights import export_model, save_model
-
-
-def averaged_params(folder: Path, step: int | None = None) -> Any:
-    """The averaged parameters of a stage's checkpoint, the last one by default.
-
-    Raises:
-        ValueError: there is no checkpoint in the folder.
-    """
-    manager = ocp.CheckpointManager(folder.absolute())
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        raise ValueError(f"expected checkpoints in {folder}, found none")
-    state = manager.restore(step, args=ocp.args.StandardRestore())
-    manager.close()
-    return state["average"]
 
 
 def main() -> None:
@@ -38,7 +21,7 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=sorted(SIZES))
     parser.add_argument("--step", type=int)
     arguments = parser.parse_args()
-    params = averaged_params(arguments.stage, arguments.step)
+    params = read_params(arguments.stage, arguments.step)
     save_model(arguments.model, export_model(SIZES[arguments.size], params))
 
 

@@ -1,97 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one stage of the training minimises, and its jitted step.
+"""The stages of the training, as records, and their optimisers.
 
-A stage is a record, not a subclass: which arithmetic the entropy networks run in,
-which weights the terms of the loss have, how fast to learn.
+A stage is a record, not a subclass: which parts of the model learn, in which
+arithmetic the entropy networks run, which weights the terms of the loss have, how
+fast to learn, who the adversary is.
+
+==================  =================================================================
+stage               what it is for
+==================  =================================================================
+`labeller`          the VQ-VAE whose codes the discriminator tells apart
+`rate_distortion`   the codec under every term but the adversary's
+`perceptual`        all terms; by default the decoder alone learns, so that files of
+                    the model it started from stay readable
+`integer`           short fine-tuning with the entropy networks in fake quantisation
+==================  =================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from semlic_jax.model.compression import (
-    QUALITY_LEVELS,
-    CompressionModel,
-    ModelConfig,
-)
-from semlic_jax.objectives.features import FeatureNetwork, feature_distance
+from semlic_jax.model.context import ARITHMETICS
+from semlic_jax.objectives.losses import LossWeights, RateTarget
 
 Array = jax.Array
 Tree = Any
 
+# The parts of the model's parameter tree.
+PARTS = ("entropy", "g_a", "g_s", "h_a", "log_gain", "prior")
+# The parts that the rate depends on: all but the decoder.
+RATE_PARTS = tuple(part for part in PARTS if part != "g_s")
+
 # The linear block transform starts at a good place and its entries are small: it
 # learns this much slower than the rest. Gains and prior live on a log scale: faster.
-_RATES = {"skip": 0.05, "log_gain": 4.0, "prior": 4.0, "network": 1.0}
-# The trunk's input is shifted by up to this many pixels: its strided first layer is
-# blind to patterns of its own period otherwise.
-_TRUNK_SHIFT = 8
+_RATES = {
+    "skip": 0.05,
+    "skip_lapping": 0.05,
+    "log_gain": 4.0,
+    "prior": 4.0,
+    "network": 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Adam with warm-up, cosine decay at the end, clipped gradients and an average.
+
+    Attributes:
+        lr: after the warm-up.
+        warmup_steps: linear from 0.
+        decay_steps: of a cosine to `final_rate * lr` at the end of the stage.
+        final_rate: see `decay_steps`.
+        beta1, beta2: of Adam.
+        weight_decay: decoupled (AdamW); 0 for none.
+        clip_norm: largest norm of the gradient.
+        ema: decay of the averaged parameters.
+    """
+
+    lr: float = 1e-4
+    warmup_steps: int = 200
+    decay_steps: int = 0
+    final_rate: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema: float = 0.998
+
+    def rate(self, step: Array, steps: int) -> Array:
+        """Learning rate at a step of a stage of `steps`."""
+        warm = jnp.minimum(1.0, (step + 1) / max(self.warmup_steps, 1))
+        start = steps - self.decay_steps
+        done = jnp.clip((step - start) / max(self.decay_steps, 1), 0.0, 1.0)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return self.lr * warm * (self.final_rate + (1 - self.final_rate) * cosine)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """How the discriminator learns in a stage.
+
+    Attributes:
+        optimizer: the discriminator's own.
+        binary: real or fake instead of the labeller's codes (an ablation).
+        split_batch: originals and reconstructions of one update are of different
+            images, half of the batch each (MS-ILLM); otherwise of the same.
+    """
+
+    optimizer: Optimizer = Optimizer(lr=4e-4, beta1=0.5, beta2=0.9)
+    binary: bool = False
+    split_batch: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the training.
+    """One stage of the codec's training.
 
     Attributes:
-        name: `rate_distortion` or `integer`.
+        name: of its folder.
         steps: length.
         arithmetic: of the entropy networks, `float` or `fake`.
-        learning_rate: Adam's, after `warmup_steps`.
-        warmup_steps: linear from 0.
-        decay_steps: of a cosine to `final_rate * learning_rate` at the end.
-        final_rate: see `decay_steps`.
+        trained: the parts of the model that learn, of `PARTS`.
+        optimizer: the codec's.
         lmbda_low, lmbda_high: weight of the rate (per bpp) at quality 0 and 1,
             geometric in between.
-        k_charbonnier, k_perceptual: weights of the terms.
-        ema: decay of the averaged parameters.
-        clip_norm: largest norm of the gradient.
+        balance: an image's loss is divided by its rate weight (relative to the middle
+            of the range) to this power: at 0 low qualities, whose loss is large, have
+            most of the gradient; 0.5 evens it out.
+        rate_target: instead of these, a two-sided switch around one bpp.
+        weights: of the terms of the loss; 0 leaves a term out.
+        adversary: needed where `weights.adversarial` is not 0.
+        quality_low, quality_high: the range of qualities that training draws from.
     """
 
     name: str
     steps: int
-    arithmetic: str
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    final_rate: float
-    lmbda_low: float
-    lmbda_high: float
-    k_charbonnier: float
-    k_perceptual: float
-    ema: float
-    clip_norm: float
+    arithmetic: str = "float"
+    trained: tuple[str, ...] = PARTS
+    optimizer: Optimizer = Optimizer()
+    lmbda_low: float = 1.0
+    lmbda_high: float = 1.0
+    balance: float = 0.0
+    rate_target: RateTarget | None = None
+    weights: LossWeights = LossWeights()
+    adversary: Adversary = Adversary()
+    quality_low: float = 0.0
+    quality_high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.arithmetic not in ARITHMETICS[:2]:
+            raise ValueError(
+                f"{self.name}.arithmetic must be float or fake, found "
+                f"{self.arithmetic!r}"
+            )
+        unknown = [part for part in self.trained if part not in PARTS]
+        if unknown or not self.trained:
+            raise ValueError(
+                f"{self.name}.trained must be of {', '.join(PARTS)}, found "
+                f"{', '.join(unknown) or 'none'}"
+            )
+        if not 0 <= self.quality_low <= self.quality_high <= 1:
+            raise ValueError(
+                f"{self.name} needs 0 <= quality_low <= quality_high <= 1, found "
+                f"{self.quality_low} and {self.quality_high}"
+            )
+
+    @property
+    def trains_rate(self) -> bool:
+        """Whether any trained part has a say in the rate."""
+        return any(part in RATE_PARTS for part in self.trained)
 
 
-class State(NamedTuple):
-    """Everything that a step changes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabellerStage:
+    """The training of the VQ-VAE labeller; the recipe is ours.
 
-    params: Tree
-    average: Tree
-    optimizer: Tree
+    The auto-encoder learns to reconstruct under Charbonnier and feature distance,
+    which makes codes of texture rather than of colour alone. A commitment term ties
+    the embeddings to their codes, codes follow the embeddings by gradient, and codes
+    that fall out of use are moved onto embeddings of the batch until the learning
+    rate decays.
+
+    Attributes:
+        name, steps, optimizer: as in `Stage`.
+        weights: of Charbonnier, perceptual and style terms of the reconstruction.
+        commitment, embedding: weights of the two codebook terms.
+        usage_decay: of the running share of each code.
+        reseed_threshold: a code with less than this part of an even share is dead.
+        reseed_until: no re-seeding after this part of the steps.
+    """
+
+    name: str = "labeller"
+    steps: int
+    optimizer: Optimizer = Optimizer()
+    weights: LossWeights = LossWeights()
+    commitment: float = 0.25
+    embedding: float = 1.0
+    usage_decay: float = 0.98
+    reseed_threshold: float = 0.1
+    reseed_until: float = 0.8
 
 
-def quality_lmbda(stage: Stage, quality: Array) -> Array:
-    """Rate weight for quality [B] in [0, 1], per bit per pixel."""
-    low, high = math.log(stage.lmbda_low), math.log(stage.lmbda_high)
-    return jnp.exp(low + (high - low) * quality)
-
-
-def make_optimizer(stage: Stage) -> optax.GradientTransformation:
-    """Adam with warm-up, cosine decay at the end, and clipped gradients."""
-
-    def schedule(step: Array) -> Array:
-        warm = jnp.minimum(1.0, (step + 1) / max(stage.warmup_steps, 1))
-        start = stage.steps - stage.decay_steps
-        done = jnp.clip((step - start) / max(stage.decay_steps, 1), 0.0, 1.0)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        decay = stage.final_rate + (1 - stage.final_rate) * cosine
-        return stage.learning_rate * warm * decay
+def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a stage of `steps`; for any tree of parameters."""
 
     def label(tree: Tree) -> Tree:
         def name(path: Any, _: Any) -> str:
@@ -101,83 +197,15 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(name, tree)
 
     def adam(rate: float) -> optax.GradientTransformation:
-        return optax.adam(lambda step: rate * schedule(step), b1=0.9, b2=0.99)
+        def schedule(step: Array) -> Array:
+            return rate * optimizer.rate(step, steps)
+
+        betas = dict(b1=optimizer.beta1, b2=optimizer.beta2)
+        if optimizer.weight_decay:
+            return optax.adamw(schedule, weight_decay=optimizer.weight_decay, **betas)
+        return optax.adam(schedule, **betas)
 
     return optax.chain(
-        optax.clip_by_global_norm(stage.clip_norm),
+        optax.clip_by_global_norm(optimizer.clip_norm),
         optax.partition({name: adam(rate) for name, rate in _RATES.items()}, label),
     )
-
-
-def initial_state(stage: Stage, params: Tree) -> State:
-    """State at step 0 of a stage, from parameters."""
-    average = jax.tree.map(jnp.copy, params)
-    return State(params, average, make_optimizer(stage).init(params))
-
-
-def make_step(
-    config: ModelConfig, stage: Stage, features: FeatureNetwork | None
-) -> Callable[[State, Array, Array], tuple[State, dict[str, Array]]]:
-    """The jitted update: (state, images, rng) -> (state, metrics).
-
-    Images are float32 [B, H, W, 3] in [0, 1]. Metrics are scalars, float32: the loss,
-    its terms, and mean bpp and squared error in each third of the quality range.
-    """
-    if stage.k_perceptual and features is None:
-        raise ValueError(
-            "the perceptual term needs feature weights, found none; "
-            "set SEMLIC_FEATURES or config.features"
-        )
-    model = CompressionModel(config, stage.arithmetic)
-    optimizer = make_optimizer(stage)
-
-    def loss(params: Tree, images: Array, rng: Array) -> tuple[Array, dict]:
-        quality_rng, noise_rng, shift_rng = jax.random.split(rng, 3)
-        batch, height, width, _ = images.shape
-        # Stratified: each batch covers the range of qualities.
-        offsets = jax.random.uniform(quality_rng, (batch,))
-        quality = (jnp.arange(batch) + offsets) / batch
-        quality = jnp.round(quality * (QUALITY_LEVELS - 1)) / (QUALITY_LEVELS - 1)
-        forward = model.apply({"params": params}, images, quality, noise_rng)
-        error = forward.x_hat - images
-        charbonnier = jnp.mean(jnp.sqrt(error**2 + 1e-6), axis=(1, 2, 3))
-        bpp = (forward.rate.y_bits + forward.rate.z_bits) / (height * width)
-        total = stage.k_charbonnier * charbonnier
-        total = total + quality_lmbda(stage, quality) * bpp
-        metrics = {"charbonnier": jnp.mean(charbonnier)}
-        if stage.k_perceptual:
-            corner = jax.random.randint(shift_rng, (2,), 0, _TRUNK_SHIFT)
-            start = (0, corner[0], corner[1], 0)
-            size = (batch, height - _TRUNK_SHIFT, width - _TRUNK_SHIFT, 3)
-            real = jax.lax.dynamic_slice(images, start, size)
-            made = jax.lax.dynamic_slice(forward.x_hat, start, size)
-            distance = feature_distance(features.apply(real), features.apply(made))
-            total = total + stage.k_perceptual * distance
-            metrics["perceptual"] = jnp.mean(distance)
-        clipped = jnp.clip(forward.x_hat, 0.0, 1.0)
-        mse = jnp.mean((clipped - images) ** 2, axis=(1, 2, 3))
-        for i, part in enumerate(("low", "mid", "high")):
-            third = slice(i * batch // 3, max((i + 1) * batch // 3, i + 1))
-            metrics[f"bpp_{part}"] = jnp.mean(bpp[third])
-            metrics[f"mse_{part}"] = jnp.mean(mse[third])
-        metrics["z_bpp"] = jnp.mean(forward.rate.z_bits) / (height * width)
-        return jnp.mean(total), metrics
-
-    def step(state: State, images: Array, rng: Array) -> tuple[State, dict]:
-        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.params, images, rng
-        )
-        metrics["loss"] = value
-        metrics["gradient_norm"] = optax.global_norm(gradients)
-        updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
-        average = jax.tree.map(
-            lambda mean, new: mean + (1 - stage.ema) * (new - mean),
-            state.average,
-            params,
-        )
-        return State(params, average, optimizer_state), metrics
-
-    return jax.jit(step, donate_argnums=0)

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training program: `semlic train --config configs/small.py --workdir DIR`.
 
-The stages of a config run one after the other. Each keeps its checkpoints in
-`DIR/<stage>`; a run that was killed goes on from the last one and ends with the same
-parameters as an unbroken run, since batches and noise are functions of the step.
+The stages of a config run one after the other, each from the averaged parameters of
+the one before. Each keeps its checkpoints in `DIR/<stage>`; the same command goes on
+where a killed run stopped.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,153 +18,154 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from semlic_jax.model.compression import SIZES, CompressionModel, ModelConfig
-from semlic_jax.objectives.features import load_features
+from semlic_jax.model.compression import CompressionModel
+from semlic_jax.objectives.features import FeatureNetwork, load_features
+from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.klt import block_covariance, start_from_klt
-from semlic_jax.training.stages import Stage, State, initial_state, make_step
+from semlic_jax.training.loop import run_program
+from semlic_jax.training.programs import (
+    codec_program,
+    labeller_program,
+    make_run,
+)
+from semlic_jax.training.settings import LABELLER_STAGE, Settings, read_settings
+from semlic_jax.training.sharding import local_examples, make_mesh, start_processes
+from semlic_jax.training.sources import open_sources
+from semlic_jax.training.stages import LabellerStage
+from semlic_jax.training.writers import Writer
 
 Tree = Any
 
-
-def initial_params(config: ModelConfig, photographs: Photographs, seed: int) -> Tree:
-    """Fresh parameters, from the KLT of the photographs where the model has it."""
-    model = CompressionModel(config)
-    x = jnp.zeros((1, 64, 64, 3))
-    key = jax.random.key(seed)
-    params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
-    if config.linear_skip:
-        params = start_from_klt(params, config, block_covariance(photographs.images))
-    return params
+_KLT_IMAGES = 1000
 
 
-def _manager(folder: Path, every_steps: int) -> ocp.CheckpointManager:
-    policy = ocp.checkpoint_managers
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy.LatestN(2),
-        save_decision_policy=policy.FixedIntervalPolicy(every_steps),
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+def initial_params(settings: Settings, photographs: Photographs) -> Tree:
+    """The codec's first parameters: of `init_from`, or fresh; NumPy arrays.
 
-
-def _restore(manager: ocp.CheckpointManager, state: State) -> tuple[State, int]:
-    """The last checkpoint, or the given state and step 0."""
-    step = manager.latest_step()
-    if step is None:
-        return state, 0
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
-    restored = manager.restore(step, args=ocp.args.StandardRestore(shapes))
-    return State(**restored), step
-
-
-def run_stage(
-    config: ModelConfig,
-    stage: Stage,
-    params: Tree,
-    photographs: Photographs,
-    workdir: Path,
-    *,
-    batch: int,
-    crop: int,
-    seed: int,
-    features_path: str,
-    checkpoint_steps: int,
-    log_steps: int,
-) -> Tree:
-    """Train one stage to its end; returns its averaged parameters.
+    Fresh ones start at the KLT of the photographs where the model has a linear skip.
 
     Raises:
-        FloatingPointError: the loss is not finite; names the step.
+        ValueError: the checkpoint is of another model.
     """
-    features = load_features(features_path) if stage.k_perceptual else None
-    step_fn = make_step(config, stage, features)
-    manager = _manager(workdir / stage.name, checkpoint_steps)
-    state, start = _restore(manager, initial_state(stage, params))
-    key = jax.random.key(seed)
-    log = (workdir / "metrics.jsonl").open("a")
-    begun, sums, count = time.monotonic(), {}, 0
-    batches = photographs.batches(start, stage.steps, seed=seed, batch=batch, crop=crop)
-    for step, images in enumerate(batches, start):
-        state, metrics = step_fn(state, images, jax.random.fold_in(key, step))
-        sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
-        count += 1
-        done = step + 1
-        if done % log_steps == 0 or done == stage.steps:
-            row = {name: float(value) / count for name, value in sums.items()}
-            seconds = (time.monotonic() - begun) / (done - start)
-            row |= {"stage": stage.name, "step": done, "seconds_per_step": seconds}
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            _report(row, (stage.steps - done) * seconds)
-            if not np.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is not finite between steps {done - count} and {done} "
-                    f"of stage {stage.name}: {row}"
-                )
-            sums, count = {}, 0
-        manager.save(
-            done,
-            args=ocp.args.StandardSave(state._asdict()),
-            force=done == stage.steps,
-        )
-    manager.wait_until_finished()
-    manager.close()
-    log.close()
-    return state.average
+    config = settings.model_config
+    model = CompressionModel(config)
+    x = jnp.zeros((1, 64, 64, 3))
+    key = jax.random.key(settings.seed)
+    if settings.init_from:
+        folder = Path(settings.init_from)
+        params = checkpoints.read_params(folder)
+        wanted = jax.eval_shape(model.init, key, x, jnp.zeros(1), key)["params"]
+        checkpoints.check_fits(params, wanted, folder)
+        return params
+    params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
+    if config.linear_skip:
+        covariance = block_covariance(photographs.sample(_KLT_IMAGES))
+        params = start_from_klt(params, config, covariance)
+    return jax.tree.map(np.asarray, params)
 
 
-def _report(row: dict[str, Any], seconds_left: float) -> None:
-    terms = " ".join(
-        f"{name} {value:.4f}" for name, value in row.items() if isinstance(value, float)
+def _trunk(settings: Settings) -> FeatureNetwork | None:
+    """The feature network, if a term of any stage needs it."""
+    weights = [stage.weights for stage in settings.records]
+    if not any(w.perceptual or w.style or w.local_style for w in weights):
+        return None
+    path = settings.features or os.environ.get("SEMLIC_FEATURES")
+    dtype = None if settings.dtype == "float32" else jnp.dtype(settings.dtype)
+    try:
+        return load_features(path, settings.trunk, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"config.features: {error}") from error
+
+
+def train(config: Any, workdir: Path) -> dict[str, Tree]:
+    """Runs all stages of an `ml_collections` config.
+
+    Everything that can be wrong with the config, the data, the weights and the devices
+    is refused before anything is compiled.
+
+    Returns:
+        Averaged parameters of what was trained: `codec`, `labeller`.
+
+    Raises:
+        ValueError: in one sentence, what is wrong.
+        FloatingPointError: a term is not finite; names the step and the term.
+    """
+    settings = read_settings(config)
+    mesh = make_mesh(settings.mesh.data, settings.mesh.model)
+    local_examples(mesh, settings.data.batch)
+    data = settings.data
+    photographs = Photographs(
+        open_sources(data.train),
+        crop=data.crop,
+        small_images=data.small_images,
+        largest_scale=data.largest_scale,
+        cache_bytes=data.cache_mb * 2**20,
     )
+    run = make_run(settings, mesh, _trunk(settings))
     logging.info(
-        "%s %d: %s, %.0f min left", row["stage"], row["step"], terms, seconds_left / 60
+        "%d photographs; %d devices, mesh %s",
+        len(photographs),
+        mesh.size,
+        dict(mesh.shape),
     )
-
-
-def train(config: Any, workdir: Path) -> Tree:
-    """Run all stages of an `ml_collections` config; returns the last parameters."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    model_config = SIZES[config.model]
-    photographs = Photographs(config.data.train, smallest_side=config.data.crop)
-    logging.info("%d photographs", len(photographs.images))
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
-    features_path = config.features or os.environ.get("SEMLIC_FEATURES", "")
-    params = initial_params(model_config, photographs, config.seed)
-    for record in config.stages:
-        stage = Stage(**record)
-        params = run_stage(
-            model_config,
-            stage,
-            params,
-            photographs,
-            workdir,
-            batch=config.data.batch,
-            crop=config.data.crop,
-            seed=config.seed,
-            features_path=features_path,
-            checkpoint_steps=config.checkpoint_steps,
-            log_steps=config.log_steps,
-        )
-    return params
+    writer = Writer(
+        workdir, active=jax.process_index() == 0, tensorboard=settings.tensorboard
+    )
+    writer.config(config.to_json_best_effort(indent=2))
+    trained: dict[str, Tree] = {}
+    if settings.labeller_from:
+        trained["labeller"] = checkpoints.read_params(Path(settings.labeller_from))
+    try:
+        for stage in settings.records:
+            if isinstance(stage, LabellerStage):
+                program = labeller_program(run, stage)
+                name = LABELLER_STAGE
+            else:
+                if "codec" not in trained:
+                    trained["codec"] = initial_params(settings, photographs)
+                labeller = None
+                if stage.weights.adversarial and not stage.adversary.binary:
+                    labeller = trained["labeller"]
+                program = codec_program(run, stage, trained["codec"], labeller)
+                name = "codec"
+            trained[name] = run_program(
+                run, stage, program, photographs, writer, workdir
+            )
+    finally:
+        writer.close()
+    return trained
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry point; `argv` as in `--config FILE --workdir DIR --config.key=value`."""
+    """Entry point; `argv` as in `--config FILE --workdir DIR --config.key=value`.
+
+    `--distributed=auto` joins the processes of a TPU pod or a SLURM job,
+    `--distributed=explicit --coordinator=HOST:PORT --processes=N --process=I` any.
+    """
     from absl import app, flags
     from ml_collections import config_flags
 
     config_flag = config_flags.DEFINE_config_file("config", lock_config=True)
-    workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("distributed", "none", "none, auto or explicit.")
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+    flags.DEFINE_integer("processes", 0, "How many there are.")
+    flags.DEFINE_integer("process", -1, "Which one this is.")
     flags.mark_flags_as_required(["config", "workdir"])
 
     def run(_: Sequence[str]) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        logging.getLogger("orbax").setLevel(logging.WARNING)
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        train(config_flag.value, Path(workdir_flag.value))
+        values = flags.FLAGS
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(message)s", force=True
+        )
+        for name in ("orbax", "absl", "jax"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        start_processes(
+            values.distributed, values.coordinator, values.processes, values.process
+        )
+        train(config_flag.value, Path(values.workdir))
 
     app.run(run, argv=["semlic train", *argv])
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a stage: everything that changes, and what a later stage starts from.
+
+A checkpoint is one tree: `params`, `average` and `optimizer` of the network that the
+stage trains, and beside them what else its updates change. Orbax writes it in the
+background into a folder per step, which appears under its number when it is complete,
+so a run that dies while writing leaves the checkpoint before it as the last one.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+Tree = Any
+
+_ITEM = "default"  # orbax's name for the tree of a checkpoint
+
+
+class Checkpoints:
+    """The checkpoints of one stage; a context manager that waits for the last."""
+
+    def __init__(self, folder: Path, every_steps: int, keep: int) -> None:
+        """Makes the folder.
+
+        Args:
+            folder: of the stage.
+            every_steps: distance of checkpoints; the last step has one too.
+            keep: how many are kept.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        self.folder = folder.absolute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".writable_{jax.process_index()}"
+            probe.write_bytes(b"0")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"checkpoints need a folder that can be written, found {folder}: "
+                f"{error.strerror}"
+            ) from error
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(
+                every_steps
+            ),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self._guarded(self._manager.wait_until_finished)
+        except ValueError:
+            # What went wrong first is the error to report.
+            if kind is None:
+                raise
+        finally:
+            self._manager.close()
+
+    def restore(self, shapes: Tree) -> tuple[Tree, int] | None:
+        """The last checkpoint and its step, or None where there is none.
+
+        Args:
+            shapes: the state's leaves as `jax.ShapeDtypeStruct` with shardings; these
+                need not be those that it was saved with.
+
+        Raises:
+            ValueError: the checkpoint is of another model; names the first difference.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        check_fits(self._manager.item_metadata(step), shapes, self.folder)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(shapes)), step
+
+    def save(self, step: int, state: Tree) -> None:
+        """Starts to write a checkpoint; the state may be used up right after.
+
+        Raises:
+            ValueError: this one or the one before cannot be written.
+        """
+        self._guarded(
+            lambda: self._manager.save(
+                step, args=ocp.args.StandardSave(state), force=True
+            )
+        )
+
+    def _guarded(self, write: Any) -> None:
+        try:
+            write()
+        except Exception as error:
+            steps = _complete_steps(self.folder)
+            raise ValueError(
+                f"cannot write a checkpoint into {self.folder} (the last complete one "
+                f"is {f'of step {steps[-1]}' if steps else 'none'}): "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
+
+
+def check_fits(found: Any, wanted: Tree, where: Path) -> None:
+    """Compares the shapes of a checkpoint with those of a state.
+
+    Raises:
+        ValueError: the first leaf that differs.
+    """
+    shapes = {
+        _name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+        name = _name(path)
+        if shapes.get(name) != np.shape(leaf):
+            raise ValueError(
+                f"the checkpoint in {where} does not fit this model: {name} should "
+                f"have shape {np.shape(leaf)}, found {shapes.get(name, 'none')}"
+            )
+
+
+def _name(path: Any) -> str:
+    keys = [getattr(p, "key", getattr(p, "name", getattr(p, "idx", p))) for p in path]
+    return "/".join(str(key) for key in keys)
+
+
+def _complete_steps(folder: Path) -> list[int]:
+    # Orbax renames a checkpoint to its step's number when it is complete.
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
+
+
+def read_params(folder: Path, step: int | None = None, which: str = "average") -> Tree:
+    """Parameters in a stage's checkpoint, as NumPy arrays.
+
+    Args:
+        folder: of the stage, such as `runs/small/rate_distortion`.
+        step: None for the last one.
+        which: `average` or `params`.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    steps = _complete_steps(folder)
+    if step is None and steps:
+        step = steps[-1]
+    if step not in steps:
+        raise ValueError(
+            f"expected a checkpoint{'' if step is None else f' of step {step}'} in "
+            f"{folder}, found {', '.join(map(str, steps)) or 'none'}"
+        )
+    path = (folder / str(step) / _ITEM).absolute()
+    logging.info("reading %s", path)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata.tree
+        wanted = {which: metadata[which]}
+        arguments = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+        )
+        restored = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=wanted, restore_args=arguments, partial_restore=True
+            ),
+        )
+    return restored[which]

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration may say, checked before anything is compiled.
+
+A config is an `ml_collections.ConfigDict`; `base_config` has every key with its
+default and a file in `configs/` changes what it wants. `read_settings` turns it into
+records. Whatever is wrong with it is a ValueError in one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from semlic_jax.model.compression import SIZES, ModelConfig
+from semlic_jax.objectives.adversary import Discriminator, Labeller
+from semlic_jax.objectives.features import NETWORKS
+from semlic_jax.training.stages import LabellerStage, Stage
+
+LABELLER_STAGE = "labeller"
+_DTYPES = ("float32", "bfloat16")
+# Fields of Linen modules that are not for configs.
+_MODULE_FIELDS = {"parent", "name", "dtype"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which photographs, and what batches are made of.
+
+    Attributes:
+        train: folders, globs of files, `tfds:...`, `synthetic:N`; see `sources`.
+        batch: images per update, over all processes.
+        crop: side of the crops in pixels, a multiple of 64.
+        small_images: `skip` images with a side under the crop, or `reflect`.
+        largest_scale: images are scaled down at random by up to this factor.
+        cache_mb: decoded images kept in memory, MiB.
+        threads: that decode and crop; 0 for one per CPU.
+    """
+
+    train: tuple[str, ...] = ("data/train",)
+    batch: int = 8
+    crop: int = 128
+    small_images: str = "skip"
+    largest_scale: float = 2.0
+    cache_mb: int = 2048
+    threads: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """How the devices are used.
+
+    Attributes:
+        data: devices that batches are split over; 0 for all.
+        model: devices that large parameters are split over.
+        shard_from: parameters with so many elements are large.
+    """
+
+    data: int = 0
+    model: int = 1
+    shard_from: int = 2**16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole configuration.
+
+    Attributes:
+        model: a name of `SIZES`.
+        seed: of initial parameters, batches and noise.
+        dtype: of the transforms, the trunk and the adversary; parameters and the
+            entropy model are float32 always.
+        remat: recompute residual blocks in the backward pass, which saves memory.
+        features: file or folder of the trunk's weights; "" takes SEMLIC_FEATURES.
+        trunk: name of the feature network.
+        init_from: folder of a stage's checkpoints to start the codec from.
+        labeller_from: the same for the labeller.
+        data: the input.
+        networks: the adversary's modules, as keyword arguments.
+        stages: names of stages in order; each is a key of the config.
+        records: these stages.
+        mesh: the devices.
+        checkpoint_steps, log_steps, image_steps: how often; no pictures at 0.
+        keep_checkpoints: how many of the last ones.
+        tensorboard: write TensorBoard files where clu is installed.
+    """
+
+    model: str = "small"
+    seed: int = 0
+    dtype: str = "float32"
+    remat: bool = False
+    features: str = ""
+    trunk: str = "squeezenet1_0"
+    init_from: str = ""
+    labeller_from: str = ""
+    data: Data = Data()
+    mesh: MeshSettings = MeshSettings()
+    labeller: Labeller = Labeller()
+    discriminator: Discriminator = Discriminator()
+    stages: tuple[str, ...] = ()
+    records: tuple[Stage | LabellerStage, ...] = ()
+    checkpoint_steps: int = 500
+    keep_checkpoints: int = 2
+    log_steps: int = 50
+    image_steps: int = 0
+    tensorboard: bool = True
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return SIZES[self.model]
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """A record as nested dicts, for a ConfigDict."""
+    return dataclasses.asdict(record)
+
+
+def base_config() -> ConfigDict:
+    """A config with every key but the stages at its default."""
+    defaults = {
+        field.name: getattr(Settings(), field.name)
+        for field in dataclasses.fields(Settings)
+        if field.name not in ("records", "labeller", "discriminator")
+    }
+    defaults |= {"data": to_dict(Data()), "mesh": to_dict(MeshSettings())}
+    defaults["networks"] = {
+        "labeller": _module_defaults(Labeller),
+        "discriminator": _module_defaults(Discriminator),
+    }
+    return ConfigDict(defaults)
+
+
+def stage_config(name: str, **fields: Any) -> ConfigDict:
+    """The record of a stage with every key; `fields` may be nested dicts."""
+    cls = LabellerStage if name == LABELLER_STAGE else Stage
+    record = ConfigDict(to_dict(_record(cls, {"name": name, **fields}, name)))
+    del record["name"]
+    return record
+
+
+def read_settings(config: Any) -> Settings:
+    """Checks a config and turns it into records.
+
+    Args:
+        config: a ConfigDict or nested dicts.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a value of the wrong
+            type or out of range, a stage without a record.
+    """
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    names = tuple(config.get("stages", ()))
+    known = {field.name for field in dataclasses.fields(Settings)}
+    known -= {"records", "labeller", "discriminator"}
+    # Every record is checked, also of stages that are not run.
+    records = {
+        name: config.pop(name)
+        for name in list(config)
+        if name not in known | {"networks"} and isinstance(config[name], Mapping)
+    }
+    for name in names:
+        if name not in records:
+            raise ValueError(
+                f"stages names {name!r}, but the config has no such record; found "
+                f"{', '.join(sorted(records)) or 'none'}"
+            )
+    built = {}
+    for name, fields in records.items():
+        if "steps" not in fields and name not in names:
+            _refuse_unknown([name], known | set(names) | {"networks"}, "config")
+        cls = LabellerStage if name == LABELLER_STAGE else Stage
+        built[name] = _record(cls, {"name": name, **fields}, f"config.{name}")
+    networks = config.pop("networks", {})
+    _refuse_unknown(networks, {"labeller", "discriminator"}, "config.networks")
+    _refuse_unknown(config, known, "config")
+    modules = {
+        "labeller": _module(Labeller, networks.get("labeller", {})),
+        "discriminator": _module(Discriminator, networks.get("discriminator", {})),
+    }
+    settings = _record(Settings, config, "config", **modules)
+    settings = dataclasses.replace(
+        settings, records=tuple(built[name] for name in names)
+    )
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    def choose(name: str, value: str, known: Iterable[str]) -> None:
+        if value not in known:
+            raise ValueError(
+                f"config.{name} must be one of {', '.join(sorted(known))}, "
+                f"found {value!r}"
+            )
+
+    choose("model", settings.model, SIZES)
+    choose("dtype", settings.dtype, _DTYPES)
+    choose("trunk", settings.trunk, NETWORKS)
+    if not settings.stages:
+        raise ValueError("config.stages names no stage")
+    data = settings.data
+    if data.crop < 64 or data.crop % 64:
+        raise ValueError(
+            f"config.data.crop must be a multiple of 64, found {data.crop}"
+        )
+    if data.batch < 1:
+        raise ValueError(f"config.data.batch must be at least 1, found {data.batch}")
+    for name in ("init_from", "labeller_from"):
+        folder = getattr(settings, name)
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"config.{name}: no such folder: {folder}")
+    for stage in settings.records:
+        if isinstance(stage, LabellerStage):
+            if data.crop % settings.labeller.stride:
+                raise ValueError(
+                    f"config.data.crop must be a multiple of the labeller's stride "
+                    f"{settings.labeller.stride}, found {data.crop}"
+                )
+        elif stage.weights.adversarial:
+            _check_adversary(settings, stage)
+
+
+def _check_adversary(settings: Settings, stage: Stage) -> None:
+    discriminator, labeller = settings.discriminator, settings.labeller
+    if settings.data.crop % discriminator.multiple:
+        raise ValueError(
+            f"config.data.crop must be a multiple of the discriminator's "
+            f"{discriminator.multiple}, found {settings.data.crop}"
+        )
+    if not stage.adversary.binary and labeller.stride != discriminator.stride:
+        raise ValueError(
+            "labeller and discriminator must have one stride, found "
+            f"{labeller.stride} and {discriminator.stride}"
+        )
+    if stage.adversary.split_batch and settings.data.batch < 2:
+        raise ValueError(
+            "split_batch needs batches of at least 2, found "
+            f"config.data.batch={settings.data.batch}"
+        )
+    before = settings.stages[: settings.stages.index(stage.name)]
+    if (
+        not stage.adversary.binary
+        and not settings.labeller_from
+        and LABELLER_STAGE not in before
+    ):
+        raise ValueError(
+            f"the stage {stage.name} needs a labeller: run the stage "
+            f"{LABELLER_STAGE} before it or set config.labeller_from to the folder "
+            "of its checkpoints"
+        )
+
+
+def _module_defaults(cls: Any) -> dict[str, Any]:
+    # The classes of the discriminator follow from the labeller's codes.
+    hidden = _MODULE_FIELDS | ({"classes"} if cls is Discriminator else set())
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(cls)
+        if field.name not in hidden
+    }
+
+
+def _module(cls: Any, fields: Mapping[str, Any]) -> Any:
+    where = f"config.networks.{cls.__name__.lower()}"
+    _refuse_unknown(fields, set(_module_defaults(cls)), where)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _record(cls: Any, fields: Mapping[str, Any], where: str, **ready: Any) -> Any:
+    """An instance of a dataclass from nested dicts, its keys and types checked."""
+    hints = typing.get_type_hints(cls)
+    _refuse_unknown(fields, set(hints), where)
+    values = {
+        name: _value(hints[name], value, f"{where}.{name}")
+        for name, value in fields.items()
+    }
+    try:
+        return cls(**values, **ready)
+    except TypeError as error:
+        raise ValueError(f"{where} is not complete: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    hint = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _record(hint, value, where) if isinstance(value, Mapping) else value
+    if typing.get_origin(hint) is tuple:
+        return (value,) if isinstance(value, str) else tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}")
+    return value
+
+
+def _refuse_unknown(found: Iterable[str], known: set[str], where: str) -> None:
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where} has no key {key!r}{hint}")

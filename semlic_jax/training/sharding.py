@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices as a mesh of (data, model), and what lies where.
+
+Batches are split over `data`. Parameters are replicated, or, where the mesh has more
+than one column, split over `model` by one rule for every leaf of a state: the
+parameters, their averages and Adam's moments of a kernel have one shape and so one
+place. The compiler inserts the collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Tree = Any
+
+DATA, MODEL = "data", "model"
+
+
+def start_processes(
+    mode: str, coordinator: str = "", processes: int = 0, process: int = -1
+) -> None:
+    """Joins the processes of a run; call it before anything else of JAX.
+
+    Args:
+        mode: `none`; `auto` where the environment says how (TPU pods, SLURM, Open MPI);
+            `explicit` with the three other arguments.
+        coordinator: `host:port` of process 0.
+        processes: how many there are.
+        process: which one this is.
+
+    Raises:
+        ValueError: the arguments contradict each other, or there is no such cluster.
+    """
+    if mode == "none":
+        return
+    explicit = {}
+    if mode == "explicit":
+        if not coordinator or processes < 1 or not 0 <= process < processes:
+            raise ValueError(
+                "explicit processes need --coordinator=HOST:PORT, --processes=N and "
+                f"--process=0..N-1, found {coordinator!r}, {processes} and {process}"
+            )
+        explicit = dict(
+            coordinator_address=coordinator,
+            num_processes=processes,
+            process_id=process,
+        )
+    elif mode != "auto":
+        raise ValueError(
+            f"--distributed must be none, auto or explicit, found {mode!r}"
+        )
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**explicit)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"cannot join the processes of this run: {' '.join(str(error).split())}"
+        ) from error
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    """The mesh of (data, model) devices; `data` = 0 takes all that there are.
+
+    Raises:
+        ValueError: more shards than devices, or a number that does not divide them.
+    """
+    devices = jax.devices()
+    if model < 1 or data < 0:
+        raise ValueError(
+            f"config.mesh needs data >= 0 and model >= 1, found {data} and {model}"
+        )
+    wanted = max(data, 1) * model
+    if wanted > len(devices):
+        raise ValueError(
+            f"config.mesh asks for {wanted} devices ({max(data, 1)} data x {model} "
+            f"model), found {len(devices)}"
+        )
+    if data == 0:
+        if len(devices) % model:
+            raise ValueError(
+                f"config.mesh.model={model} does not divide {len(devices)} devices"
+            )
+        data = len(devices) // model
+    if jax.process_count() > 1 and data * model != len(devices):
+        raise ValueError(
+            f"a run of {jax.process_count()} processes must use all "
+            f"{len(devices)} devices, config.mesh asks for {data * model}"
+        )
+    return jax.make_mesh(
+        (data, model),
+        (DATA, MODEL),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: data * model],
+    )
+
+
+def state_sharding(mesh: Mesh, tree: Tree, *, shard_from: int) -> Tree:
+    """Where each leaf of a state lies.
+
+    A leaf of at least `shard_from` elements and two axes is split along its largest
+    axis that the `model` axis divides, output channels first; the rest is replicated.
+
+    Args:
+        mesh: of `make_mesh`.
+        tree: arrays or shapes.
+        shard_from: elements.
+    """
+    columns = mesh.shape[MODEL]
+
+    def place(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        spec: list[str | None] = [None] * len(shape)
+        if columns > 1 and len(shape) > 1 and np.prod(shape) >= shard_from:
+            fitting = [i for i, side in enumerate(shape) if side % columns == 0]
+            if fitting:
+                spec[max(fitting, key=lambda i: (shape[i], i))] = MODEL
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over the data axis."""
+    return NamedSharding(mesh, P(DATA))
+
+
+def place(tree: Tree, shardings: Tree) -> Tree:
+    """Arrays, the same on every process, as global arrays; typed keys not allowed.
+
+    Args:
+        tree: NumPy arrays or arrays of this process.
+        shardings: one for all, or a tree of them.
+    """
+    if isinstance(shardings, NamedSharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def local_examples(mesh: Mesh, batch: int) -> range:
+    """The examples of a global batch that this process's devices work on.
+
+    Raises:
+        ValueError: the data axis does not divide the batch.
+    """
+    rows = mesh.shape[DATA]
+    if batch % rows:
+        raise ValueError(
+            f"config.data.batch must be a multiple of the {rows} data shards, "
+            f"found {batch}"
+        )
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    slices = [index[0].indices(batch) for index in places.values()]
+    first = min(start for start, _, _ in slices)
+    last = max(stop for _, stop, _ in slices)
+    return range(first, last)
+
+
+def global_batch(mesh: Mesh, local: np.ndarray, examples: range, batch: int) -> Any:
+    """This process's examples as its part of the global batch."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch)
+        return local[start - examples.start : stop - examples.start]
+
+    shape = (batch, *local.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)

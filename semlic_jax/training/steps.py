@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jitted updates: of the codec, of the discriminator, of the labeller.
+
+Each is a pure function of what it changes, what it reads, a batch and a key, so a run
+can be repeated from any checkpoint. Networks that do not learn are arguments, never
+constants of the compiled program. Metrics are float32 scalars on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from semlic_jax.model.compression import (
+    QUALITY_LEVELS,
+    CompressionModel,
+    Forward,
+)
+from semlic_jax.objectives.adversary import (
+    Discriminator,
+    Labeller,
+    code_frequencies,
+    perplexity,
+    reseed_dead_codes,
+)
+from semlic_jax.objectives.features import FeatureNetwork, normalise_channels
+from semlic_jax.objectives.losses import (
+    LossWeights,
+    adversarial_discriminator,
+    ensemble_terms,
+    quality_lmbda,
+    weighted_sum,
+)
+from semlic_jax.training.stages import (
+    LabellerStage,
+    Optimizer,
+    Stage,
+    make_optimizer,
+)
+
+Array = jax.Array
+Tree = Any
+Metrics = dict[str, Array]
+
+# The trunk's input is shifted by up to this many pixels: its strided first layer is
+# blind to patterns of its own period otherwise.
+_TRUNK_SHIFT = 8
+
+
+class Learner(NamedTuple):
+    """A network that learns: everything that its update changes.
+
+    Attributes:
+        params: its parameters.
+        average: their running mean.
+        optimizer: the optimiser's state, for the parts that learn.
+    """
+
+    params: Tree
+    average: Tree
+    optimizer: Tree
+
+
+class Fakes(NamedTuple):
+    """What a codec update leaves for the discriminator's.
+
+    Attributes:
+        images: float32 [B, H, W, 3], the originals.
+        x_hat: their reconstructions before the update.
+        y_hat: float32 [B, h, w, M], scaled latents.
+        labels: int32 [B, H/8, W/8], codes of the originals.
+    """
+
+    images: Array
+    x_hat: Array
+    y_hat: Array
+    labels: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The modules of a run; None where its stages need none."""
+
+    model: CompressionModel
+    discriminator: Discriminator | None = None
+    labeller: Labeller | None = None
+
+
+def new_learner(
+    params: Tree, optimizer: Optimizer, steps: int, trained: tuple[str, ...] = ()
+) -> Learner:
+    """State at step 0 of a stage; `trained` names parts, none means all."""
+    part = {name: params[name] for name in trained or params}
+    state = make_optimizer(optimizer, steps).init(part)
+    return Learner(params, jax.tree.map(jnp.copy, params), state)
+
+
+def _apply(
+    learner: Learner, gradients: Tree, optimizer: Optimizer, steps: int
+) -> Learner:
+    """One optimiser step for the parts that `gradients` has."""
+    part = {name: learner.params[name] for name in gradients}
+    updates, state = make_optimizer(optimizer, steps).update(
+        gradients, learner.optimizer, part
+    )
+    part = optax.apply_updates(part, updates)
+    means = {name: learner.average[name] for name in part}
+    means = jax.tree.map(
+        lambda m, new: m + (1 - optimizer.ema) * (new - m), means, part
+    )
+    return Learner({**learner.params, **part}, {**learner.average, **means}, state)
+
+
+def sample_quality(stage: Stage, rng: Array, batch: int) -> Array:
+    """Qualities [B], whole bytes / 255, stratified: each batch covers the range."""
+    position = (jnp.arange(batch) + jax.random.uniform(rng, (batch,))) / batch
+    span = stage.quality_high - stage.quality_low
+    quality = stage.quality_low + span * position
+    return jnp.round(quality * (QUALITY_LEVELS - 1)) / (QUALITY_LEVELS - 1)
+
+
+def _shifted(rng: Array, *images: Array) -> list[Array]:
+    """The same random window of each, `_TRUNK_SHIFT` pixels smaller."""
+    batch, height, width, channels = images[0].shape
+    corner = jax.random.randint(rng, (2,), 0, _TRUNK_SHIFT)
+    size = (batch, height - _TRUNK_SHIFT, width - _TRUNK_SHIFT, channels)
+    start = (0, corner[0], corner[1], 0)
+    return [jax.lax.dynamic_slice(x, start, size) for x in images]
+
+
+def _reconstruction_terms(
+    images: Array,
+    x_hat: Array,
+    weights: LossWeights,
+    trunk: FeatureNetwork | None,
+    rng: Array,
+    **adversarial: Array | None,
+) -> Metrics:
+    """All terms with a weight, [B] each; the trunk's on a shifted window."""
+    deep = dataclasses.replace(
+        weights, charbonnier=0.0, structural=0.0, adversarial=0.0
+    )
+    rest = dataclasses.replace(weights, perceptual=0.0, style=0.0, local_style=0.0)
+    terms = ensemble_terms(images, x_hat, rest, **adversarial)
+    if deep != LossWeights(charbonnier=0.0):
+        real, made = _shifted(rng, images, x_hat)
+        terms |= ensemble_terms(
+            real, made, deep, network=trunk, style_map=normalise_channels
+        )
+    return terms
+
+
+def codec_update(
+    networks: Networks, stage: Stage, seed: int
+) -> Callable[..., tuple[Learner, Metrics, Fakes | None]]:
+    """The codec's update, to be jitted.
+
+    Returns:
+        `update(learner, step, images, trunk, discriminator, labeller)` with the step
+        (int32 scalar), images float32 [B, H, W, 3] in [0, 1], the feature network and
+        the parameters of the others (None where no term needs them). It returns the
+        learner, the metrics and, with an adversary, what the discriminator's update
+        needs.
+    """
+    model = networks.model.clone(arithmetic=stage.arithmetic)
+    adversarial = bool(stage.weights.adversarial)
+
+    def update(
+        learner: Learner,
+        step: Array,
+        images: Array,
+        trunk: FeatureNetwork | None,
+        discriminator: Tree,
+        labeller: Tree,
+    ) -> tuple[Learner, Metrics, Fakes | None]:
+        rng = jax.random.fold_in(jax.random.key(seed), step)
+        quality_rng, noise_rng, shift_rng = jax.random.split(rng, 3)
+        batch, height, width, _ = images.shape
+        quality = sample_quality(stage, quality_rng, batch)
+        labels = None
+        if adversarial:
+            labels = _labels(networks, stage, labeller, images)
+
+        def loss(trained: Tree) -> tuple[Array, tuple[Metrics, Forward]]:
+            params = {**learner.params, **trained}
+            forward = model.apply({"params": params}, images, quality, noise_rng)
+            logits = None
+            if adversarial:
+                logits = networks.discriminator.apply(
+                    {"params": discriminator}, forward.x_hat, forward.y_hat
+                )
+            terms = _reconstruction_terms(
+                images,
+                forward.x_hat,
+                stage.weights,
+                trunk,
+                shift_rng,
+                logits_fake=logits,
+                labels=labels,
+            )
+            total = weighted_sum(terms, stage.weights)
+            metrics = {name: jnp.mean(term) for name, term in terms.items()}
+            bpp = (forward.rate.y_bits + forward.rate.z_bits) / (height * width)
+            if stage.trains_rate:
+                total = total + _lmbda(stage, quality, bpp, step) * bpp
+            metrics |= _by_quality(images, forward, bpp)
+            total = total * _balance(stage, quality)
+            return jnp.mean(total), (metrics, forward)
+
+        trained = {name: learner.params[name] for name in stage.trained}
+        (value, (metrics, forward)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            trained
+        )
+        metrics["loss"] = value
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        learner = _apply(learner, gradients, stage.optimizer, stage.steps)
+        fakes = None
+        if adversarial:
+            fakes = Fakes(images, forward.x_hat, forward.y_hat, labels)
+        return learner, metrics, fakes
+
+    return update
+
+
+def _lmbda(stage: Stage, quality: Array, bpp: Array, step: Array) -> Array:
+    """Rate weight of each image, per bpp."""
+    if stage.rate_target is None:
+        return quality_lmbda(quality, stage.lmbda_low, stage.lmbda_high)
+    return stage.rate_target.lmbda(bpp, step)
+
+
+def _balance(stage: Stage, quality: Array) -> Array:
+    """Weight of each image's whole loss, 1 in the middle of the range."""
+    middle = math.sqrt(stage.lmbda_low * stage.lmbda_high)
+    lmbda = quality_lmbda(quality, stage.lmbda_low, stage.lmbda_high)
+    return (lmbda / middle) ** -stage.balance
+
+
+def _by_quality(images: Array, forward: Forward, bpp: Array) -> Metrics:
+    """bpp and squared error of each third of the range of qualities."""
+    batch, height, width, _ = images.shape
+    clipped = jnp.clip(forward.x_hat, 0.0, 1.0)
+    mse = jnp.mean((clipped - images) ** 2, axis=(1, 2, 3))
+    metrics = {"z_bpp": jnp.mean(forward.rate.z_bits) / (height * width)}
+    for i, part in enumerate(("low", "mid", "high")):
+        third = slice(i * batch // 3, max((i + 1) * batch // 3, i * batch // 3 + 1))
+        metrics[f"bpp_{part}"] = jnp.mean(bpp[third])
+        metrics[f"mse_{part}"] = jnp.mean(mse[third])
+    return metrics
+
+
+def _labels(networks: Networks, stage: Stage, labeller: Tree, images: Array) -> Array:
+    """Codes of originals on the discriminator's grid; all 0 for a binary one."""
+    if stage.adversary.binary:
+        stride = networks.discriminator.stride
+        batch, height, width, _ = images.shape
+        return jnp.zeros((batch, height // stride, width // stride), jnp.int32)
+    return networks.labeller.apply({"params": labeller}, images, method="labels")
+
+
+def discriminator_update(
+    networks: Networks, stage: Stage
+) -> Callable[..., tuple[Learner, Metrics]]:
+    """The discriminator's update, to be jitted.
+
+    Returns:
+        `update(learner, fakes)`: learner of the discriminator and what the codec's
+        update left. Metrics: the loss, the share of cells of originals that get their
+        code (`d_code_accuracy`) or any code (`d_real_accuracy`), and of reconstructions
+        that are found to be fake (`d_fake_accuracy`).
+    """
+    optimizer = stage.adversary.optimizer
+
+    def update(learner: Learner, fakes: Fakes) -> tuple[Learner, Metrics]:
+        batch = fakes.images.shape[0]
+        real = fake = slice(None)
+        if stage.adversary.split_batch:
+            fake, real = slice(0, batch // 2), slice(batch // 2, batch)
+        images = jnp.concatenate([fakes.images[real], fakes.x_hat[fake]])
+        y_hat = jnp.concatenate([fakes.y_hat[real], fakes.y_hat[fake]])
+        labels = fakes.labels[real]
+
+        def loss(params: Tree) -> tuple[Array, tuple[Array, Array]]:
+            logits = networks.discriminator.apply({"params": params}, images, y_hat)
+            logits = (logits[: labels.shape[0]], logits[labels.shape[0] :])
+            return jnp.mean(adversarial_discriminator(*logits, labels)), logits
+
+        (value, (on_real, on_fake)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            learner.params
+        )
+        guess = jnp.argmax(on_real, axis=-1)
+        metrics = {
+            "d_loss": value,
+            "d_gradient_norm": optax.global_norm(gradients),
+            "d_code_accuracy": jnp.mean(guess == labels + 1),
+            "d_real_accuracy": jnp.mean(guess > 0),
+            "d_fake_accuracy": jnp.mean(jnp.argmax(on_fake, axis=-1) == 0),
+        }
+        return _apply(learner, gradients, optimizer, stage.steps), metrics
+
+    return update
+
+
+def labeller_update(
+    networks: Networks, stage: LabellerStage, seed: int
+) -> Callable[..., tuple[Learner, Array, Metrics]]:
+    """The labeller's update, to be jitted.
+
+    Returns:
+        `update(learner, usage, step, images, trunk)`, with the running share of
+        each code, float32 [C]. It returns the first two anew, and the metrics.
+    """
+    labeller = networks.labeller
+
+    def update(
+        learner: Learner,
+        usage: Array,
+        step: Array,
+        images: Array,
+        trunk: FeatureNetwork | None,
+    ) -> tuple[Learner, Array, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), step)
+        shift_rng, seed_rng = jax.random.split(rng)
+
+        def loss(params: Tree) -> tuple[Array, tuple[Metrics, Any]]:
+            made = labeller.apply({"params": params}, images)
+            terms = _reconstruction_terms(
+                images, made.x_hat, stage.weights, trunk, shift_rng
+            )
+            total = jnp.mean(weighted_sum(terms, stage.weights))
+            total = total + stage.commitment * made.commitment
+            total = total + stage.embedding * made.embedding
+            metrics = {name: jnp.mean(term) for name, term in terms.items()}
+            metrics["commitment"] = made.commitment
+            return total, (metrics, made)
+
+        (value, (metrics, made)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            learner.params
+        )
+        learner = _apply(learner, gradients, stage.optimizer, stage.steps)
+        frequencies = code_frequencies(made.codes, labeller.code_count)
+        usage = stage.usage_decay * usage + (1 - stage.usage_decay) * frequencies
+        usage = jnp.where(step == 0, jnp.zeros_like(usage), usage)
+        active = step < stage.reseed_until * stage.steps
+        learner, usage, dead = _reseed(
+            learner, usage, made.embeddings, seed_rng, stage, active
+        )
+        metrics |= {
+            "loss": value,
+            "gradient_norm": optax.global_norm(gradients),
+            "perplexity": perplexity(frequencies),
+            "dead_codes": jnp.sum(dead).astype(jnp.float32),
+        }
+        return learner, usage, metrics
+
+    return update
+
+
+def _reseed(
+    learner: Learner,
+    usage: Array,
+    embeddings: Array,
+    rng: Array,
+    stage: LabellerStage,
+    active: Array,
+) -> tuple[Learner, Array, Array]:
+    threshold = jnp.where(active, stage.reseed_threshold, 0.0)
+    codebook, usage, dead = reseed_dead_codes(
+        learner.params["codebook"], usage, embeddings, rng, threshold=threshold
+    )
+    average = jnp.where(dead[:, None], codebook, learner.average["codebook"])
+    params = {**learner.params, "codebook": codebook}
+    learner = learner._replace(
+        params=params, average={**learner.average, "codebook": average}
+    )
+    return learner, usage, dead
