@@ -179,7 +179,7 @@ def write_plots(
     """
     out.mkdir(parents=True, exist_ok=True)
     count = len(results.images)
-    title = f"{count} image{'s' * (count > 1)}"
+    title = f"means over {count} image{'s' * (count > 1)}"
     if published:
         title = f"{published[0].image_set.capitalize()}, {title}"
     figures = {"rd_all": plot_overview(results, published, title=title)}
