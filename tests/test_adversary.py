@@ -15,6 +15,7 @@ from semlic_jax.objectives.adversary import (
     Discriminator,
     Labeller,
     code_frequencies,
+    diversity_loss,
     perplexity,
     reseed_dead_codes,
     upsample,
@@ -144,6 +145,16 @@ def test_perplexity_counts_codes_in_use():
     entropy = -(0.5 * np.log(0.25) + 0.5 * np.log(0.5))
     assert float(perplexity(frequencies)) == pytest.approx(np.exp(entropy), rel=1e-5)
     assert float(perplexity(jnp.full(6, 1 / 6))) == pytest.approx(6, rel=1e-5)
+
+
+def test_diversity_is_0_at_even_use_and_grows_with_collapse():
+    codebook = np.eye(3, dtype=np.float32)
+    even = diversity_loss(np.eye(3, dtype=np.float32), codebook, 0.1)
+    assert float(even) == pytest.approx(0, abs=1e-5)
+    collapsed = diversity_loss(np.tile(codebook[:1], (3, 1)), codebook, 0.1)
+    p = np.exp(np.array([10.0, 0, 0])) / (np.exp(10.0) + 2)
+    expected = np.log(3) + (p * np.log(p)).sum()
+    assert float(collapsed) == pytest.approx(expected, rel=1e-4)
 
 
 def test_dead_codes_move_onto_embeddings_and_live_ones_stay():

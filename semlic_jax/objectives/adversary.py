@@ -261,6 +261,24 @@ def perplexity(frequencies: Array) -> Array:
     return jnp.exp(-jnp.sum(frequencies * log_p))
 
 
+def diversity_loss(embeddings: Array, codebook: Array, temperature: float) -> Array:
+    """log C - entropy of the mean soft assignment, float32 scalar, 0 at even use.
+
+    Spreads the embeddings of a batch over the codes, as in Yu et al. 2023
+    (arXiv:2310.05737, without their term for confident assignments, which the
+    commitment serves here).
+
+    Args:
+        embeddings: float32 [..., E], unit vectors.
+        codebook: float32 [C, E].
+        temperature: of the softmax over cosines.
+    """
+    flat = embeddings.reshape(-1, codebook.shape[1])
+    cosines = flat @ _unit_vectors(codebook).T
+    frequencies = jnp.mean(nn.softmax(cosines / temperature, axis=-1), axis=0)
+    return jnp.log(codebook.shape[0]) - jnp.log(perplexity(frequencies))
+
+
 def reseed_dead_codes(
     codebook: Array, usage: Array, embeddings: Array, rng: Array, *, threshold: float
 ) -> tuple[Array, Array, Array]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The semantic ensemble loss, term by term (arXiv:2401.14007).
 
-    L = lambda(q)*R + k_charbonnier*Charbonnier + k_structural*Structural
-        + k_perceptual*Perceptual + k_style*Style + k_local_style*LocalStyle
-        + k_adversarial*Adversarial
+    L = lambda(q)*R + k_charbonnier*Charbonnier + k_squared_error*SquaredError
+        + k_structural*Structural + k_perceptual*Perceptual + k_style*Style
+        + k_local_style*LocalStyle + k_adversarial*Adversarial
 
 In: each term as a function that returns one value per image, float32 [B], so that
 rate targets and region weights act per sample; `ensemble_terms`, which computes the
@@ -55,6 +55,16 @@ def charbonnier(
     if pixel_weights is not None:
         pixels = pixels * pixel_weights
     return jnp.mean(pixels, axis=(1, 2))
+
+
+def squared_error(x: jax.Array, x_hat: jax.Array) -> jax.Array:
+    """Mean over pixels and channels of (x - x_hat)^2, float32 [B]: MS-ILLM's fidelity.
+
+    Args:
+        x, x_hat: float [B, H, W, C].
+    """
+    error = x.astype(jnp.float32) - x_hat.astype(jnp.float32)
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
 def structural(x: jax.Array, x_hat: jax.Array) -> jax.Array:
@@ -308,6 +318,7 @@ class LossWeights:
     """
 
     charbonnier: float = 1.0
+    squared_error: float = 0.0
     structural: float = 0.0
     perceptual: float = 0.0
     style: float = 0.0
@@ -352,6 +363,8 @@ def ensemble_terms(
     terms: dict[str, jax.Array] = {}
     if weights.charbonnier:
         terms["charbonnier"] = charbonnier(x, x_hat)
+    if weights.squared_error:
+        terms["squared_error"] = squared_error(x, x_hat)
     if weights.structural:
         terms["structural"] = structural(x, x_hat)
     if weights.perceptual or weights.style or weights.local_style:
