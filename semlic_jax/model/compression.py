@@ -211,11 +211,19 @@ class Rate(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What training sees of one batch."""
+    """What training sees of one batch.
+
+    Attributes:
+        x_hat: float32 [B, H, W, 3], not clipped.
+        y_hat: float32 [B, H/16, W/16, M], scaled.
+        rate: of noisy latents, what training minimises.
+        rounded_rate: of the rounded latents, what a file costs.
+    """
 
     x_hat: Array
     y_hat: Array
     rate: Rate
+    rounded_rate: Rate
 
 
 def image_masks(
@@ -362,7 +370,7 @@ class CompressionModel(nn.Module):
             rng: key of the noise.
 
         Returns:
-            x_hat (not clipped), y_hat (scaled) and the rate of each image.
+            See `Forward`; what the caller does not use is not computed under `jit`.
         """
         y = self.analysis(x)
         y_scaled = y * self.gain(quality)
@@ -371,24 +379,33 @@ class CompressionModel(nn.Module):
         z_tilde = z + jax.random.uniform(z_rng, z.shape, minval=-0.5, maxval=0.5)
         z_bits = jnp.sum(self.z_bits(z_tilde), axis=(1, 2, 3))
         noise = jax.random.uniform(y_rng, y.shape, minval=-0.5, maxval=0.5)
-        y_bits = jnp.zeros_like(z_bits)
+        y_bits = y_bits_rounded = jnp.zeros_like(z_bits)
 
         def visit(pass_: Pass, index: Array, mean: Array) -> Array:
-            nonlocal y_bits
+            nonlocal y_bits, y_bits_rounded
             channels = slice(pass_.start, pass_.stop)
             residual = y_scaled[..., channels] - mean / MEAN_STEPS
-            bits = gaussian_bits(
-                residual + noise[..., channels], scale_from_index(index)
-            )
-            rows, columns = jnp.ogrid[: bits.shape[1], : bits.shape[2]]
+            rounded = round_straight_through(residual)
+            scale = scale_from_index(index)
+            rows, columns = jnp.ogrid[: index.shape[1], : index.shape[2]]
             ours = ((rows + columns) % 2 == pass_.parity)[None, ..., None]
-            y_bits = y_bits + jnp.sum(bits * ours, axis=(1, 2, 3))
-            return round_straight_through(residual) * MEAN_STEPS + mean
+
+            def bits_of(residual: Array) -> Array:
+                bits = gaussian_bits(residual, scale)
+                return jnp.sum(bits * ours, axis=(1, 2, 3))
+
+            y_bits = y_bits + bits_of(residual + noise[..., channels])
+            y_bits_rounded = y_bits_rounded + bits_of(rounded)
+            return rounded * MEAN_STEPS + mean
 
         masks = full_masks(x.shape[0], (y.shape[1], y.shape[2]))
-        y_hat = self.traverse_latents(round_straight_through(z), quality, masks, visit)
+        z_hat = round_straight_through(z)
+        y_hat = self.traverse_latents(z_hat, quality, masks, visit)
         x_hat = self.synthesis(y_hat, quality)
-        return Forward(x_hat, y_hat, Rate(y_bits, z_bits))
+        z_bits_rounded = jnp.sum(self.z_bits(z_hat), axis=(1, 2, 3))
+        return Forward(
+            x_hat, y_hat, Rate(y_bits, z_bits), Rate(y_bits_rounded, z_bits_rounded)
+        )
 
 
 def entropy_model(config: ModelConfig, arithmetic: str) -> EntropyModel:
