@@ -25,12 +25,11 @@ _ITEM = "default"  # orbax's name for the tree of a checkpoint
 class Checkpoints:
     """The checkpoints of one stage; a context manager that waits for the last."""
 
-    def __init__(self, folder: Path, every_steps: int, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int) -> None:
         """Makes the folder.
 
         Args:
             folder: of the stage.
-            every_steps: distance of checkpoints; the last step has one too.
             keep: how many are kept.
 
         Raises:
@@ -49,9 +48,6 @@ class Checkpoints:
             ) from error
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(
-                every_steps
-            ),
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(

@@ -33,6 +33,10 @@ _SHOWN_IMAGES = 4
 _SHOWN_STEP = 2**31 - 1  # a batch that no training reaches
 
 
+class NotFiniteError(ValueError):
+    """A term of the loss, or a gradient, is not a finite number."""
+
+
 def run_program(
     run: Run,
     stage: Stage | LabellerStage,
@@ -44,15 +48,13 @@ def run_program(
     """Trains one stage to its end; returns the averaged parameters of its network.
 
     Raises:
-        FloatingPointError: a term is not finite; names the step and the term.
+        NotFiniteError: a term is not finite; names the step and the term.
         ValueError: the checkpoints are of another model, or cannot be written.
     """
     settings = run.settings
     batch = settings.data.batch
     examples = local_examples(run.mesh, batch)
-    with Checkpoints(
-        workdir / stage.name, settings.checkpoint_steps, settings.keep_checkpoints
-    ) as checkpoints:
+    with Checkpoints(workdir / stage.name, settings.keep_checkpoints) as checkpoints:
         restored = checkpoints.restore(program.shapes)
         state, start = restored or (program.start(), 0)
         if start:
@@ -127,12 +129,12 @@ class _Meter:
             self._begun = time.monotonic()
 
     def check(self, done: int) -> None:
-        """Raises FloatingPointError for the first value that is not finite."""
+        """Raises NotFiniteError for the first value that is not finite."""
         rows = jax.device_get(self._waiting)
         for step, row in enumerate(rows, done - len(rows) + 1):
             for name, value in row.items():
                 if not np.isfinite(value):
-                    raise FloatingPointError(
+                    raise NotFiniteError(
                         f"{name} is {value} at step {step} of the stage "
                         f"{self._stage.name}; the last checkpoint is from before it"
                     )

@@ -8,6 +8,7 @@ checkpoint holds.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from semlic_jax.model.compression import CompressionModel
-from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.training.settings import Settings
 from semlic_jax.training.sharding import (
     batch_sharding,
@@ -31,6 +31,7 @@ from semlic_jax.training.steps import (
     Learner,
     Metrics,
     Networks,
+    Trunk,
     codec_update,
     discriminator_update,
     labeller_update,
@@ -75,10 +76,10 @@ class Run(NamedTuple):
     settings: Settings
     mesh: Mesh
     networks: Networks
-    trunk: FeatureNetwork | None
+    trunk: Trunk | None
 
 
-def make_run(settings: Settings, mesh: Mesh, trunk: FeatureNetwork | None) -> Run:
+def make_run(settings: Settings, mesh: Mesh, trunk: Trunk | None) -> Run:
     """The modules of a configuration; the trunk goes to the devices."""
     dtype = jnp.dtype(settings.dtype)
     labeller = settings.labeller.clone(dtype=dtype)
@@ -105,6 +106,11 @@ def codec_program(run: Run, stage: Stage, params: Tree, labeller: Tree) -> Progr
         params: of the codec, to start from.
         labeller: its parameters, if the adversary needs them.
     """
+    if stage.adversary.binary:
+        discriminator = run.networks.discriminator.clone(classes=2)
+        run = run._replace(
+            networks=dataclasses.replace(run.networks, discriminator=discriminator)
+        )
     networks, seed, trunk = run.networks, run.settings.seed, run.trunk
     adversarial = bool(stage.weights.adversarial)
     on_all = replicated(run.mesh)

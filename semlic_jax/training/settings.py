@@ -24,6 +24,8 @@ from semlic_jax.objectives.features import NETWORKS
 from semlic_jax.training.stages import LabellerStage, Stage
 
 LABELLER_STAGE = "labeller"
+# What LPIPS calls its trunks.
+LPIPS_NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
 _DTYPES = ("float32", "bfloat16")
 # Fields of Linen modules that are not for configs.
 _MODULE_FIELDS = {"parent", "name", "dtype"}
@@ -73,12 +75,15 @@ class Settings:
 
     Attributes:
         model: a name of `SIZES`.
+        architecture: fields of its `ModelConfig` to change.
         seed: of initial parameters, batches and noise.
         dtype: of the transforms, the trunk and the adversary; parameters and the
             entropy model are float32 always.
         remat: recompute residual blocks in the backward pass, which saves memory.
         features: file or folder of the trunk's weights; "" takes SEMLIC_FEATURES.
         trunk: name of the feature network.
+        learnt_heads: weigh its channels as LPIPS does; needs `lpips_v0.1_*.npz` beside
+            its weights.
         init_from: folder of a stage's checkpoints to start the codec from.
         labeller_from: the same for the labeller.
         data: the input.
@@ -92,11 +97,13 @@ class Settings:
     """
 
     model: str = "small"
+    architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     dtype: str = "float32"
     remat: bool = False
     features: str = ""
     trunk: str = "squeezenet1_0"
+    learnt_heads: bool = False
     init_from: str = ""
     labeller_from: str = ""
     data: Data = Data()
@@ -113,7 +120,8 @@ class Settings:
 
     @property
     def model_config(self) -> ModelConfig:
-        return SIZES[self.model]
+        """The codec's architecture."""
+        return dataclasses.replace(SIZES[self.model], **self.architecture)
 
 
 def to_dict(record: Any) -> dict[str, Any]:
@@ -202,6 +210,11 @@ def _check(settings: Settings) -> None:
     choose("model", settings.model, SIZES)
     choose("dtype", settings.dtype, _DTYPES)
     choose("trunk", settings.trunk, NETWORKS)
+    if settings.learnt_heads:
+        choose("trunk (with learnt_heads)", settings.trunk, LPIPS_NAMES)
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    _refuse_unknown(settings.architecture, fields, "config.architecture")
+    _ = settings.model_config  # checks itself
     if not settings.stages:
         raise ValueError("config.stages names no stage")
     data = settings.data
@@ -268,8 +281,14 @@ def _module_defaults(cls: Any) -> dict[str, Any]:
 
 def _module(cls: Any, fields: Mapping[str, Any]) -> Any:
     where = f"config.networks.{cls.__name__.lower()}"
-    _refuse_unknown(fields, set(_module_defaults(cls)), where)
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    defaults = _module_defaults(cls)
+    _refuse_unknown(fields, set(defaults), where)
+    return cls(
+        **{
+            name: _value(type(defaults[name]), value, f"{where}.{name}")
+            for name, value in fields.items()
+        }
+    )
 
 
 def _record(cls: Any, fields: Mapping[str, Any], where: str, **ready: Any) -> Any:
@@ -293,7 +312,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     hint = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(hint):
         return _record(hint, value, where) if isinstance(value, Mapping) else value
-    if typing.get_origin(hint) is tuple:
+    if hint is tuple or typing.get_origin(hint) is tuple:
         return (value,) if isinstance(value, str) else tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -59,12 +59,11 @@ def open_sources(patterns: Sequence[str]) -> Source:
         elif pattern.startswith("synthetic:"):
             parts.append(SyntheticSource(pattern.removeprefix("synthetic:")))
         else:
-            found = _expand(pattern)
-            records = [path for path in found if path.endswith(".array_record")]
+            records = _expand(pattern, {".array_record"})
+            images = image_files(pattern)
             if records:
                 parts.append(RecordSource(records))
-            images = [path for path in found if not path.endswith(".array_record")]
-            if not found:
+            if not records and not images:
                 raise ValueError(
                     f"config.data.train: expected photographs in {pattern}, found none"
                 )
@@ -74,14 +73,16 @@ def open_sources(patterns: Sequence[str]) -> Source:
     return parts[0] if len(parts) == 1 else _Chain(parts)
 
 
-def _expand(pattern: str) -> list[str]:
+def image_files(pattern: str) -> list[str]:
+    """Image files of a folder, or that match a glob (`**` goes down)."""
+    return _expand(pattern, _SUFFIXES)
+
+
+def _expand(pattern: str, suffixes: set[str]) -> list[str]:
     if Path(pattern).is_dir():
-        pattern = f"{pattern}/*"
-    return [
-        path
-        for path in glob.glob(pattern, recursive=True)
-        if Path(path).suffix.lower() in _SUFFIXES | {".array_record"}
-    ]
+        pattern = f"{glob.escape(pattern)}/*"
+    found = glob.glob(pattern, recursive=True)
+    return [path for path in found if Path(path).suffix.lower() in suffixes]
 
 
 def decode(data: bytes | str, name: str) -> np.ndarray:

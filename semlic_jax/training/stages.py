@@ -162,14 +162,15 @@ class LabellerStage:
 
     The auto-encoder learns to reconstruct under Charbonnier and feature distance,
     which makes codes of texture rather than of colour alone. A commitment term ties
-    the embeddings to their codes, codes follow the embeddings by gradient, and codes
-    that fall out of use are moved onto embeddings of the batch until the learning
-    rate decays.
+    the embeddings to their codes, codes follow the embeddings by gradient, a diversity
+    term spreads the embeddings over all codes, and codes that fall out of use are moved
+    onto embeddings of the batch until the learning rate decays.
 
     Attributes:
         name, steps, optimizer: as in `Stage`.
         weights: of Charbonnier, perceptual and style terms of the reconstruction.
         commitment, embedding: weights of the two codebook terms.
+        diversity, temperature: weight and softness of the even use of codes.
         usage_decay: of the running share of each code.
         reseed_threshold: a code with less than this part of an even share is dead.
         reseed_until: no re-seeding after this part of the steps.
@@ -181,7 +182,9 @@ class LabellerStage:
     weights: LossWeights = LossWeights()
     commitment: float = 0.25
     embedding: float = 1.0
-    usage_decay: float = 0.98
+    diversity: float = 0.1
+    temperature: float = 0.1
+    usage_decay: float = 0.95
     reseed_threshold: float = 0.1
     reseed_until: float = 0.8
 

@@ -26,6 +26,7 @@ from semlic_jax.objectives.adversary import (
     Discriminator,
     Labeller,
     code_frequencies,
+    diversity_loss,
     perplexity,
     reseed_dead_codes,
 )
@@ -67,6 +68,18 @@ class Learner(NamedTuple):
     optimizer: Tree
 
 
+class Trunk(NamedTuple):
+    """The frozen feature network of the perceptual and style terms.
+
+    Attributes:
+        network: with its weights.
+        heads: learnt channel weights of the perceptual term, one [C] per tap, or None.
+    """
+
+    network: FeatureNetwork
+    heads: tuple[Array, ...] | None = None
+
+
 class Fakes(NamedTuple):
     """What a codec update leaves for the discriminator's.
 
@@ -99,6 +112,11 @@ def new_learner(
     part = {name: params[name] for name in trained or params}
     state = make_optimizer(optimizer, steps).init(part)
     return Learner(params, jax.tree.map(jnp.copy, params), state)
+
+
+def _norm(tree: Tree) -> Array:
+    """Euclidean norm over all leaves."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def _apply(
@@ -138,7 +156,7 @@ def _reconstruction_terms(
     images: Array,
     x_hat: Array,
     weights: LossWeights,
-    trunk: FeatureNetwork | None,
+    trunk: Trunk | None,
     rng: Array,
     **adversarial: Array | None,
 ) -> Metrics:
@@ -150,8 +168,14 @@ def _reconstruction_terms(
     terms = ensemble_terms(images, x_hat, rest, **adversarial)
     if deep != LossWeights(charbonnier=0.0):
         real, made = _shifted(rng, images, x_hat)
+        network, heads = trunk or (None, None)
         terms |= ensemble_terms(
-            real, made, deep, network=trunk, style_map=normalise_channels
+            real,
+            made,
+            deep,
+            network=network,
+            heads=heads,
+            style_map=normalise_channels,
         )
     return terms
 
@@ -175,7 +199,7 @@ def codec_update(
         learner: Learner,
         step: Array,
         images: Array,
-        trunk: FeatureNetwork | None,
+        trunk: Trunk | None,
         discriminator: Tree,
         labeller: Tree,
     ) -> tuple[Learner, Metrics, Fakes | None]:
@@ -187,7 +211,7 @@ def codec_update(
         if adversarial:
             labels = _labels(networks, stage, labeller, images)
 
-        def loss(trained: Tree) -> tuple[Array, tuple[Metrics, Forward]]:
+        def loss(trained: Tree) -> tuple[Array, tuple[Metrics, Array, Array]]:
             params = {**learner.params, **trained}
             forward = model.apply({"params": params}, images, quality, noise_rng)
             logits = None
@@ -206,32 +230,37 @@ def codec_update(
             )
             total = weighted_sum(terms, stage.weights)
             metrics = {name: jnp.mean(term) for name, term in terms.items()}
-            bpp = (forward.rate.y_bits + forward.rate.z_bits) / (height * width)
+            pixels = height * width
             if stage.trains_rate:
-                total = total + _lmbda(stage, quality, bpp, step) * bpp
-            metrics |= _by_quality(images, forward, bpp)
+                lmbda = _lmbda(stage, quality, forward, pixels, step)
+                bits = forward.rate.y_bits + forward.rate.z_bits
+                total = total + lmbda * bits / pixels
+            metrics |= _by_quality(images, forward)
             total = total * _balance(stage, quality)
-            return jnp.mean(total), (metrics, forward)
+            return jnp.mean(total), (metrics, forward.x_hat, forward.y_hat)
 
         trained = {name: learner.params[name] for name in stage.trained}
-        (value, (metrics, forward)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            trained
-        )
+        (value, (metrics, x_hat, y_hat)), gradients = jax.value_and_grad(
+            loss, has_aux=True
+        )(trained)
         metrics["loss"] = value
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = _norm(gradients)
         learner = _apply(learner, gradients, stage.optimizer, stage.steps)
         fakes = None
         if adversarial:
-            fakes = Fakes(images, forward.x_hat, forward.y_hat, labels)
+            fakes = Fakes(images, x_hat, y_hat, labels)
         return learner, metrics, fakes
 
     return update
 
 
-def _lmbda(stage: Stage, quality: Array, bpp: Array, step: Array) -> Array:
+def _lmbda(
+    stage: Stage, quality: Array, forward: Forward, pixels: int, step: Array
+) -> Array:
     """Rate weight of each image, per bpp."""
     if stage.rate_target is None:
         return quality_lmbda(quality, stage.lmbda_low, stage.lmbda_high)
+    bpp = (forward.rounded_rate.y_bits + forward.rounded_rate.z_bits) / pixels
     return stage.rate_target.lmbda(bpp, step)
 
 
@@ -242,9 +271,10 @@ def _balance(stage: Stage, quality: Array) -> Array:
     return (lmbda / middle) ** -stage.balance
 
 
-def _by_quality(images: Array, forward: Forward, bpp: Array) -> Metrics:
+def _by_quality(images: Array, forward: Forward) -> Metrics:
     """bpp and squared error of each third of the range of qualities."""
     batch, height, width, _ = images.shape
+    bpp = (forward.rate.y_bits + forward.rate.z_bits) / (height * width)
     clipped = jnp.clip(forward.x_hat, 0.0, 1.0)
     mse = jnp.mean((clipped - images) ** 2, axis=(1, 2, 3))
     metrics = {"z_bpp": jnp.mean(forward.rate.z_bits) / (height * width)}
@@ -297,7 +327,7 @@ def discriminator_update(
         guess = jnp.argmax(on_real, axis=-1)
         metrics = {
             "d_loss": value,
-            "d_gradient_norm": optax.global_norm(gradients),
+            "d_gradient_norm": _norm(gradients),
             "d_code_accuracy": jnp.mean(guess == labels + 1),
             "d_real_accuracy": jnp.mean(guess > 0),
             "d_fake_accuracy": jnp.mean(jnp.argmax(on_fake, axis=-1) == 0),
@@ -323,7 +353,7 @@ def labeller_update(
         usage: Array,
         step: Array,
         images: Array,
-        trunk: FeatureNetwork | None,
+        trunk: Trunk | None,
     ) -> tuple[Learner, Array, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), step)
         shift_rng, seed_rng = jax.random.split(rng)
@@ -338,6 +368,11 @@ def labeller_update(
             total = total + stage.embedding * made.embedding
             metrics = {name: jnp.mean(term) for name, term in terms.items()}
             metrics["commitment"] = made.commitment
+            if stage.diversity:
+                metrics["diversity"] = diversity_loss(
+                    made.embeddings, params["codebook"], stage.temperature
+                )
+                total = total + stage.diversity * metrics["diversity"]
             return total, (metrics, made)
 
         (value, (metrics, made)), gradients = jax.value_and_grad(loss, has_aux=True)(
@@ -353,7 +388,7 @@ def labeller_update(
         )
         metrics |= {
             "loss": value,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": _norm(gradients),
             "perplexity": perplexity(frequencies),
             "dead_codes": jnp.sum(dead).astype(jnp.float32),
         }

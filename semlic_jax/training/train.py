@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.model.compression import CompressionModel
-from semlic_jax.objectives.features import FeatureNetwork, load_features
+from semlic_jax.objectives.feature_weights import load_lpips_heads
+from semlic_jax.objectives.features import load_features
 from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.klt import block_covariance, start_from_klt
@@ -30,10 +31,16 @@ from semlic_jax.training.programs import (
     labeller_program,
     make_run,
 )
-from semlic_jax.training.settings import LABELLER_STAGE, Settings, read_settings
+from semlic_jax.training.settings import (
+    LABELLER_STAGE,
+    LPIPS_NAMES,
+    Settings,
+    read_settings,
+)
 from semlic_jax.training.sharding import local_examples, make_mesh, start_processes
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import LabellerStage
+from semlic_jax.training.steps import Trunk
 from semlic_jax.training.writers import Writer
 
 Tree = Any
@@ -66,17 +73,22 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     return jax.tree.map(np.asarray, params)
 
 
-def _trunk(settings: Settings) -> FeatureNetwork | None:
+def _trunk(settings: Settings) -> Trunk | None:
     """The feature network, if a term of any stage needs it."""
     weights = [stage.weights for stage in settings.records]
     if not any(w.perceptual or w.style or w.local_style for w in weights):
         return None
     path = settings.features or os.environ.get("SEMLIC_FEATURES")
     dtype = None if settings.dtype == "float32" else jnp.dtype(settings.dtype)
+    heads = None
     try:
-        return load_features(path, settings.trunk, dtype=dtype)
+        network = load_features(path, settings.trunk, dtype=dtype)
+        if settings.learnt_heads:
+            found = load_lpips_heads(str(path), LPIPS_NAMES[settings.trunk])
+            heads = tuple(map(jnp.asarray, found))
     except ValueError as error:
         raise ValueError(f"config.features: {error}") from error
+    return Trunk(network, heads)
 
 
 def train(config: Any, workdir: Path) -> dict[str, Tree]:
@@ -90,7 +102,6 @@ def train(config: Any, workdir: Path) -> dict[str, Tree]:
 
     Raises:
         ValueError: in one sentence, what is wrong.
-        FloatingPointError: a term is not finite; names the step and the term.
     """
     settings = read_settings(config)
     mesh = make_mesh(settings.mesh.data, settings.mesh.model)

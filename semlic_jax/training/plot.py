@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the log of a run: every term of every stage over the steps.
+
+python -m semlic_jax.training.plot RUN [OUT.png]
+
+Needs matplotlib (the extra `eval`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = 4
+_NOT_TERMS = {"stage", "step", "seconds_per_step", "skipped_images", "padded_images"}
+
+
+def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `metrics.jsonl` by stage; a step that was repeated counts once.
+
+    Raises:
+        ValueError: there is no such log, or it has no rows.
+    """
+    if not path.is_file():
+        raise ValueError(f"expected the log of a run, found no file {path}")
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed
+        stages.setdefault(row["stage"], {})[row["step"]] = row
+    if not stages:
+        raise ValueError(f"{path} has no rows")
+    return {
+        stage: [rows[step] for step in sorted(rows)] for stage, rows in stages.items()
+    }
+
+
+def plot(workdir: Path, output: Path) -> None:
+    """Writes one picture: a row of panels for each stage, a panel for each term."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: list[tuple[str, str, list[int], list[float]]] = []
+    for stage, rows in read_log(workdir / "metrics.jsonl").items():
+        names = [name for name in rows[-1] if name not in _NOT_TERMS]
+        for name in sorted(names, key=lambda name: (name != "loss", name)):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            steps, values = (list(column) for column in zip(*points, strict=True))
+            panels.append((stage, name, steps, values))
+    height = -(-len(panels) // _COLUMNS)
+    figure, axes = pyplot.subplots(
+        height, _COLUMNS, figsize=(4 * _COLUMNS, 2.4 * height), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, (stage, name, steps, values) in zip(axes.flat, panels, strict=False):
+        axis.set_visible(True)
+        axis.plot(steps, values, linewidth=1)
+        axis.set_title(f"{stage}: {name.replace('_', ' ')}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(output, dpi=100)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path, nargs="?")
+    options = parser.parse_args(argv)
+    output = options.output or options.run / "metrics.png"
+    plot(options.run, output)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training input: crops as a function of the step, and every kind of source."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semlic_jax.training.data import Photographs
+from semlic_jax.training.pack import pack
+from semlic_jax.training.sources import UnusableImage, decode, open_sources
+
+
+def gradient(height: int, width: int, offset: int = 0) -> np.ndarray:
+    """Every pixel tells where it is: red is the row, green the column."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows % 256, columns % 256, np.full_like(rows, offset)], -1).astype(
+        np.uint8
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "photos"
+    path.mkdir()
+    for index in range(4):
+        image = Image.fromarray(gradient(90 + index, 120, 40 * index))
+        image.save(path / f"{index}.png")
+    return path
+
+
+def photographs(*patterns, **options) -> Photographs:
+    source = open_sources([str(pattern) for pattern in patterns])
+    return Photographs(source, **{"crop": 64, **options})
+
+
+def batches(data, start, stop, examples=range(4), seed=3):
+    return list(data.batches(start, stop, seed=seed, examples=examples, threads=2))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(folder):
+    whole = batches(photographs(folder), 0, 6)
+    assert whole[0].shape == (4, 64, 64, 3) and whole[0].dtype == np.float32
+    assert 0 <= whole[0].min() and whole[0].max() <= 1
+    resumed = batches(photographs(folder), 4, 6)
+    for a, b in zip(whole[4:], resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(whole[0], whole[1])
+    assert not np.array_equal(whole[0], batches(photographs(folder), 0, 1, seed=4)[0])
+
+
+def test_processes_make_their_own_part_of_the_same_batch(folder):
+    whole = batches(photographs(folder), 2, 4)
+    parts = [
+        batches(photographs(folder), 2, 4, examples=range(first, first + 2))
+        for first in (0, 2)
+    ]
+    for step in range(2):
+        joined = np.concatenate([part[step] for part in parts])
+        np.testing.assert_array_equal(joined, whole[step])
+
+
+def test_crops_are_windows_and_their_mirror_images(tmp_path):
+    Image.fromarray(gradient(70, 200)).save(tmp_path / "a.png")
+    data = photographs(tmp_path, largest_scale=1.0)
+    mirrored = set()
+    for step in range(20):
+        crop = np.round(data.example(step, 0, seed=0) * 255).astype(int)
+        if crop[0, 0, 1] > crop[0, 1, 1]:
+            crop = crop[:, ::-1]
+            mirrored.add(True)
+        else:
+            mirrored.add(False)
+        top, left = crop[0, 0, :2]
+        np.testing.assert_array_equal(
+            crop, gradient(70, 200)[top : top + 64, left : left + 64]
+        )
+    assert mirrored == {True, False}
+
+
+def test_scaling_down_keeps_the_crop_inside(tmp_path):
+    Image.fromarray(gradient(200, 150)).save(tmp_path / "a.png")
+    data = photographs(tmp_path, largest_scale=2.0)
+    steps = []
+    for step in range(30):
+        crop = data.example(step, 0, seed=0) * 255
+        steps.append(float(np.mean(np.diff(crop[8:-8, 8:-8, 0], axis=0))))
+    # The gradient of rows per pixel of the crop is the factor.
+    assert min(steps) < 1.2 and max(steps) > 1.8
+    assert 0.98 < min(steps) and max(steps) < 2.02
+
+
+def test_corrupt_files_are_skipped_counted_and_named(folder, caplog):
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    (folder / "text.jpg").write_text("not an image")
+    data = photographs(folder)
+    with caplog.at_level(logging.WARNING):
+        found = batches(data, 0, 10)
+    assert all(np.isfinite(batch).all() for batch in found)
+    names = " ".join(data.skipped.values())
+    assert len(data.skipped) == 2 and "broken.png" in names and "text.jpg" in names
+    assert "broken.png" in caplog.text
+    # The same crops again, though what is broken is known by now.
+    for a, b in zip(found, batches(data, 0, 10), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("side", [50, 10, 1])
+def test_small_images_by_reflection(tmp_path, side):
+    image = gradient(side, 80, 9)
+    Image.fromarray(image).save(tmp_path / "small.png")
+    data = photographs(tmp_path, small_images="reflect", largest_scale=1.0)
+    padded = data.image(0)
+    assert padded.shape == (64, 80, 3) and data.padded == {0}
+    np.testing.assert_array_equal(padded[:side], image)
+    if side == 50:
+        np.testing.assert_array_equal(padded[50:], image[::-1][1:15])
+    assert data.example(0, 0, seed=0).shape == (64, 64, 3)
+
+
+def test_small_images_left_out(folder, tmp_path):
+    Image.fromarray(gradient(50, 80)).save(folder / "small.png")
+    data = photographs(folder)
+    batches(data, 0, 10)
+    assert len(data.skipped) == 1 and "80x50" in next(iter(data.skipped.values()))
+    assert not data.padded
+    only = tmp_path / "only"
+    only.mkdir()
+    (folder / "small.png").rename(only / "small.png")
+    with pytest.raises(
+        ValueError, match="at least 64 pixels a side, found none .*80x50"
+    ):
+        photographs(only).example(0, 0, seed=0)
+
+
+def test_the_cache_is_bounded_and_changes_nothing(folder):
+    size = 92 * 120 * 3
+    small, large = photographs(folder, cache_bytes=2 * size), photographs(folder)
+    for a, b in zip(batches(small, 0, 8), batches(large, 0, 8), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sum(image.nbytes for image in small._cache.values()) <= 2 * size
+    assert len(large._cache) == 4
+
+
+def test_bad_sources(tmp_path, folder):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"photographs in .*empty, found none"):
+        open_sources([str(empty)])
+    with pytest.raises(ValueError, match="number of images after 'synthetic:'"):
+        open_sources(["synthetic:many"])
+    with pytest.raises(ValueError, match=r"small_images must be skip or reflect"):
+        photographs(folder, small_images="stretch")
+    with pytest.raises(UnusableImage, match="x.png"):
+        decode(b"nothing", "x.png")
+
+
+def test_folders_globs_and_synthetic_images_together(folder):
+    source = open_sources([str(folder / "[01].png"), "synthetic:3", str(folder)])
+    assert len(source) == 4 + 3  # a file that two patterns match counts once
+    assert source[3].shape == (93, 120, 3)
+    images = [source[index] for index in (4, 5, 4)]
+    assert images[0].dtype == np.uint8 and images[0].shape[2] == 3
+    np.testing.assert_array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[1])
+    assert images[0].std() > 10
+
+
+def test_packed_folders_give_the_same_images(folder, tmp_path):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    (folder / "text.jpg").write_text("not an image")
+    output = tmp_path / "photos.array_record"
+    written, skipped = pack([str(folder)], output, shards=2)
+    assert written == 4 and len(skipped) == 1 and "text.jpg" in skipped[0]
+    source = open_sources([str(tmp_path / "photos-*.array_record")])
+    assert len(source) == 4
+    expected = {open_sources([str(folder / f"{i}.png")])[0].tobytes() for i in range(4)}
+    assert {source[index].tobytes() for index in range(4)} == expected
+    with pytest.raises(FileExistsError):
+        pack([str(folder)], output, shards=2)
+    with pytest.raises(ValueError, match="1 to the 5 photographs"):
+        pack([str(folder)], output, shards=9)
+
+
+def test_packing_refuses(folder, tmp_path):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    with pytest.raises(ValueError, match=r"must end in \.array_record, found x\.rec"):
+        pack([str(folder)], tmp_path / "x.rec")
+    with pytest.raises(ValueError, match="found none"):
+        pack([str(tmp_path / "nowhere")], tmp_path / "x.array_record")
+
+
+PREPARE = """
+import sys
+import tensorflow_datasets as tfds
+
+class Photos(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    def _info(self):
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "other": self._generate_examples()}
+    def _generate_examples(self):
+        for index in range(3):
+            yield index, {"image": sys.argv[2] + f"/{index}.png"}
+
+Photos(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+from semlic_jax.training.sources import open_sources
+source = open_sources([f"tfds:photos/train?dir={sys.argv[1]}"])
+shapes = sorted(source[index].shape for index in range(len(source)))
+assert shapes == [(90 + index, 120, 3) for index in range(3)], shapes
+for name in ("photos/nosplit", "nosuchset/train"):
+    try:
+        open_sources([f"tfds:{name}?dir={sys.argv[1]}"])
+    except ValueError as error:
+        assert name.split("/")[0] in str(error), error
+    else:
+        raise AssertionError(name)
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_tfds_without_tensorflow(folder, tmp_path):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    # In a process of its own: it registers a data set, and must not load TensorFlow.
+    probe = "import importlib.util as u; exit(not u.find_spec('tensorflow_datasets'))"
+    if subprocess.run([sys.executable, "-c", probe]).returncode:
+        pytest.skip("needs tensorflow-datasets (extra `train`)")
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, str(tmp_path / "tfds"), str(folder)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
