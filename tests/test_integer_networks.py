@@ -7,6 +7,7 @@ the entropy coder.
 """
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -270,14 +271,16 @@ def test_both_convolutions_are_exact(signed):
         np.testing.assert_array_equal(found[0], wanted)
 
 
-def fake_walk(config, params, y, z, level, size):
-    """z_hat, symbols, index and mean of the `fake` arithmetic."""
+@functools.cache
+def fake_walker(config):
+    """Function (params, y, z, level, size) -> z_hat and, by pass, symbols, indexes and
+    means of the `fake` arithmetic."""
     network = entropy_model(config, "fake")
 
     @jax.jit
-    def walk(params, y, z):
-        masks = image_masks(np.array([size]), y.shape[:2])
-        variables, quality = {"params": params}, jnp.array([level], jnp.float32)
+    def walk(params, y, z, level, size):
+        masks = image_masks(size[None], y.shape[:2])
+        variables, quality = {"params": params}, level[None].astype(jnp.float32)
         z_hat = jnp.round(z)[None]
         psi = network.apply(variables, z_hat, quality, masks, method="hyper_synthesis")
         fields = {}
@@ -295,7 +298,13 @@ def fake_walk(config, params, y, z, level, size):
         traverse(config.groups, y.shape[:2], parameters, visit)
         return z_hat[0], fields
 
-    z_hat, fields = walk(params, y, z)
+    return walk
+
+
+def fake_walk(config, params, y, z, level, size):
+    """z_hat, symbols, index and mean of the `fake` arithmetic."""
+    walk = fake_walker(config)
+    z_hat, fields = walk(params, y, z, np.int32(level), np.array(size))
     out = np.zeros((3, *y.shape), np.float32)
     rows, columns = np.mgrid[: y.shape[0], : y.shape[1]]
     for pass_, values in fields.items():
@@ -460,12 +469,13 @@ def test_without_jit(tiny_file):
 def test_payloads_of_another_level_or_size_are_refused(tiny):
     """The networks choose other tables, so the stream does not end where it must."""
     size, level = (64, 64), 100
-    y, z = latents(tiny.config, 7, grid=(4, 4))
+    y, z = latents(tiny.config, 7)
     symbols = tiny.symbols(jnp.asarray(y), jnp.asarray(z), level, size)
     payload = tiny.encode(symbols, size)
+    tiny.decode(payload, level, size, GRID)
     for other_level, other_size in ((220, size), (level, (64, 40)), (level, (48, 64))):
         with pytest.raises(BitstreamError):
-            tiny.decode(payload, other_level, other_size, (4, 4))
+            tiny.decode(payload, other_level, other_size, GRID)
 
 
 def test_a_stream_that_ends_early_is_refused_early(tiny, monkeypatch):
