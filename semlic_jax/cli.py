@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `semlic compress | decompress | info | demo | models | bench |
-eval`.
+eval | compare`.
 
 Each command imports what it needs when it runs, so that `semlic --help` and `semlic
 info` answer at once. A refusal is one sentence on the error stream and exit status 1;
@@ -177,6 +177,27 @@ def _parser() -> argparse.ArgumentParser:
         "--remeasure", action="store_true", help="take all metrics anew from the files"
     )
     _add_background(sub)
+
+    sub = command(
+        "compare", _compare, "show one photograph by several codecs in a page"
+    )
+    sub.add_argument("input", metavar="IMAGE", type=Path)
+    sub.add_argument("--bpp", type=_positive_float, default=0.15, help="default 0.15")
+    sub.add_argument("--out", metavar="PAGE", type=Path, help="default IMAGE.html")
+    sub.add_argument(
+        "--codecs",
+        metavar="C,...",
+        type=_names,
+        default=["semlic", "avif", "webp", "jpeg"],
+        help="as in eval; the others get the bytes of the first one's file",
+    )
+    sub.add_argument(
+        "--metrics", metavar="M,...", type=_names, help="default: what is here"
+    )
+    sub.add_argument("--weights", metavar="DIR", type=Path, help="of feature networks")
+    _add_model(sub)
+    _add_background(sub)
+    _add_force(sub)
     return parser
 
 
@@ -458,6 +479,44 @@ def _eval(options: argparse.Namespace) -> int:
     for each in skipped:
         _say(f"skipped {each.name}: {each.reason}")
     return _SKIPPED if skipped else 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from semlic_jax.evaluation import compare
+    from semlic_jax.evaluation.entrants import entrants
+    from semlic_jax.evaluation.measures import Measures, default_metrics
+    from semlic_jax.images import check_outputs, write_file
+    from semlic_jax.objectives.metrics import IMAGE_METRICS
+
+    output = options.out or options.input.with_suffix(".html")
+    photograph = _read(options.input, options.background)
+    _check_not_input(options, output)
+    check_outputs([output], force=options.force)
+    metrics = options.metrics
+    if metrics is None:
+        found, notes = default_metrics(options.weights)
+        metrics = [name for name in found if name in IMAGE_METRICS]
+        for note in notes:
+            _say(f"note: {note}")
+    with _progress() as progress:
+        progress("loading codecs and metrics")
+        contestants = entrants(options.codecs, model=options.model)
+        measures = Measures(metrics, options.weights)
+        shown = compare.compare(
+            photograph.pixels, contestants, options.bpp, measures, progress=progress
+        )
+        progress("writing the page")
+        page = compare.page(
+            options.input.name,
+            photograph.pixels,
+            shown,
+            measures,
+            icc_profile=photograph.icc_profile,
+        )
+    write_file(output, page.encode(), force=options.force)
+    print(compare.table(shown, measures))
+    print()
+    print(output)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class _AtLevels:
 
 
 class SemlicEntrant:
-    """A model of this package, as it is.
+    """A model of this package, as it is: `codec`.
 
     Times of encoding leave out the analysis of the image, which its rates share.
     """
@@ -213,19 +213,19 @@ class SemlicEntrant:
     suffix = ".semlic"
 
     def __init__(self, key: str, codec: Codec) -> None:
-        self._codec = codec
+        self.codec = codec
         self.key = self.label = key
         self.identity = model_identity(codec)
 
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
-        return RateSearch(_AtLevels(self._codec, self.label), image).fit
+        return RateSearch(_AtLevels(self.codec, self.label), image).fit
 
     def decode(self, data: bytes) -> np.ndarray:
-        return self._codec.decompress(data)
+        return self.codec.decompress(data)
 
 
 class RefinedEntrant:
-    """A model of this package, each image refined for each rate by a preset."""
+    """A model of this package, `codec`; each image is refined for each rate."""
 
     suffix = ".semlic"
 
@@ -234,7 +234,7 @@ class RefinedEntrant:
             raise ValueError(
                 f"{key} needs latent refinement, which is not in this build"
             )
-        self._codec, self._preset = codec, preset
+        self.codec, self._preset = codec, preset
         self.key = self.label = key
         self.identity = f"{model_identity(codec)}, refined: {preset}"
 
@@ -242,15 +242,15 @@ class RefinedEntrant:
         def fit(bpp: float) -> Encoded:
             options: dict[str, Any] = {"bpp": bpp, "refine": self._preset}
             start_s = time.perf_counter()
-            data = self._codec.compress(image, **options)
+            data = self.codec.compress(image, **options)
             wall_s = time.perf_counter() - start_s
-            quality = self._codec.info(data)["quality"]
+            quality = self.codec.info(data)["quality"]
             return Encoded(data, f"{quality * 255:.0f} {self._preset}", wall_s)
 
         return fit
 
     def decode(self, data: bytes) -> np.ndarray:
-        return self._codec.decompress(data)
+        return self.codec.decompress(data)
 
 
 def model_identity(codec: Codec) -> str:
