@@ -14,14 +14,18 @@ import operator
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.coding.bitstream import MAX_PIXELS, MAX_SIDE, Header, pack, unpack
-from semlic_jax.coding.integer_networks import IntegerEntropyModel, Symbols
+from semlic_jax.coding.integer_networks import (
+    IntegerEntropyModel,
+    Symbols,
+    float_twin,
+)
 from semlic_jax.model.compression import (
     QUALITY_LEVELS,
     CompressionModel,
@@ -29,6 +33,9 @@ from semlic_jax.model.compression import (
 )
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
 from semlic_jax.weights import ModelFile, load_model
+
+if TYPE_CHECKING:
+    from semlic_jax.refinement import Region, Settings
 
 Array = jax.Array
 
@@ -121,6 +128,7 @@ class Codec:
         self.params = jax.device_put(
             jax.tree.map(lambda array: array.astype(np.float32), model.transforms)
         )
+        self._prior, self._integers = model.prior, model.integers
 
     def compress(
         self,
@@ -130,6 +138,8 @@ class Codec:
         bpp: float | None = None,
         max_bytes: int | None = None,
         icc_profile: bytes | None = None,
+        refine: str | int | Settings | None = None,
+        roi: Region | np.ndarray | str | None = None,
     ) -> bytes:
         """Compress an image to the bytes of a `.semlic` file.
 
@@ -143,11 +153,32 @@ class Codec:
             max_bytes: most bytes of the file. More than the best quality needs is not
                 an error.
             icc_profile: stored in the file as it is.
+            refine: improve the latents of this image within the budget, which is the
+                size of the unrefined file where a quality is given: a preset (`fast`,
+                `default`, `best`), a number of steps or `refinement.Settings`.
+            roi: with `refine`, what matters in the image: a mask [H, W] in 0..1 or
+                uint8, `auto`, `x,y,width,height`, the path of an image, or a
+                `refinement.Region`.
 
         Raises:
-            ValueError: the image or the budget is not of this form, or the model does
-                not reach the budget; names the range that it reaches.
+            ValueError: the image, the budget or the region is not of this form, or the
+                model does not reach the budget; names the range that it reaches.
         """
+        if refine is not None:
+            from semlic_jax import refinement
+
+            return refinement.refine(
+                self,
+                image,
+                quality=quality,
+                bpp=bpp,
+                max_bytes=max_bytes,
+                settings=refinement.preset(refine),
+                region=refinement.as_region(roi, image),
+                icc_profile=icc_profile,
+            ).data
+        if roi is not None:
+            raise ValueError("expected refine with a region of interest, found none")
         image = _checked_image(image)
         budget = _checked_budget(image, quality, bpp, max_bytes)
         if icc_profile is not None and not isinstance(icc_profile, bytes):
@@ -205,6 +236,14 @@ class Codec:
     def icc_profile(self, data: bytes) -> bytes | None:
         """The ICC profile kept in a file."""
         return unpack(data)[0].chunks.get(_ICC_CHUNK)
+
+    def twin_params(self) -> dict[str, Any]:
+        """Parameters of `CompressionModel(config, "fake")`, the differentiable twin.
+
+        Its entropy networks give the same values as the exact ones.
+        """
+        twin = float_twin(self._integers, self.config)
+        return {**self.params, "prior": self._prior, "entropy": twin}
 
     def analyse(self, image: np.ndarray) -> Latents:
         """g_a of an image, padded to its bucket by repeating the edge.

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent refinement of one image or a batch, at the time it is compressed.
+
+May import: `model`, `objectives`, `images`. The codec comes as an argument.
+"""
+
+from semlic_jax.refinement.batch import Progress, Refined
+from semlic_jax.refinement.refine import RefinementWarning, refine, refine_batch
+from semlic_jax.refinement.roi import (
+    Region,
+    RegionWarning,
+    as_region,
+    box_mask,
+    parse_region,
+    read_mask,
+    salient_mask,
+)
+from semlic_jax.refinement.settings import PRESETS, Settings, preset
+
+__all__ = [
+    "PRESETS",
+    "Progress",
+    "Refined",
+    "RefinementWarning",
+    "Region",
+    "RegionWarning",
+    "as_region",
+    "Settings",
+    "box_mask",
+    "parse_region",
+    "preset",
+    "read_mask",
+    "refine",
+    "refine_batch",
+    "salient_mask",
+]

@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch of images of one bucket, from the first latents to the files.
+
+The weights stay as they are. Adam moves y and z of each image to lower
+
+    alpha * D + gamma * (Perceptual + k * Style)    subject to    R <= budget
+
+through the fake-quantised twin of the entropy networks and a relaxed rounding
+(`sga.py`). The multiplier of the rate follows by dual ascent: it rises while an image
+takes more than its budget and falls while it takes less. After each chunk of steps the
+rounded latents are scored with the coder's tables and the best are kept. `fit.py` then
+makes the files with the real coder.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.refinement import fit
+from semlic_jax.refinement.objective import (
+    TRUNK_SHIFTS,
+    Frozen,
+    Images,
+    Static,
+    Terms,
+    Weights,
+    equal_weights,
+    hard_terms,
+    original_taps,
+    soft_terms,
+)
+from semlic_jax.refinement.roi import Region
+from semlic_jax.refinement.settings import Settings
+from semlic_jax.refinement.sga import temperatures
+
+Array = jax.Array
+Latents = tuple[Array, Array]  # y_scaled [B, h, w, M] and z [B, h/4, w/4, N]
+
+# The rate is steered to slightly above the budget: what little is too much can be cut
+# off well, what is missing cannot be filled up as well.
+_AIM = 1.003
+_LEVEL_PROBE = 16
+_MAX_EXCESS = 0.3
+_ADAM_EPS = 1e-8
+_MAX_LEVEL = 255
+
+
+class Progress(NamedTuple):
+    """Where a refinement stands, after a chunk of steps.
+
+    Attributes:
+        step, steps: done, and in all.
+        bpp: payload bits per pixel of the rounded latents of each image, float [B].
+        value: the objective of each image, float [B].
+    """
+
+    step: int
+    steps: int
+    bpp: np.ndarray
+    value: np.ndarray
+
+
+class Refined(NamedTuple):
+    """A refined image.
+
+    Attributes:
+        data: the file, an ordinary `.semlic` file.
+        unrefined: the file without refinement within the same budget.
+        value: objective of `data` as decoded, lower is better.
+        unrefined_value: objective of `unrefined`; `value` is never above it.
+        steps: that were made; fewer than asked for where it was stopped.
+        history: of each chunk, the `step` and the image's `bpp`, `value` and `beta`.
+    """
+
+    data: bytes
+    unrefined: bytes
+    value: float
+    unrefined_value: float
+    steps: int
+    history: tuple[dict[str, float], ...]
+
+
+class Schedule(NamedTuple):
+    """What a chunk of K steps scans over: arrays [K], one number each in a step."""
+
+    step: Any
+    temperature: Any
+    learning_rate: Any
+    shift: Any
+
+
+class State(NamedTuple):
+    """What a step changes: latents, Adam's moments, the multiplier [B]."""
+
+    latents: Latents
+    first: Latents
+    second: Latents
+    log_beta: Array
+
+
+class Target(NamedTuple):
+    """Of the rate and the scale of each image, float32 [B], with the controller.
+
+    Attributes:
+        bpp: payload bits per pixel that the relaxed rate is steered to.
+        scale: factor of the loss.
+        integral, proportional: gains of the dual ascent, scalars.
+    """
+
+    bpp: Array
+    scale: Array
+    integral: Array
+    proportional: Array
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=6)
+def _run_steps(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    target: Target,
+    rng: Array,
+    state: State,
+    schedule: Schedule,
+) -> tuple[State, Terms]:
+    """Some steps, and the mean terms of their relaxed samples."""
+
+    def step(state: State, now: Schedule) -> tuple[State, Terms]:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
+
+        def loss(latents: Latents) -> tuple[Array, tuple[Terms, Array]]:
+            terms = soft_terms(
+                static,
+                frozen,
+                images,
+                weights,
+                *latents,
+                keys,
+                now.temperature,
+                now.shift,
+            )
+            excess = jnp.log(jax.lax.stop_gradient(terms.bpp) / target.bpp)
+            excess = jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
+            beta = jnp.exp(state.log_beta + target.proportional * excess)
+            total = target.scale * (terms.value + beta * terms.bpp)
+            return jnp.sum(total), (terms, excess)
+
+        gradient, (terms, excess) = jax.grad(loss, has_aux=True)(state.latents)
+        latents, first, second = _adam(state, gradient, now)
+        log_beta = state.log_beta + target.integral * excess
+        return State(latents, first, second, log_beta), terms
+
+    if len(schedule.step) == 1:  # no loop: see `_scan_steps`
+        return step(state, jax.tree.map(lambda values: values[0], schedule))
+    state, terms = jax.lax.scan(step, state, schedule)
+    return state, jax.tree.map(lambda values: jnp.mean(values, 0), terms)
+
+
+def _adam(
+    state: State, gradient: Latents, now: Schedule
+) -> tuple[Latents, Latents, Latents]:
+    b1, b2 = 0.9, 0.999
+    time = now.step + 1
+
+    def first_moment(mean: Array, g: Array) -> Array:
+        return b1 * mean + (1 - b1) * g
+
+    def second_moment(mean: Array, g: Array) -> Array:
+        return b2 * mean + (1 - b2) * jnp.square(g)
+
+    def move(x: Array, mean: Array, square: Array) -> Array:
+        mean, square = mean / (1 - b1**time), square / (1 - b2**time)
+        return x - now.learning_rate * mean / (jnp.sqrt(square) + _ADAM_EPS)
+
+    first = jax.tree.map(first_moment, state.first, gradient)
+    second = jax.tree.map(second_moment, state.second, gradient)
+    return jax.tree.map(move, state.latents, first, second), first, second
+
+
+_score = partial(jax.jit, static_argnums=0)(hard_terms)
+_original_taps = jax.jit(original_taps)
+
+
+class Batch:
+    """One batch from start to end; what is fixed, and the best so far."""
+
+    def __init__(
+        self,
+        codec: Any,
+        settings: Settings,
+        pixels: Sequence[np.ndarray],
+        budgets: Sequence[int],
+        regions: Sequence[Region | None],
+        icc_profiles: Sequence[bytes | None],
+        unrefined: Sequence[bytes],
+    ) -> None:
+        self.codec = codec
+        self.settings = settings
+        self.unrefined = list(unrefined)
+        self.icc_profiles = list(icc_profiles)
+        self.budgets = list(budgets)
+        self.sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+        analysed = [codec.analyse(image) for image in pixels]
+        grids = {latents.y.shape for latents in analysed}
+        if len(grids) != 1:
+            raise ValueError(
+                "expected images of one bucket, found latents of the shapes "
+                f"{sorted(grids)}"
+            )
+        self.levels, overheads = [], []
+        for i, latents in enumerate(analysed):
+            level, overhead_bits = self._start(latents, i)
+            self.levels.append(level)
+            overheads.append(overhead_bits)
+        counts = np.array([height * width for height, width in self.sizes], np.float32)
+        self.payload_bits = 8 * np.array(budgets, np.float64) - np.array(overheads)
+
+        grid = grids.pop()
+        features = settings.load_features()
+        x = _padded(pixels, grid)
+        sizes = np.array(self.sizes, np.int32)
+        weights, feature_weights = _pixel_weights(x, self.sizes, regions)
+        self.static = Static(
+            codec.config,
+            settings.method,
+            features is not None,
+            features is not None and settings.style > 0,
+            bool((sizes != x.shape[1:3]).any()),
+            settings.dtype,
+        )
+        self.weights = Weights(
+            jnp.float32(settings.alpha),
+            jnp.float32(settings.gamma),
+            jnp.float32(settings.style),
+        )
+        y_bits, _ = codec.entropy.y_tables.bits_lookup()
+        z_bits, _ = codec.entropy.z_tables.bits_lookup()
+        frozen = Frozen(
+            codec.twin_params(), jnp.asarray(y_bits), jnp.asarray(z_bits), features
+        )
+        place = _placement(len(pixels))
+        self.frozen = place(frozen, None)
+        taps = () if features is None else _original_taps(features, x)
+        self.images = Images(
+            x=place(x, 0),
+            sizes=place(sizes, 0),
+            quality=place(self._quality(0), 0),
+            weights=place(weights, 0),
+            feature_weights=place(feature_weights, 0),
+            taps=place(taps, 1),
+        )
+        self.start = place(self._scaled(analysed, self.levels), 0)
+        self.place = place
+        log_beta, scale = self._slope(analysed)
+        self.log_beta = place(log_beta, 0)
+        self.target = Target(
+            place(np.float32(_AIM * self.payload_bits / counts), 0),
+            place(np.float32(scale * counts), 0),
+            jnp.float32(settings.integral),
+            jnp.float32(settings.proportional),
+        )
+        keys = [
+            jax.random.fold_in(
+                jax.random.key(settings.seed), zlib.crc32(image.tobytes())
+            )
+            for image in pixels
+        ]
+        self.rng = place(jnp.stack(keys), 0)
+
+    def _start(self, latents: Any, i: int) -> tuple[int, float]:
+        """The level to start from, and the bits of a file besides its symbols."""
+        codec, profile = self.codec, self.icc_profiles[i]
+        size = self.sizes[i]
+        level = round(codec.info(self.unrefined[i])["quality"] * _MAX_LEVEL)
+        probe = level + _LEVEL_PROBE
+        if probe > _MAX_LEVEL:
+            probe = level - _LEVEL_PROBE
+        symbols = codec.entropy.symbols(*codec.scaled(latents, probe), probe, size)
+        data = codec.encode_symbols(symbols, probe, size, profile)
+        overhead_bits = 8 * len(data) - codec.entropy.ideal_bits(symbols, size)
+        growth = math.log(len(data) / len(self.unrefined[i])) / (probe - level)
+        wanted = math.log(
+            self.budgets[i] * (1 + self.settings.overshoot) / len(self.unrefined[i])
+        )
+        level += round(wanted / max(growth, 1e-3))
+        return min(max(level, 0), _MAX_LEVEL), overhead_bits
+
+    def _quality(self, shift: int) -> np.ndarray:
+        return (np.array(self.levels, np.float32) + shift) / _MAX_LEVEL
+
+    def _scaled(self, analysed: Sequence[Any], levels: Sequence[int]) -> Latents:
+        pairs = [
+            self.codec.scaled(latents, level)
+            for latents, level in zip(analysed, levels, strict=True)
+        ]
+        y_scaled, z = zip(*pairs, strict=True)
+        return jnp.stack(y_scaled), jnp.stack(z)
+
+    def _slope(self, analysed: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """log of beta to start with, and the loss's scale: both float32 [B].
+
+        The multiplier of a constraint is the slope of the best value over the
+        constraint, and the unrefined files of neighbouring qualities give that well.
+        """
+        shift = -_LEVEL_PROBE if min(self.levels) >= _LEVEL_PROBE else _LEVEL_PROBE
+        shift = min(shift, _MAX_LEVEL - max(self.levels)) or -1
+        here = self._score(self.start, self.images)
+        levels = [level + shift for level in self.levels]
+        images = self.images._replace(quality=self.place(self._quality(shift), 0))
+        there = self._score(self.place(self._scaled(analysed, levels), 0), images)
+        rise = (there.bpp - here.bpp) * np.sign(shift)
+        slope = (here.value - there.value) * np.sign(shift) / np.maximum(rise, 1e-6)
+        usual = here.value / np.maximum(here.bpp, 1e-6)
+        slope = np.clip(slope, 0.02 * usual, 5 * usual)
+        if self.settings.beta is not None:
+            slope = np.full_like(slope, self.settings.beta)
+        return np.log(slope), 1 / np.maximum(here.value, 1e-9)
+
+    def _score(self, latents: Latents, images: Images) -> Any:
+        """`Terms` of the rounded latents, as NumPy arrays."""
+        zone = jnp.zeros(len(self.levels))
+        terms, _ = _score(
+            self.static, self.frozen, images, self.weights, *latents, zone
+        )
+        return jax.tree.map(np.asarray, terms)
+
+    def run(self, progress: Callable[[Progress], bool | None] | None) -> int:
+        """Refine; returns the number of steps that were made."""
+        settings, steps = self.settings, self.settings.steps
+        shifts = np.random.default_rng(settings.seed).integers(
+            len(TRUNK_SHIFTS), size=steps
+        )
+        schedule = Schedule(
+            np.arange(steps, dtype=np.int32),
+            temperatures(
+                steps,
+                settings.temperature_start,
+                settings.temperature_end,
+                settings.temperature_hold,
+            ),
+            settings.learning_rates(),
+            shifts.astype(np.int32),
+        )
+        zeros = jax.tree.map(jnp.zeros_like, self.start)
+        state = State(
+            jax.tree.map(jnp.copy, self.start),
+            zeros,
+            jax.tree.map(jnp.copy, zeros),
+            self.log_beta,
+        )
+        aim = self.target
+        self.best = self.start
+        best_terms = self._score(self.start, self.images)
+        self.history: list[dict[str, np.ndarray]] = []
+        done = 0
+        while done < steps:
+            end = min(done + settings.chunk_steps, steps)
+            while done < end:
+                part = slice(done, min(done + self._scan_steps(), end))
+                state, soft = _run_steps(
+                    self.static,
+                    self.frozen,
+                    self.images,
+                    self.weights,
+                    aim,
+                    self.rng,
+                    state,
+                    Schedule(*(values[part] for values in schedule)),
+                )
+                done = part.stop
+            hard = self._score(state.latents, self.images)
+            beta = np.exp(np.asarray(state.log_beta))
+            better = self._lagrangian(hard, beta) < self._lagrangian(best_terms, beta)
+            self.best = _pick(better, state.latents, self.best)
+            best_terms = jax.tree.map(partial(np.where, better), hard, best_terms)
+            # Relaxed latents take a little more or less than rounded ones.
+            ratio = np.clip(np.asarray(soft.bpp) / hard.bpp, 0.7, 1.4)
+            aim = aim._replace(bpp=self.target.bpp * ratio)
+            self.history.append({"step": np.full(len(beta), done), "beta": beta})
+            self.history[-1] |= {"bpp": hard.bpp, "value": hard.value}
+            now = Progress(done, steps, hard.bpp, hard.value)
+            if progress is not None and progress(now) is False:
+                break
+        return done
+
+    def _scan_steps(self) -> int:
+        """Steps of one compiled program.
+
+        XLA:CPU runs the input gradients of convolutions several times slower inside a
+        loop than outside (jax issue 12868), and a call costs it next to nothing.
+        """
+        return 1 if jax.default_backend() == "cpu" else self.settings.chunk_steps
+
+    def _lagrangian(self, terms: Any, beta: np.ndarray) -> np.ndarray:
+        """Value and rate in one number; what is over the budget has to be cut off."""
+        excess = terms.bpp - np.asarray(self.target.bpp)
+        return terms.value + beta * (np.minimum(excess, 0) + 2 * np.maximum(excess, 0))
+
+    def finish(self, steps: int) -> list[Refined]:
+        """The files."""
+        finished = fit.fit_files(
+            self.codec,
+            self.static,
+            self.frozen,
+            self.images,
+            self.weights,
+            self.best,
+            levels=self.levels,
+            sizes=self.sizes,
+            budgets=self.budgets,
+            payload_bits=self.payload_bits,
+            icc_profiles=self.icc_profiles,
+            unrefined=self.unrefined,
+        )
+        return [
+            Refined(
+                data=fitted.data,
+                unrefined=self.unrefined[i],
+                value=fitted.value,
+                unrefined_value=fitted.unrefined_value,
+                steps=steps,
+                history=tuple(
+                    {key: float(values[i]) for key, values in row.items()}
+                    for row in self.history
+                ),
+            )
+            for i, fitted in enumerate(finished)
+        ]
+
+
+def _pick(better: np.ndarray, new: Latents, old: Latents) -> Latents:
+    choose = jnp.asarray(better)[:, None, None, None]
+    return jax.tree.map(lambda a, b: jnp.where(choose, a, b), new, old)
+
+
+def _padded(pixels: Sequence[np.ndarray], grid: tuple[int, ...]) -> np.ndarray:
+    """float32 [B, H, W, 3] in [0, 1], the edge repeated, as the codec pads."""
+    side = 16
+    padded = []
+    for image in pixels:
+        pads = [(0, side * grid[i] - image.shape[i]) for i in range(2)]
+        padded.append(np.pad(image, (*pads, (0, 0)), mode="edge"))
+    return np.stack(padded).astype(np.float32) / 255
+
+
+def _pixel_weights(
+    x: np.ndarray, sizes: Sequence[tuple[int, int]], regions: Sequence[Region | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the pixels in D and in the perceptual terms, float32 [B, H, W]."""
+    equal = equal_weights(x, sizes)
+    weights, feature_weights = equal.copy(), equal.copy()
+    for i, (size, region) in enumerate(zip(sizes, regions, strict=True)):
+        if region is None:
+            continue
+        own = region.pixel_weights(size)
+        weights[i, : size[0], : size[1]] = own
+        if region.variant == "L2":
+            feature_weights[i, : size[0], : size[1]] = own
+    return weights, feature_weights
+
+
+def _placement(count: int) -> Callable[[Any, int | None], Any]:
+    """Puts arrays on the devices, split along the axis of the images (None: whole)."""
+    devices = jax.devices()
+    if len(devices) == 1 or count % len(devices):
+        return lambda tree, axis: jax.tree.map(jnp.asarray, tree)
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+
+    def place(tree: Any, axis: int | None) -> Any:
+        names = () if axis is None else (*([None] * axis), "data")
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        return jax.tree.map(lambda array: jax.device_put(array, sharding), tree)
+
+    return place

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From refined latents to files: the exact fit to the budget, and the guard.
+
+The refined latents are rounded with a dead zone: a latent goes to the value further
+from its mean only if it is more than 1/2 + zone of the way. The zone of each image is
+found by bisection with the rate of the coder's tables, so that its size comes out just
+below the budget; it changes those symbols first that the refinement left undecided.
+
+The files are made by the real coder and judged as the real decoder shows them, the
+unrefined file among them: refinement never returns a file that is worse under its own
+objective, nor one above the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.refinement.objective import (
+    Frozen,
+    Images,
+    Static,
+    Weights,
+    hard_terms,
+    image_terms,
+)
+
+Array = jax.Array
+
+_WIDEST_ZONE = 0.45
+_NARROWEST_ZONE = -0.2
+_BISECTIONS = 9
+_ROUNDS = 3
+# What a stream takes beyond its ideal length differs by at most so many bits.
+_STREAM_BITS = 8
+_GOOD_USE = 0.985
+
+
+class Fitted(NamedTuple):
+    """The file of one image, with the objective of what it decodes to."""
+
+    data: bytes
+    value: float
+    unrefined_value: float
+
+
+class _Candidate(NamedTuple):
+    data: bytes
+    value: float
+
+
+_hard_terms = partial(jax.jit, static_argnums=0)(hard_terms)
+_image_terms = partial(jax.jit, static_argnums=0)(image_terms)
+
+
+def fit_files(
+    codec: Any,
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    latents: tuple[Array, Array],
+    *,
+    levels: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    budgets: Sequence[int],
+    payload_bits: np.ndarray,
+    icc_profiles: Sequence[bytes | None],
+    unrefined: Sequence[bytes],
+) -> list[Fitted]:
+    """The best file of each image within its budget.
+
+    Args:
+        codec: a `semlic_jax.Codec`.
+        static, frozen, images, weights: of the refinement.
+        latents: y_scaled [B, h, w, M] and z [B, h/4, w/4, N], refined.
+        levels, sizes, budgets: quality level, height and width, and most bytes of each
+            image.
+        payload_bits: float [B], what the budget leaves for symbols, about.
+        icc_profiles, unrefined: of each image.
+    """
+    count = len(levels)
+    y_scaled, z = latents
+    z_symbols = np.round(np.asarray(z))
+    files: list[dict[bytes, None]] = [{data: None} for data in unrefined]
+
+    def rounded(zone: np.ndarray) -> tuple[np.ndarray, Array]:
+        terms, y_hat = _hard_terms(
+            static, frozen, images, weights, y_scaled, z, jnp.float32(zone)
+        )
+        pixels = np.array([height * width for height, width in sizes])
+        return np.asarray(terms.bpp, np.float64) * pixels, y_hat
+
+    def encode(i: int, y_hat: np.ndarray) -> bytes:
+        symbols = codec.entropy.symbols(y_hat, z_symbols[i], levels[i], sizes[i])
+        return codec.encode_symbols(symbols, levels[i], sizes[i], icc_profiles[i])
+
+    bits, y_hat = rounded(np.zeros(count))
+    for i, y in enumerate(np.asarray(y_hat)):
+        data = encode(i, y)
+        if len(data) <= budgets[i]:
+            files[i][data] = None
+    target = payload_bits.copy()
+    for _ in range(_ROUNDS):
+        over = bits > target
+        low = np.where(over, 0.0, _NARROWEST_ZONE)  # too many bits here, if anywhere
+        high = np.where(over, _WIDEST_ZONE, 0.0)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            found, _ = rounded(middle)
+            low = np.where(found > target, middle, low)
+            high = np.where(found > target, high, middle)
+        _, y_hat = rounded(high)
+        excess = np.zeros(count)
+        for i, y in enumerate(np.asarray(y_hat)):
+            data = encode(i, y)
+            excess[i] = 8 * (len(data) - budgets[i])
+            if excess[i] <= 0:
+                files[i][data] = None
+        if (excess <= 0).all():
+            break
+        target -= np.where(excess > 0, excess + _STREAM_BITS, 0)
+
+    values = _decoded_values(codec, static, frozen, images, weights, files)
+    fitted = []
+    for i, own in enumerate(values):
+        candidates = [_Candidate(*pair) for pair in own.items()]
+        start = candidates[0]
+        best = _choose(candidates, budgets[i])
+        fitted.append(Fitted(best.data, best.value, start.value))
+    return fitted
+
+
+def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
+    """The best of those that use the budget well, if not worse than the first."""
+    start = candidates[0]
+    better = [c for c in candidates if c.value <= start.value]
+    good = [c for c in better if len(c.data) >= _GOOD_USE * budget]
+    return min(good or better, key=lambda c: c.value)
+
+
+def _decoded_values(
+    codec: Any,
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    files: Sequence[dict[bytes, None]],
+) -> list[dict[bytes, float]]:
+    """The objective of what each file decodes to."""
+    values: list[dict[bytes, float]] = [{} for _ in files]
+    queues = [list(own) for own in files]
+    original = np.asarray(images.x)
+    while any(queues):
+        x_hat = original.copy()
+        now = [queue.pop(0) if queue else None for queue in queues]
+        for image, data in zip(x_hat, now, strict=True):
+            if data is not None:
+                decoded = codec.decompress(data)
+                height, width = decoded.shape[:2]
+                image[:height, :width] = decoded.astype(np.float32) / 255
+        terms = _image_terms(static, frozen, images, weights, x_hat)
+        for own, data, value in zip(values, now, np.asarray(terms.value), strict=True):
+            if data is not None:
+                own[data] = float(value)
+    return values

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What refinement minimises: the terms of one batch of images, soft or hard.
+
+    alpha * D + gamma * (Perceptual + k * Style) + beta * R
+
+* D: mean squared error in 8-bit levels (100 is 28.1 dB), over the real pixels of the
+  image, weighted by the region of interest.
+* Perceptual: `objectives.losses`' distance of channel-normalised features of a frozen
+  trunk; Style: distance of local Gram matrices of the same features.
+* R: bits per pixel, of relaxed latents under the densities or of rounded latents under
+  the tables of the coder.
+
+The trunk's strided layers are blind to patterns of their own period. So its input is
+shifted by one of a few offsets, another one in each step; the features of the original
+are computed once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.model.compression import (
+    CompressionModel,
+    ModelConfig,
+    image_masks,
+)
+from semlic_jax.model.context import (
+    MEAN_STEPS,
+    Masks,
+    Pass,
+    checkerboard,
+    coding_order,
+)
+from semlic_jax.model.priors import gaussian_bits, scale_from_index
+from semlic_jax.model.transforms import STRIDE
+from semlic_jax.objectives.features import (
+    FeatureNetwork,
+    feature_distance,
+    normalise_channels,
+)
+from semlic_jax.objectives.losses import local_style
+from semlic_jax.refinement.sga import draw_noise, relaxed_round
+
+Array = jax.Array
+
+# Corners of the trunk's input, row and column: every parity of both occurs.
+TRUNK_SHIFTS = ((0, 0), (1, 2), (2, 3), (3, 1))
+_TRUNK_MARGIN = 3  # the largest of them
+_MAX_LEVEL = 255.0
+
+
+class Frozen(NamedTuple):
+    """What does not change during a refinement, besides the images.
+
+    Attributes:
+        params: of `CompressionModel` in its `fake` arithmetic.
+        y_bits, z_bits: `SymbolTables.bits_lookup()` matrices of the coder, float32
+            [T, 2 * radius + 1].
+        features: the trunk, or None without perceptual terms.
+    """
+
+    params: Any
+    y_bits: Array
+    z_bits: Array
+    features: FeatureNetwork | None
+
+
+class Images(NamedTuple):
+    """A batch of images of one bucket, and what is wanted of each.
+
+    Attributes:
+        x: float32 [B, H, W, 3] in [0, 1], padded.
+        sizes: int32 [B, 2], real height and width.
+        quality: float32 [B] in [0, 1].
+        weights: float32 [B, H, W], of each pixel in D; 0 outside the image.
+        feature_weights: float32 [B, H, W], of each pixel in the perceptual terms.
+        taps: features of x for each of TRUNK_SHIFTS, each [S, B, h, w, C]; empty
+            without perceptual terms.
+    """
+
+    x: Array
+    sizes: Array
+    quality: Array
+    weights: Array
+    feature_weights: Array
+    taps: tuple[Array, ...]
+
+
+class Weights(NamedTuple):
+    """Of the terms; float32 scalars, so that changing them compiles nothing anew."""
+
+    alpha: Array
+    gamma: Array
+    style: Array
+
+
+class Static(NamedTuple):
+    """What the compiled programs are specialised for.
+
+    Attributes:
+        config: of the model.
+        method: of the relaxed rounding.
+        perceptual, style: whether these terms have a weight.
+        padded: whether an image is smaller than its batch.
+        dtype: name of the type that g_s computes in.
+    """
+
+    config: ModelConfig
+    method: str
+    perceptual: bool
+    style: bool
+    padded: bool
+    dtype: str = "float32"
+
+
+class Terms(NamedTuple):
+    """Of each image, float32 [B] each.
+
+    Attributes:
+        value: alpha * D + gamma * (Perceptual + k * Style), without the rate.
+        bpp: payload bits per real pixel.
+        mse: mean squared error in 8-bit levels, weighted as in the loss.
+        perceptual: 0 where it has no weight.
+    """
+
+    value: Array
+    bpp: Array
+    mse: Array
+    perceptual: Array
+
+
+def twin(static: Static) -> CompressionModel:
+    """The differentiable model of a refinement."""
+    return CompressionModel(static.config, "fake", jnp.dtype(static.dtype))
+
+
+def soft_terms(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    y_scaled: Array,
+    z: Array,
+    rng: Array,
+    temperature: Array,
+    shift: Array,
+) -> Terms:
+    """The terms at one relaxed sample of the latents.
+
+    Args:
+        y_scaled: float32 [B, h, w, M].
+        z: float32 [B, h/4, w/4, N].
+        rng: one key per image, [B].
+        temperature: scalar.
+        shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
+    """
+    keys = jax.vmap(lambda key: jax.random.split(key))(rng)
+    y_noise = draw_noise(static.method, keys[:, 0], y_scaled.shape[1:])
+    z_noise = draw_noise(static.method, keys[:, 1], z.shape[1:])
+    three = static.method == "ssl3"
+
+    def round_y(v: Array, channels: slice) -> Array:
+        part = y_noise[..., channels, :] if three else y_noise[..., channels]
+        return relaxed_round(v, part, temperature, static.method)
+
+    def forward(model: CompressionModel) -> tuple[Array, Array]:
+        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
+        z_tilde = relaxed_round(z, z_noise, temperature, static.method) * masks.z
+        z_bits = jnp.sum(model.z_bits(z_tilde) * masks.z, (1, 2, 3))
+        residual, index, y_hat = _walk(
+            model, images.quality, masks, y_scaled, z_tilde, round_y
+        )
+        y_bits = gaussian_bits(residual, scale_from_index(index))
+        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
+        return z_bits + y_bits, _reconstruct(model, static, images, y_hat)
+
+    bits, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+    return _terms(static, frozen, images, weights, bits, x_hat, shift)
+
+
+def hard_terms(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    y_scaled: Array,
+    z: Array,
+    dead_zone: Array,
+) -> tuple[Terms, Array]:
+    """The terms of the rounded latents, with the rate of the coder's tables.
+
+    Args:
+        y_scaled, z: as in `soft_terms`.
+        dead_zone: float32 [B]; by how much the threshold of rounding away from the
+            mean lies beyond 1/2. Negative values round more away from it.
+
+    Returns:
+        the terms, and y_hat_scaled [B, h, w, M] (the mean plus whole numbers).
+    """
+    zone = dead_zone[:, None, None, None]
+
+    def round_y(v: Array, channels: slice) -> Array:
+        return jnp.sign(v) * jnp.maximum(jnp.ceil(jnp.abs(v) - 0.5 - zone), 0.0)
+
+    def forward(model: CompressionModel) -> tuple[Array, Array, Array]:
+        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
+        z_hat = jnp.round(z) * masks.z
+        z_bits = _look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
+        z_bits = jnp.sum(z_bits * masks.z, (1, 2, 3))
+        residual, index, y_hat = _walk(
+            model, images.quality, masks, y_scaled, z_hat, round_y
+        )
+        y_bits = _look_up(frozen.y_bits, index.astype(jnp.int32), residual)
+        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
+        return z_bits + y_bits, y_hat, _reconstruct(model, static, images, y_hat)
+
+    bits, y_hat, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+    terms = _terms(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
+    return terms, y_hat
+
+
+def image_terms(
+    static: Static, frozen: Frozen, images: Images, weights: Weights, x_hat: Array
+) -> Terms:
+    """The terms of decoded images, float32 [B, H, W, 3] in [0, 1]; their bpp is 0."""
+    bits = jnp.zeros(x_hat.shape[0])
+    return _terms(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
+
+
+def original_taps(features: FeatureNetwork, x: Array) -> tuple[Array, ...]:
+    """`Images.taps`."""
+    shifted = [features.apply(_shifted(x, *corner)) for corner in TRUNK_SHIFTS]
+    return tuple(jnp.stack(taps) for taps in zip(*shifted, strict=True))
+
+
+def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Equal weights of all real pixels: float32 [B, H, W], 1 inside the images."""
+    weights = np.zeros(x.shape[:3], np.float32)
+    for image, (height, width) in zip(weights, sizes, strict=True):
+        image[:height, :width] = 1
+    return weights
+
+
+def _walk(
+    model: CompressionModel,
+    quality: Array,
+    masks: Masks,
+    y_scaled: Array,
+    z_hat: Array,
+    round_y: Callable[[Array, slice], Array],
+) -> tuple[Array, Array, Array]:
+    """Residuals, table indexes and y_hat_scaled, each [B, h, w, M]."""
+    grid = (y_scaled.shape[1], y_scaled.shape[2])
+    residuals: list[Array] = []
+    indexes: list[Array] = []
+
+    def visit(pass_: Pass, index: Array, mean: Array) -> Array:
+        channels = slice(pass_.start, pass_.stop)
+        v = y_scaled[..., channels] - mean / MEAN_STEPS
+        residual = round_y(v, channels) * masks.y
+        residuals.append(residual)
+        indexes.append(index)
+        return residual * MEAN_STEPS + mean
+
+    y_hat = model.traverse_latents(z_hat, quality, masks, visit)
+
+    def joined(parts: list[Array]) -> Array:
+        passes = coding_order(model.config.groups)
+        groups = [
+            jnp.where(checkerboard(*grid, first.parity), parts[i], parts[i + 1])
+            for i, first in enumerate(passes)
+            if i % 2 == 0
+        ]
+        return jnp.concatenate(groups, -1)
+
+    return joined(residuals), joined(indexes), y_hat
+
+
+def _look_up(bits: Array, index: Array, symbol: Array) -> Array:
+    radius = (bits.shape[1] - 1) // 2
+    column = jnp.clip(symbol, -radius, radius).astype(jnp.int32) + radius
+    return bits[jnp.broadcast_to(index, column.shape), column]
+
+
+def _reconstruct(
+    model: CompressionModel, static: Static, images: Images, y_hat: Array
+) -> Array:
+    """The decoder's image, clipped to [0, 1]."""
+    if static.padded:
+        # Decoders repeat the edge of the latents beyond the image.
+        last = (images.sizes + STRIDE - 1) // STRIDE - 1
+        for axis in (1, 2):
+            position = jnp.arange(y_hat.shape[axis])
+            source = jnp.minimum(position, last[:, axis - 1 : axis])
+            shape = [-1, 1, 1, 1]
+            shape[axis] = y_hat.shape[axis]
+            y_hat = jnp.take_along_axis(y_hat, source.reshape(shape), axis)
+    return jnp.clip(model.synthesis(y_hat, images.quality), 0.0, 1.0)
+
+
+def _shifted(x: Array, row: Array | int, column: Array | int) -> Array:
+    batch, height, width = x.shape[:3]
+    size = (batch, height - _TRUNK_MARGIN, width - _TRUNK_MARGIN, *x.shape[3:])
+    start = (0, row, column, *([0] * (x.ndim - 3)))
+    return jax.lax.dynamic_slice(x, start, size)
+
+
+def _terms(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    bits: Array,
+    x_hat: Array,
+    shift: Array,
+) -> Terms:
+    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    square = jnp.mean(jnp.square(x_hat - images.x), -1) * _MAX_LEVEL**2
+    mse = jnp.sum(square * images.weights, (1, 2)) / pixels
+    value = weights.alpha * mse
+    distance = jnp.zeros_like(mse)
+    if static.perceptual:
+        assert frozen.features is not None
+        height, width = x_hat.shape[1:3]
+        if static.padded:
+            rows = jnp.arange(height)[:, None] < images.sizes[:, 0, None, None]
+            columns = jnp.arange(width)[None, :] < images.sizes[:, 1, None, None]
+            x_hat = jnp.where((rows & columns)[..., None], x_hat, images.x)
+        row, column = jnp.asarray(TRUNK_SHIFTS)[shift]
+        made = frozen.features.apply(_shifted(x_hat, row, column))
+        real = [jax.lax.dynamic_index_in_dim(t, shift, 0, False) for t in images.taps]
+        cell_weights = _shifted(images.feature_weights, row, column)
+        # Means over the padded image become means over the real one.
+        cell_weights = cell_weights * (height * width / pixels)[:, None, None]
+        distance = feature_distance(real, made, pixel_weights=cell_weights)
+        value = value + weights.gamma * distance
+        if static.style:
+            real, made = (
+                [_weigh(tap, cell_weights) for tap in taps] for taps in (real, made)
+            )
+            size = (height - _TRUNK_MARGIN, width - _TRUNK_MARGIN)
+            texture = local_style(real, made, size)
+            value = value + weights.gamma * weights.style * texture
+    return Terms(value, bits / pixels, mse, distance)
+
+
+def _weigh(tap: Array, pixel_weights: Array) -> Array:
+    """Unit features, scaled so that the square of their Gram matrices is weighted."""
+    cells = jax.image.resize(pixel_weights, tap.shape[:3], "linear")
+    return normalise_channels(tap) * jnp.sqrt(jnp.sqrt(cells))[..., None]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refinement of the latents of one image, or of images of one bucket together.
+
+refined = refine(codec, image, bpp=0.15)
+refined.data  # an ordinary .semlic file, never larger than the budget
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from semlic_jax.refinement.batch import Batch, Progress, Refined
+from semlic_jax.refinement.roi import Region
+from semlic_jax.refinement.settings import Settings, preset
+
+
+class RefinementWarning(UserWarning):
+    """Refinement went on in another way than it was asked to."""
+
+
+def refine(
+    codec: Any,
+    image: np.ndarray,
+    *,
+    quality: float | None = None,
+    bpp: float | None = None,
+    max_bytes: int | None = None,
+    settings: Settings | None = None,
+    region: Region | None = None,
+    icc_profile: bytes | None = None,
+    progress: Callable[[Progress], bool | None] | None = None,
+) -> Refined:
+    """Refine one image to a budget.
+
+    Give exactly one of `quality`, `bpp` and `max_bytes`.
+
+    Args:
+        codec: a `semlic_jax.Codec`.
+        image: uint8 [H, W, 3].
+        quality: the budget is the size of the unrefined file of this quality.
+        bpp: the budget in bits per pixel of the whole file.
+        max_bytes: the budget in bytes.
+        settings: None takes the preset `default`.
+        region: what matters in the image.
+        icc_profile: stored in the file.
+        progress: called after each chunk of steps; it stops the refinement by
+            returning False, and the best so far becomes the file.
+
+    Raises:
+        ValueError: as `Codec.compress`, and for a region of another size or
+            perceptual terms without feature weights.
+    """
+    start = codec.compress(
+        image,
+        quality=quality,
+        bpp=bpp,
+        max_bytes=max_bytes,
+        icc_profile=icc_profile,
+    )
+    if max_bytes is None:
+        pixels = image.shape[0] * image.shape[1]
+        max_bytes = len(start) if bpp is None else int(bpp * pixels / 8)
+    return refine_batch(
+        codec,
+        [image],
+        max_bytes=[max_bytes],
+        settings=settings,
+        regions=[region],
+        icc_profiles=[icc_profile],
+        unrefined=[start],
+        progress=progress,
+    )[0]
+
+
+def refine_batch(
+    codec: Any,
+    images: Sequence[np.ndarray],
+    *,
+    max_bytes: Sequence[int],
+    settings: Settings | None = None,
+    regions: Sequence[Region | None] | None = None,
+    icc_profiles: Sequence[bytes | None] | None = None,
+    unrefined: Sequence[bytes] | None = None,
+    progress: Callable[[Progress], bool | None] | None = None,
+) -> list[Refined]:
+    """Refine images of one bucket together, each to its own budget.
+
+    The batch is split over the devices where its size is a multiple of their number.
+    Where the memory does not suffice it is halved, with a RefinementWarning.
+
+    Args:
+        codec, settings, progress: as in `refine`.
+        images: uint8 [H, W, 3] each, padded by the codec to the same size.
+        max_bytes: of each.
+        regions, icc_profiles: of each, or None.
+        unrefined: of each the file within the budget, if it is known already.
+
+    Raises:
+        ValueError: as `refine`, and for images of several buckets.
+    """
+    settings = settings or preset("default")
+    count = len(images)
+    regions = regions or [None] * count
+    icc_profiles = icc_profiles or [None] * count
+    if unrefined is None:
+        unrefined = [
+            codec.compress(image, max_bytes=budget, icc_profile=profile)
+            for image, budget, profile in zip(
+                images, max_bytes, icc_profiles, strict=True
+            )
+        ]
+    try:
+        batch = Batch(
+            codec, settings, images, max_bytes, regions, icc_profiles, unrefined
+        )
+        steps = batch.run(progress)
+        return batch.finish(steps)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if count == 1 or not _is_out_of_memory(error):
+            raise
+    half = count // 2
+    warnings.warn(
+        f"not enough memory for a batch of {count}: going on with {count - half}",
+        RefinementWarning,
+        stacklevel=2,
+    )
+    parts = []
+    for part in (slice(half), slice(half, count)):
+        parts += refine_batch(
+            codec,
+            images[part],
+            max_bytes=max_bytes[part],
+            settings=settings,
+            regions=regions[part],
+            icc_profiles=icc_profiles[part],
+            unrefined=unrefined[part],
+            progress=progress,
+        )
+    return parts
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a refinement is done: its settings, and the presets that measurements chose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from semlic_jax.objectives.features import FeatureNetwork, load_features
+from semlic_jax.refinement.sga import METHODS, check_method, temperatures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of a refinement; `preset` makes them.
+
+    Attributes:
+        steps: of the optimiser.
+        method: of the relaxed rounding, see `sga.METHODS`.
+        alpha: weight of the mean squared error in 8-bit levels.
+        gamma: weight of the perceptual and style terms; 0 refines for PSNR.
+        beta: multiplier of the rate (per bit per pixel) to start with; None takes the
+            slope of the unrefined files.
+        style: weight of the style within the perceptual terms.
+        features: the trunk, or where its weights are (`load_features`).
+        learning_rate: Adam's, in steps of the quantiser.
+        decay: share of the steps at the end over which the learning rate falls to 0.
+        temperature_start, temperature_end, temperature_hold: see `sga.temperatures`.
+        overshoot: how much larger than the budget the unrefined file is whose latents
+            and quality the refinement starts from.
+        integral, proportional: gains of the dual ascent.
+        chunk_steps: steps between two looks at the rounded latents.
+        seed: of the noise. The same seed gives the same file on the same machine.
+        dtype: that g_s computes in.
+    """
+
+    steps: int = 300
+    method: str = "sga"
+    alpha: float = 0.01
+    gamma: float = 1.0
+    beta: float | None = None
+    style: float = 0.0
+    features: FeatureNetwork | str | os.PathLike[str] | None = None
+    learning_rate: float = 0.01
+    decay: float = 0.3
+    temperature_start: float = 0.5
+    temperature_end: float = 0.1
+    temperature_hold: float = 0.0
+    overshoot: float = 0.1
+    integral: float = 0.03
+    proportional: float = 1.0
+    chunk_steps: int = 20
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        for name in ("steps", "chunk_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"expected {name} of at least 1, found {getattr(self, name)}"
+                )
+        for name in ("alpha", "gamma", "style", "overshoot", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"expected {name} from 0, found {value}")
+        if self.alpha == 0 and self.gamma == 0:
+            raise ValueError("expected alpha or gamma above 0, found both 0")
+        if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"expected beta above 0, found {self.beta}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"expected float32 or bfloat16, found {self.dtype!r}")
+        temperatures(
+            1, self.temperature_start, self.temperature_end, self.temperature_hold
+        )
+
+    def learning_rates(self) -> np.ndarray:
+        """Of each step, float32 [steps]: constant, then a cosine to 0."""
+        step = np.arange(self.steps) + 0.5
+        falling = max(self.decay * self.steps, 1e-9)
+        done = np.clip((step - (self.steps - falling)) / falling, 0, 1)
+        rates = self.learning_rate * 0.5 * (1 + np.cos(np.pi * done))
+        return rates.astype(np.float32)
+
+    def load_features(self) -> FeatureNetwork | None:
+        """The trunk; None where the perceptual terms have no weight.
+
+        Raises:
+            ValueError: no weights were found.
+        """
+        if self.gamma == 0:
+            return None
+        if isinstance(self.features, FeatureNetwork):
+            return self.features
+        path = None if self.features is None else os.fspath(self.features)
+        return load_features(path)
+
+
+PRESETS: dict[str, Settings] = {
+    "fast": Settings(steps=100),
+    "default": Settings(steps=300),
+    "best": Settings(steps=1000),
+}
+
+
+def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
+    """The settings of a preset with some of them changed.
+
+    Args:
+        name: `fast`, `default` or `best`; a number of steps, which takes the rest from
+            `default`; or settings.
+        **changes: fields of `Settings`; those that are None stay as they are.
+
+    Raises:
+        ValueError: no such preset, or a value out of range.
+    """
+    if isinstance(name, str):
+        if name not in PRESETS:
+            raise ValueError(
+                f"expected a preset ({', '.join(PRESETS)}) or a number of steps, "
+                f"found {name!r}"
+            )
+        settings = PRESETS[name]
+    elif isinstance(name, Settings):
+        settings = name
+    else:
+        settings = dataclasses.replace(PRESETS["default"], steps=int(name))
+    given = {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.replace(settings, **given)
+
+
+__all__ = ["METHODS", "PRESETS", "Settings", "preset"]
