@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All four stages at the smallest size, on images that the program makes itself.
 
-semlic train --config configs/tiny.py --workdir /tmp/tiny
+semlic train --config configs/tiny.py --workdir runs/tiny
 
 Needs no data and no feature weights. Expected: about a minute on 2 CPU cores.
 """
