@@ -450,7 +450,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from semlic_jax.evaluation import evaluate
+    from semlic_jax.evaluation import evaluate, tables
     from semlic_jax.images import parse_colour
 
     background = options.background
@@ -471,7 +471,7 @@ def _eval(options: argparse.Namespace) -> int:
             remeasure=options.remeasure,
             progress=progress,
         )
-    print(report.summary.markdown())
+    print(tables.markdown(report.summary))
     print()
     for path in report.paths:
         print(path)

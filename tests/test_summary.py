@@ -30,10 +30,9 @@ from semlic_jax.evaluation.summary import (
     bd_rate_to_published,
     curve,
     default_anchor,
-    number,
     summarise,
-    table,
 )
+from semlic_jax.evaluation.tables import markdown, number, table
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Fewer bits than AVIF at the same PSNR, image by image.
@@ -113,7 +112,7 @@ def test_a_rate_that_one_image_misses_is_a_gap_with_the_reason():
     assert [point.target_bpp for point in found.points] == [0.2, 0.3, 0.4, 0.5]
     assert found.gaps == {0.1: "1 of 6 images have none (3.png: too large)"}
     assert curve(results, "avif", "psnr_db").gaps == {}
-    assert "jpeg at 0.1 bpp: 1 of 6 images" in summarise(results).markdown()
+    assert "jpeg at 0.1 bpp: 1 of 6 images" in markdown(summarise(results))
 
 
 def test_a_metric_that_one_image_is_too_small_for_is_a_gap():
@@ -204,7 +203,7 @@ def test_too_few_points_leave_a_gap_that_names_the_missing_rates():
     assert found.percent is None
     assert "at least 4 points" in found.gap
     assert "jpeg has no point at 0.1, 0.2 bpp" in found.gap
-    assert "no BD-rate of jpeg against avif" in summarise(results).markdown()
+    assert "no BD-rate of jpeg against avif" in markdown(summarise(results))
 
 
 def test_different_images_are_refused():
@@ -324,11 +323,13 @@ def test_published_curves_stand_beside_their_own_images_only(monkeypatch):
 
 
 def test_kodak_is_known_by_its_pixels():
-    from semlic_jax.evaluation.sweep import _readable, list_images
+    from semlic_jax.evaluation.image_sets import list_images, readable_images
 
     folder = _kodak()
     skipped = []
-    images = [image for image, _ in _readable(list_images([folder]), None, skipped)]
+    images = [
+        image for image, _ in readable_images(list_images([folder]), None, skipped)
+    ]
     assert len(images) == 24 and not skipped
     results = replace(made_up(), images=tuple(images))
     assert [each.name for each in curves_beside(results)] == [
@@ -409,7 +410,7 @@ def test_summary_says_everything():
         notes=("SSIMULACRA2 is left out",),
     )
     summary = summarise(results, resamples=20)
-    text = summary.markdown()
+    text = markdown(summary)
     assert summary.anchor == default_anchor(results) == "avif"
     for part in (
         "Means over 6 images",

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_trunk import load_small_trunk
 
 from semlic_jax import cli
 from semlic_jax.evaluation import measures as measures_module
 from semlic_jax.evaluation.codecs import classical_codec
 from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import ClassicalEntrant, RateSearch, entrants
+from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.results import read_results
-from semlic_jax.evaluation.sweep import Journal, check_rates, list_images, run_sweep
+from semlic_jax.evaluation.sweep import Journal, check_rates, run_sweep
 
 RATES = [1.5, 2.0, 3.0]
 
@@ -303,27 +305,7 @@ def test_one_thread_or_many_give_the_same(folder, tmp_path):
 
 @pytest.fixture
 def small_trunk(monkeypatch):
-    """Stands in for a feature network: three numbers of each patch."""
-    import flax.linen as nn
-    import jax.numpy as jnp
-
-    from semlic_jax.objectives.features import FeatureNetwork
-
-    class Trunk(nn.Module):
-        taps: tuple = ("moments",)
-
-        def __call__(self, images):
-            edges = jnp.abs(jnp.diff(images, axis=2, append=images[:, :, -1:]))
-            found = images, images**2, edges
-            return {"moments": jnp.stack([x.mean(axis=-1) for x in found], axis=-1)}
-
-    class Network(FeatureNetwork):
-        def apply(self, images):
-            return [self.module.apply({}, images)["moments"]]
-
-    monkeypatch.setattr(
-        measures_module, "load_features", lambda *args: FeatureNetwork({}, Trunk())
-    )
+    monkeypatch.setattr(measures_module, "load_features", load_small_trunk)
 
 
 def test_set_metrics_fall_with_the_rate(folder, tmp_path, small_trunk):

@@ -27,7 +27,7 @@ from semlic_jax.evaluation.entrants import (
     SemlicEntrant,
 )
 from semlic_jax.evaluation.measures import Measures
-from semlic_jax.evaluation.summary import number
+from semlic_jax.evaluation.tables import number
 
 _TEMPLATE = "compare.html"
 _LARGEST_WEBP_SIDE = 16383

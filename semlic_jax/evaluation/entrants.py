@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import PIL
@@ -31,6 +31,7 @@ from semlic_jax.evaluation.codecs import CODECS, ClassicalCodec, classical_codec
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec, Latents
+    from semlic_jax.refinement import Settings
 
 # A codec's largest file counts as the rate that was asked for down to this part of it.
 _LEAST_USE = 0.97
@@ -225,27 +226,38 @@ class SemlicEntrant:
 
 
 class RefinedEntrant:
-    """A model of this package, `codec`; each image is refined for each rate."""
+    """A model of this package, `codec`; each image is refined for each rate.
+
+    Args:
+      key: its name.
+      codec: the model.
+      refine: a preset by name, or `refinement.Settings`.
+      label: its name in plots; None: the key.
+    """
 
     suffix = ".semlic"
 
-    def __init__(self, key: str, codec: Codec, preset: str) -> None:
-        if "refine" not in inspect.signature(codec.compress).parameters:
-            raise ValueError(
-                f"{key} needs latent refinement, which is not in this build"
-            )
-        self.codec, self._preset = codec, preset
-        self.key = self.label = key
-        self.identity = f"{model_identity(codec)}, refined: {preset}"
+    def __init__(
+        self,
+        key: str,
+        codec: Codec,
+        refine: str | Settings,
+        label: str | None = None,
+    ) -> None:
+        from semlic_jax import refinement
+
+        self.codec = codec
+        self._settings = refinement.preset(refine)
+        self.key, self.label = key, label or key
+        self.identity = f"{model_identity(codec)}, {self._settings}"
 
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
         def fit(bpp: float) -> Encoded:
-            options: dict[str, Any] = {"bpp": bpp, "refine": self._preset}
             start_s = time.perf_counter()
-            data = self.codec.compress(image, **options)
+            data = self.codec.compress(image, bpp=bpp, refine=self._settings)
             wall_s = time.perf_counter() - start_s
             quality = self.codec.info(data)["quality"]
-            return Encoded(data, f"{quality * 255:.0f} {self._preset}", wall_s)
+            return Encoded(data, f"{quality * 255:.0f}", wall_s)
 
         return fit
 

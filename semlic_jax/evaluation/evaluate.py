@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semlic_jax.evaluation.entrants import entrants
+from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import PATCH_SIDE, Measures, default_metrics
 from semlic_jax.evaluation.published import curves_beside, published_curves
 from semlic_jax.evaluation.summary import Summary, summarise
-from semlic_jax.evaluation.sweep import check_rates, list_images, run_sweep
+from semlic_jax.evaluation.sweep import check_rates, run_sweep
+from semlic_jax.evaluation.tables import markdown
 from semlic_jax.images import write_file
 
 
@@ -98,7 +100,7 @@ def evaluate(
     progress("plots")
     plots = write_plots(results, out / "plots", published)
     tables = out / "summary.md"
-    write_file(tables, f"{summary.markdown()}\n".encode(), force=True)
+    write_file(tables, f"{markdown(summary)}\n".encode(), force=True)
     facts = json.dumps(summary.facts(), indent=1).encode()
     write_file(out / "summary.json", facts, force=True)
     pictures = [path for path in plots if path.name == "rd_all.png"]

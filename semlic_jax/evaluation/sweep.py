@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from semlic_jax.evaluation.entrants import Entrant
+from semlic_jax.evaluation.image_sets import readable_images
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.results import (
     CodecFacts,
@@ -40,7 +40,7 @@ from semlic_jax.evaluation.results import (
     SetRow,
     Skipped,
 )
-from semlic_jax.images import read_photograph, write_file
+from semlic_jax.images import write_file
 
 # Images whose files may be ready and wait for their metrics: bounds the memory.
 _IMAGES_AHEAD = 2
@@ -52,27 +52,6 @@ class _File:
 
     path: Path | None
     facts: dict[str, Any]
-
-
-def list_images(inputs: Sequence[Path]) -> list[Path]:
-    """The files named, and the image files in the folders named, sorted in each.
-
-    Raises:
-      ValueError: there is no such file or folder, or no image file at all.
-    """
-    suffixes = Image.registered_extensions()
-    found: list[Path] = []
-    for given in inputs:
-        if given.is_dir():
-            inside = [p for p in given.iterdir() if p.suffix.lower() in suffixes]
-            found += sorted(p for p in inside if p.is_file())
-        elif given.exists():
-            found.append(given)
-        else:
-            raise ValueError(f"there is no image or folder {given}")
-    if not found:
-        raise ValueError(f"no image files in {', '.join(map(str, inputs))}")
-    return list(dict.fromkeys(found))
 
 
 def check_rates(rates: Sequence[float]) -> list[float]:
@@ -179,7 +158,7 @@ def run_sweep(
             clock.one_done()
 
         try:
-            for loaded in _readable(paths, background, skipped):
+            for loaded in readable_images(paths, background, skipped):
                 image, pixels = loaded
                 encoded = [
                     pool.submit(sweep.encode, image, pixels, entrant)
@@ -218,34 +197,6 @@ def write_results(results: Results, out: Path) -> None:
     write_file(out / "results.json", results.to_json().encode(), force=True)
     write_file(out / "results.csv", results.to_csv().encode(), force=True)
     write_file(out / "sets.csv", results.set_csv().encode(), force=True)
-
-
-def _readable(
-    paths: Sequence[Path],
-    background: tuple[int, int, int] | None,
-    skipped: list[Skipped],
-) -> Iterator[tuple[ImageFacts, np.ndarray]]:
-    """Images that can be read, once each; appends the others to `skipped`."""
-    seen: dict[str, str] = {}
-    names: dict[str, Path] = {}
-    for path in paths:
-        try:
-            pixels = read_photograph(path, background=background).pixels
-        except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
-            skipped.append(Skipped(str(path), reason))
-            continue
-        height, width = pixels.shape[:2]
-        digest = hashlib.sha256(f"{height}x{width} ".encode() + pixels.tobytes())
-        sha256 = digest.hexdigest()
-        if sha256 in seen:
-            reason = f"it has the same pixels as {seen[sha256]}"
-            skipped.append(Skipped(str(path), reason))
-            continue
-        # Two folders may hold files of one name.
-        name = path.name if path.name not in names else str(path)
-        seen[sha256], names[name] = name, path
-        yield ImageFacts(name, sha256, width, height), pixels
 
 
 class _Clock:

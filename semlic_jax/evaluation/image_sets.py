@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images a sweep is over: files and folders given, what cannot be used left out.
+
+An image is known by its pixels: the same pixels under two names are one image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from semlic_jax.evaluation.results import ImageFacts, Skipped
+from semlic_jax.images import read_photograph
+
+
+def list_images(inputs: Sequence[Path]) -> list[Path]:
+    """The files named, and the image files in the folders named, sorted in each.
+
+    Raises:
+      ValueError: there is no such file or folder, or no image file at all.
+    """
+    suffixes = Image.registered_extensions()
+    found: list[Path] = []
+    for given in inputs:
+        if given.is_dir():
+            inside = [p for p in given.iterdir() if p.suffix.lower() in suffixes]
+            found += sorted(p for p in inside if p.is_file())
+        elif given.exists():
+            found.append(given)
+        else:
+            raise ValueError(f"there is no image or folder {given}")
+    if not found:
+        raise ValueError(f"no image files in {', '.join(map(str, inputs))}")
+    return list(dict.fromkeys(found))
+
+
+def readable_images(
+    paths: Sequence[Path],
+    background: tuple[int, int, int] | None,
+    skipped: list[Skipped],
+) -> Iterator[tuple[ImageFacts, np.ndarray]]:
+    """Images that can be read, once each, with their pixels, uint8 [H, W, 3].
+
+    Args:
+      paths: files.
+      background: RGB that transparent pixels are laid on; None: such images are
+        skipped.
+      skipped: files that cannot be read, or hold the pixels of an earlier one, are
+        appended to it.
+    """
+    seen: dict[str, str] = {}
+    names: dict[str, Path] = {}
+    for path in paths:
+        try:
+            pixels = read_photograph(path, background=background).pixels
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            skipped.append(Skipped(str(path), reason))
+            continue
+        height, width = pixels.shape[:2]
+        digest = hashlib.sha256(f"{height}x{width} ".encode() + pixels.tobytes())
+        sha256 = digest.hexdigest()
+        if sha256 in seen:
+            reason = f"it has the same pixels as {seen[sha256]}"
+            skipped.append(Skipped(str(path), reason))
+            continue
+        # Two folders may hold files of one name.
+        name = path.name if path.name not in names else str(path)
+        seen[sha256], names[name] = name, path
+        yield ImageFacts(name, sha256, width, height), pixels

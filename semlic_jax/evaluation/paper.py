@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables and figures of the paper (arXiv:2401.14007), each one command.
+
+    python -m semlic_jax.evaluation.paper rd IMAGES --models small
+    python -m semlic_jax.evaluation.paper ablation IMAGES --models full.npz other.npz
+    python -m semlic_jax.evaluation.paper figure5 IMAGES --refine default
+    python -m semlic_jax.evaluation.paper figure6 IMAGE --region auto
+
+`rd` is the main figure: rate against FID, KID and DISTS. `ablation` is the table of the
+loss's terms: BD-rates of models against the first. `figure5` refines with several
+weights of the distortion (alpha) and of the perceptual terms (gamma) and draws PSNR
+against the Fréchet distance. `figure6` refines with a region of interest, by both
+variants of the loss and several weights of the foreground.
+
+All run on any images; the paper's set is CLIC 2024's validation images. SqueezeNet's
+distances take the place of FID, KID and DISTS where their weights are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import semlic_jax
+from semlic_jax.evaluation.entrants import (
+    Entrant,
+    RefinedEntrant,
+    SemlicEntrant,
+    entrants,
+)
+from semlic_jax.evaluation.evaluate import Report, evaluate
+from semlic_jax.evaluation.image_sets import list_images
+from semlic_jax.evaluation.measures import PATCH_SIDE, Measures
+from semlic_jax.evaluation.plots import figure_bytes
+from semlic_jax.evaluation.results import Results
+from semlic_jax.evaluation.summary import curve
+from semlic_jax.evaluation.sweep import run_sweep
+from semlic_jax.evaluation.tables import bd_table
+from semlic_jax.images import read_photograph, write_file
+
+if TYPE_CHECKING:
+    from semlic_jax.refinement import Settings
+
+_PAPER_METRICS = ("fid", "kid", "dists")
+_METRICS_WITHOUT_DOWNLOADS = ("frechet", "kernel", "feature_distance")
+_RIVALS = ("avif", "webp", "jpeg")
+_RATES = (0.1, 0.15, 0.2, 0.3, 0.45)
+# Of figure 5, as factors of the preset's weights.
+_FACTORS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Of figure 6: the weight of the foreground; that of the background is the rest.
+_FOREGROUNDS = (0.5, 0.8, 0.95)
+
+Progress = Callable[[str], None]
+
+
+def paper_metrics(weights: str | Path | None) -> tuple[str, ...]:
+    """FID, KID and DISTS where their weights are, else SqueezeNet's distances."""
+    try:
+        Measures(_PAPER_METRICS, weights)
+    except ValueError:
+        return _METRICS_WITHOUT_DOWNLOADS
+    return _PAPER_METRICS
+
+
+def rd(
+    images: Sequence[Path],
+    models: Sequence[str],
+    out: Path,
+    *,
+    rivals: Sequence[str] = _RIVALS,
+    rates: Sequence[float] = _RATES,
+    refine: str | None = None,
+    weights: str | Path | None = None,
+    patch_side: int = PATCH_SIDE,
+    progress: Progress = lambda text: None,
+) -> Report:
+    """The main figure: rate against FID, KID and DISTS, and PSNR beside them.
+
+    Args:
+      images: files and folders.
+      models: names and paths.
+      out: folder of the evaluation.
+      rivals: classical codecs.
+      rates: bits per pixel.
+      refine: preset; each model is shown with refinement too.
+      weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
+      patch_side: of the patches of FID and KID.
+      progress: is told what is being done.
+    """
+    codecs = [f"semlic:{model}" for model in models]
+    if refine is not None:
+        codecs += [f"semlic:{model}+refine:{refine}" for model in models]
+    return evaluate(
+        images,
+        [*codecs, *rivals],
+        rates,
+        out,
+        metrics=[*paper_metrics(weights), "psnr_db"],
+        weights=weights,
+        patch_side=patch_side,
+        progress=progress,
+    )
+
+
+def ablation(
+    images: Sequence[Path],
+    models: Sequence[str],
+    out: Path,
+    *,
+    rates: Sequence[float] = _RATES,
+    weights: str | Path | None = None,
+    patch_side: int = PATCH_SIDE,
+    progress: Progress = lambda text: None,
+) -> Path:
+    """The table of ablations: bits against the first model at equal metric.
+
+    Args: see `rd`.
+
+    Returns:
+      the table, in Markdown.
+
+    Raises:
+      ValueError: fewer than two models.
+    """
+    if len(models) < 2:
+        raise ValueError(f"an ablation needs two models or more, found {len(models)}")
+    names = [f"semlic:{Path(model).stem}" for model in models]
+    report = evaluate(
+        images,
+        [f"semlic:{model}" for model in models],
+        rates,
+        out,
+        metrics=[*paper_metrics(weights), "psnr_db"],
+        anchor=names[0],
+        weights=weights,
+        patch_side=patch_side,
+        progress=progress,
+    )
+
+    def title(codec: str) -> str:
+        return codec.removeprefix("semlic:").replace("_", " ")
+
+    count = len(report.summary.results.images)
+    lines = [
+        f"Bits against *{title(names[0])}* at equal metric (BD-rate, positive: more "
+        f"bits), {count} images; in brackets the 95 % interval over images.",
+        "",
+        *bd_table(
+            report.summary, report.summary.bd_rates, lambda found: title(found.codec)
+        ),
+    ]
+    path = out / "ablation.md"
+    write_file(path, ("\n".join(lines) + "\n").encode(), force=True)
+    return path
+
+
+def figure5(
+    images: Sequence[Path],
+    model: str,
+    out: Path,
+    *,
+    bpp: float = 0.15,
+    refine: str = "default",
+    factors: Sequence[float] = _FACTORS,
+    weights: str | Path | None = None,
+    patch_side: int = PATCH_SIDE,
+    progress: Progress = lambda text: None,
+) -> list[Path]:
+    """Refinement with several weights: PSNR against the Fréchet distance.
+
+    Args:
+      images, out, weights, patch_side, progress: see `rd`.
+      model: name or path.
+      bpp: rate of all files.
+      refine: preset whose weights are varied.
+      factors: of alpha with gamma as it is, and of gamma with alpha as it is.
+
+    Returns:
+      the plot as PNG and SVG, and its numbers.
+    """
+    from semlic_jax import refinement
+
+    progress(f"loading the model {model}")
+    codec = semlic_jax.load(model)
+    settings = refinement.preset(refine)
+    if weights is not None:
+        settings = replace(settings, features=os.fspath(weights))
+    series = _weight_series(settings, factors)
+    # The preset itself is in both series.
+    points = {key: each for part in series.values() for key, each in part.items()}
+    contestants: list[Entrant] = [SemlicEntrant("semlic", codec)]
+    contestants += [RefinedEntrant(key, codec, each) for key, each in points.items()]
+    metric = paper_metrics(weights)[0]
+    results = run_sweep(
+        list_images(images),
+        contestants,
+        [bpp],
+        Measures([metric, "psnr_db"], weights, patch_side=patch_side),
+        out,
+        progress=progress,
+    )
+    figure = _draw_figure5(results, series, metric, bpp)
+    return _write_figure(figure, out / "figure5") + [out / "results.csv"]
+
+
+def _weight_series(
+    settings: Settings, factors: Sequence[float]
+) -> dict[str, dict[str, Settings]]:
+    """Which weight varies, to the name of each point, to its settings."""
+    series: dict[str, dict[str, Settings]] = {}
+    for weight in ("alpha", "gamma"):
+        points = {}
+        for factor in sorted(factors):
+            varied = replace(settings, **{weight: factor * getattr(settings, weight)})
+            points[f"alpha={varied.alpha:g} gamma={varied.gamma:g}"] = varied
+        series[weight] = points
+    return series
+
+
+def _draw_figure5(
+    results: Results, series: dict[str, dict[str, Settings]], metric: str, bpp: float
+) -> Figure:
+    def point(codec: str) -> tuple[float, float] | None:
+        found = [curve(results, codec, m).points for m in ("psnr_db", metric)]
+        return (found[0][0].value, found[1][0].value) if all(found) else None
+
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    styles = {"alpha": ("#0072B2", "s"), "gamma": ("#D55E00", "o")}
+    for weight, points in series.items():
+        placed = [
+            (found, getattr(settings, weight))
+            for codec, settings in points.items()
+            if (found := point(codec)) is not None
+        ]
+        colour, marker = styles[weight]
+        axes.plot(
+            [found[0] for found, _ in placed],
+            [found[1] for found, _ in placed],
+            color=colour,
+            marker=marker,
+            label=f"{weight} varies",
+        )
+        for found, value in placed:
+            axes.annotate(
+                f"{value:g}", found, (5, 5), textcoords="offset points", color=colour
+            )
+    unrefined = point("semlic")
+    if unrefined is not None:
+        axes.plot(*unrefined, "k*", markersize=12, label="not refined")
+    axes.set_xlabel("PSNR (dB), higher is better")
+    axes.set_ylabel(f"{results.metrics[metric].label}, lower is better")
+    axes.set_title(
+        f"Means over {len(results.images)} images at {bpp:g} bits per pixel",
+        loc="left",
+        fontsize=11,
+    )
+    axes.grid(color="#E4E4E4")
+    axes.legend(frameon=False)
+    return figure
+
+
+def figure6(
+    image: Path,
+    model: str,
+    out: Path,
+    *,
+    region: str = "auto",
+    bpp: float = 0.15,
+    refine: str = "default",
+    foregrounds: Sequence[float] = _FOREGROUNDS,
+    features: str | Path | None = None,
+    progress: Progress = lambda text: None,
+) -> list[Path]:
+    """Refinement with a region of interest, by both variants and several weights.
+
+    Args:
+      image: file.
+      model: name or path.
+      out: folder.
+      region: `auto`, `x,y,width,height` or the file of a mask.
+      bpp: rate of all files.
+      refine: preset.
+      foregrounds: weights of the foreground, 0 to 1; the background has the rest.
+      features: folder of feature weights; None: as the preset has them.
+      progress: is told what is being done.
+
+    Returns:
+      the picture as PNG and SVG, and its numbers.
+    """
+    from semlic_jax import refinement
+
+    for weight in foregrounds:
+        if not 0 <= weight <= 1:
+            raise ValueError(f"expected foreground weights of 0 to 1, found {weight:g}")
+    pixels = read_photograph(image).pixels
+    mask = refinement.parse_region(region, pixels)
+    progress(f"loading the model {model}")
+    codec = semlic_jax.load(model)
+    settings = refinement.preset(refine)
+    if features is not None:
+        settings = replace(settings, features=os.fspath(features))
+    out.mkdir(parents=True, exist_ok=True)
+    plain = codec.compress(pixels, bpp=bpp)
+    shown = {"not refined": (plain, codec.decompress(plain))}
+    for variant in ("L1", "L2"):
+        for weight in foregrounds:
+            name = f"{variant}, foreground {weight:g}"
+            progress(f"refining {name}")
+            weighted = refinement.Region(mask, weight, 1 - weight, variant)
+            data = codec.compress(pixels, bpp=bpp, refine=settings, roi=weighted)
+            shown[name] = data, codec.decompress(data)
+    rows = [
+        (name, len(data), *_region_psnr_db(pixels, decoded, mask))
+        for name, (data, decoded) in shown.items()
+    ]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["variant", "bytes", "foreground_psnr_db", "background_psnr_db"])
+    writer.writerows(rows)
+    write_file(out / "figure6.csv", table.getvalue().encode(), force=True)
+    pictures = {name: decoded for name, (_, decoded) in shown.items()}
+    figure = _draw_figure6(pixels, mask, pictures, rows, len(foregrounds))
+    return _write_figure(figure, out / "figure6") + [out / "figure6.csv"]
+
+
+def _region_psnr_db(
+    original: np.ndarray, decoded: np.ndarray, mask: np.ndarray
+) -> tuple[float, float]:
+    """PSNR over the foreground and over the background, by a soft mask."""
+    error = (original.astype(np.float64) - decoded) ** 2
+    found = []
+    for weights in (mask, 1 - mask):
+        mse = np.average(error.mean(axis=2), weights=np.maximum(weights, 1e-9))
+        found.append(10 * float(np.log10(255**2 / max(mse, 1e-9))))
+    return found[0], found[1]
+
+
+def _draw_figure6(
+    original: np.ndarray,
+    mask: np.ndarray,
+    pictures: dict[str, np.ndarray],
+    rows: Sequence[tuple[str, int, float, float]],
+    columns: int,
+) -> Figure:
+    """First column: original and mask; then a row for each variant of the loss."""
+    height, width = original.shape[:2]
+    side = 3.4
+    wide = columns + 2
+    size = (side * wide, 2 * (side * height / width + 0.55))
+    figure = Figure(figsize=size, layout="constrained")
+    names = list(pictures)
+    captions = {
+        name: f"{name}\n{size_bytes:,} bytes, {fg:.2f} dB inside, {bg:.2f} dB outside"
+        for name, size_bytes, fg, bg in rows
+    }
+    cells: list[tuple[int, np.ndarray, str]] = [
+        (0, original, "original"),
+        (wide, np.repeat(mask[..., None], 3, axis=2), "region"),
+        (1, pictures[names[0]], captions[names[0]]),
+    ]
+    for index, name in enumerate(names[1:]):
+        row, column = divmod(index, columns)
+        cells.append((row * wide + column + 2, pictures[name], captions[name]))
+    for place, picture, caption in cells:
+        axes = figure.add_subplot(2, wide, place + 1)
+        axes.imshow(picture, interpolation="lanczos", vmin=0, vmax=1)
+        axes.set_title(caption, fontsize=8)
+        axes.set_axis_off()
+    return figure
+
+
+def _write_figure(figure: Figure, stem: Path) -> list[Path]:
+    paths = []
+    for kind in ("png", "svg"):
+        path = stem.with_suffix(f".{kind}")
+        write_file(path, figure_bytes(figure, kind), force=True)
+        paths.append(path)
+    return paths
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.evaluation.paper",
+        description="The tables and figures of the paper, over any images and models.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, allow_abbrev=False)
+        sub.add_argument("--out", type=Path, default=Path(f"paper_{name}"))
+        sub.add_argument("--weights", type=Path, help="folder of feature weights")
+        return sub
+
+    for name, text in (
+        ("rd", "rate against FID, KID and DISTS"),
+        ("ablation", "BD-rates of models against the first"),
+    ):
+        sub = command(name, text)
+        sub.add_argument("images", type=Path, nargs="+")
+        sub.add_argument("--models", nargs="+", default=["small"])
+        sub.add_argument("--bpp", type=_numbers, default=list(_RATES))
+        sub.add_argument("--patch", type=int, default=PATCH_SIDE)
+        if name == "rd":
+            sub.add_argument("--refine", metavar="PRESET")
+    for name, text in (
+        ("figure5", "PSNR against the Fréchet distance, by alpha and gamma"),
+        ("figure6", "regions of interest, by variant and weight"),
+    ):
+        sub = command(name, text)
+        if name == "figure5":
+            sub.add_argument("images", type=Path, nargs="+")
+            sub.add_argument("--patch", type=int, default=PATCH_SIDE)
+            sub.add_argument("--factors", type=_numbers, default=list(_FACTORS))
+        else:
+            sub.add_argument("image", type=Path)
+            sub.add_argument("--region", default="auto")
+            sub.add_argument("--foregrounds", type=_numbers, default=list(_FOREGROUNDS))
+        sub.add_argument("--model", default="small")
+        sub.add_argument("--bpp", type=float, default=0.15)
+        sub.add_argument("--refine", metavar="PRESET", default="default")
+    return parser
+
+
+def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
+    if options.command == "rd":
+        entrants(_RIVALS)  # one that is missing here is named before the work
+        return rd(
+            options.images,
+            options.models,
+            options.out,
+            rates=options.bpp,
+            refine=options.refine,
+            weights=options.weights,
+            patch_side=options.patch,
+            progress=progress,
+        ).paths
+    if options.command == "ablation":
+        table = ablation(
+            options.images,
+            options.models,
+            options.out,
+            rates=options.bpp,
+            weights=options.weights,
+            patch_side=options.patch,
+            progress=progress,
+        )
+        print(table.read_text())
+        return [table]
+    if options.command == "figure5":
+        return figure5(
+            options.images,
+            options.model,
+            options.out,
+            bpp=options.bpp,
+            refine=options.refine,
+            factors=options.factors,
+            weights=options.weights,
+            patch_side=options.patch,
+            progress=progress,
+        )
+    return figure6(
+        options.image,
+        options.model,
+        options.out,
+        region=options.region,
+        bpp=options.bpp,
+        refine=options.refine,
+        foregrounds=options.foregrounds,
+        features=options.weights,
+        progress=progress,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 1 for a refusal."""
+    options = _parser().parse_args(argv)
+
+    def progress(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
+
+    try:
+        paths = _run(options, progress)
+    except (ValueError, OSError) as error:
+        print(f"\npaper: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    for path in paths:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A summary for people: Markdown tables that read as plain text too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from semlic_jax.evaluation.summary import CONFIDENCE, BdRate, Summary
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, padded so that it reads as text too."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = row
+        padded = [
+            cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)
+        ]
+        return "| " + " | ".join([first.ljust(widths[0]), *padded]) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [line(cells[0]), "| " + " | ".join(rule) + " |", *map(line, cells[1:])]
+
+
+def number(value: float) -> str:
+    """Four significant digits, as tables show them."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.3e}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    decimals = 3 if size < 1 else 3 - math.floor(math.log10(size))
+    return f"{value:.{decimals + (size < 1)}f}"
+
+
+def markdown(summary: Summary) -> str:
+    """Tables of means, of BD-rates and of times, then the gaps and notes."""
+    results = summary.results
+    count = len(results.images)
+    lines = [
+        f"Means over {count} image{'s' * (count > 1)}; rates are whole files, at most "
+        "the bits per pixel (bpp) asked for."
+    ]
+    if results.skipped:
+        lines += ["", f"Skipped, {len(results.skipped)} files:", ""]
+        lines += [f"* {skipped.name}: {skipped.reason}" for skipped in results.skipped]
+    targets = results.targets()
+    header = [f"{rate:g} bpp" for rate in targets]
+    for metric, facts in results.metrics.items():
+        arrow = "higher" if facts.higher_is_better else "lower"
+        patches = {row.patches for row in results.set_rows if metric in row.values}
+        of_set = f", {max(patches)} patches" if patches else ""
+        lines += ["", f"### {facts.label} ({arrow} is better{of_set})", ""]
+        lines += table(
+            ["codec", *header],
+            [
+                [
+                    results.codecs[each.codec].label,
+                    *_cells(targets, {p.target_bpp: p.value for p in each.points}),
+                ]
+                for each in summary.curves
+                if each.metric == metric
+            ],
+        )
+    first = next(iter(results.metrics), None)
+    lines += ["", "### Bits per pixel used", ""]
+    lines += table(
+        ["codec", *header],
+        [
+            [
+                results.codecs[each.codec].label,
+                *_cells(targets, {p.target_bpp: p.bpp for p in each.points}),
+            ]
+            for each in summary.curves
+            if each.metric == first
+        ],
+    )
+    if summary.bd_rates:
+        label = results.codecs[summary.anchor].label
+        lines += [
+            "",
+            f"### Bits at equal metric against {label} (BD-rate)",
+            "",
+            f"In brackets the {CONFIDENCE:.0%} interval over images; negative is "
+            "better.",
+            "",
+        ]
+        lines += bd_table(summary, summary.bd_rates, lambda found: found.codec)
+    if summary.to_published:
+        lines += ["", "### Bits at equal metric against published curves (BD-rate)", ""]
+        lines += bd_table(
+            summary,
+            summary.to_published,
+            lambda found: f"{found.codec} : {found.anchor}",
+        )
+    lines += ["", "### Wall time of one call, under the load of the sweep", ""]
+    lines += table(
+        ["codec", "encode (s)", "decode (s)"],
+        [
+            [
+                results.codecs[timing.codec].label,
+                *(
+                    "-" if seconds is None else f"{seconds:.2f}"
+                    for seconds in (timing.encode_s, timing.decode_s)
+                ),
+            ]
+            for timing in summary.timing
+        ],
+    )
+    gaps = _gaps(summary)
+    if gaps:
+        lines += ["", "### Gaps", "", *(f"* {gap}" for gap in gaps)]
+    if results.notes:
+        lines += ["", "### Notes", "", *(f"* {note}" for note in results.notes)]
+    return "\n".join(lines)
+
+
+def _cells(targets: Sequence[float], found: dict[float, float]) -> list[str]:
+    return [number(found[rate]) if rate in found else "-" for rate in targets]
+
+
+def bd_table(
+    summary: Summary, found: Sequence[BdRate], name: Callable[[BdRate], str]
+) -> list[str]:
+    """Lines of a Markdown table of BD-rates: a row for each name, metrics across."""
+    metrics = list(dict.fromkeys(each.metric for each in found))
+    cells: dict[str, dict[str, str]] = {}
+    for each in found:
+        text = "-" if each.percent is None else f"{each.percent:+.1f} %"
+        if each.low is not None and each.high is not None:
+            text += f" [{each.low:+.1f}, {each.high:+.1f}]"
+        cells.setdefault(name(each), {})[each.metric] = text
+    return table(
+        ["codec", *(summary.results.metrics[metric].label for metric in metrics)],
+        [[row, *(c.get(m, "-") for m in metrics)] for row, c in cells.items()],
+    )
+
+
+def _gaps(summary: Summary) -> list[str]:
+    """Every number that is missing from the tables, once for each reason."""
+    points: dict[str, list[str]] = {}
+    for each in summary.curves:
+        for rate, why in each.gaps.items():
+            where = f"{each.codec} at {rate:g} bpp: {why}"
+            points.setdefault(where, []).append(each.metric)
+    bd_rates: dict[str, list[str]] = {}
+    intervals: dict[str, list[str]] = {}
+    for found in (*summary.bd_rates, *summary.to_published):
+        if not found.gap:
+            continue
+        # The same reason under several metrics names each of them.
+        why = found.gap.replace(found.metric, "metric")
+        if found.percent is None:
+            where = f"no BD-rate of {found.codec} against {found.anchor}: {why}"
+            bd_rates.setdefault(where, []).append(found.metric)
+        elif found in summary.bd_rates:
+            where = f"no interval: {why}"
+            intervals.setdefault(where, []).append(found.metric)
+    every = len(summary.results.metrics)
+    gaps = []
+    for kind in (points, bd_rates, intervals):
+        for text, names in kind.items():
+            names = list(dict.fromkeys(names))
+            which = "" if len(names) == every else f"{', '.join(names)}: "
+            gaps.append(which + text)
+    return gaps
