@@ -13,7 +13,12 @@ from PIL import Image
 
 import semlic_jax
 from semlic_jax import BitstreamError, IncompatibleModelError
-from semlic_jax.codec import MAX_LEVEL, _use_compilation_cache, bucket_side
+from semlic_jax.codec import (
+    MAX_LEVEL,
+    _checked_budget,
+    _use_compilation_cache,
+    bucket_side,
+)
 from semlic_jax.coding.bitstream import pack, unpack
 from semlic_jax.evaluation import exactness
 from semlic_jax.weights import export_model, load_model, save_model
@@ -111,6 +116,17 @@ def test_budgets_are_kept_and_used(codec, photograph):
     for bpp in (low * 8 / pixels, high * 8 / pixels, 0.4321, np.float32(0.5)):
         used = len(codec.compress(image, bpp=bpp)) * 8 / pixels
         assert 0.97 * bpp <= used <= bpp
+
+
+def test_a_rate_of_whole_bytes_is_that_many_bytes():
+    """However its division and multiplication round."""
+    for height, width in ((100, 50), (512, 768), (7, 13)):
+        image = np.zeros((height, width, 3), np.uint8)
+        for size in range(20, 9000, 7):
+            bpp = size * 8 / (height * width)
+            budget = _checked_budget(image, None, bpp, None)
+            assert budget == size
+            assert budget * 8 / (height * width) <= bpp
 
 
 def test_the_search_is_short(codec, photograph, monkeypatch):

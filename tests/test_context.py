@@ -205,6 +205,11 @@ def test_weight_shift_is_the_largest_that_fits(taps, input_max):
     kernel[..., ::3] = np.sign(kernel[..., ::3]) * np.abs(kernel).max((0, 1, 2))[::3]
     kernel[..., 5] = 0
     kernel[0, 0, 0, 7:12] = 127 / 2.0 ** np.arange(5)  # exactly at the limit
+    limit = (ACCUMULATOR_LIMIT - 1) // input_max
+    if limit < 127 * taps:  # sums exactly at the limit and one beyond it
+        kernel[0, 0, :, 13] = (limit // taps + (np.arange(taps) < limit % taps)) / 32
+        kernel[0, 0, :, 14] = kernel[0, 0, :, 13]
+        kernel[0, 0, -1, 14] += 1 / 32
     kernel = kernel.astype(np.float32)
     found = weight_shift(kernel, input_max)
     assert isinstance(found, np.ndarray) and found.dtype == np.int32
@@ -231,23 +236,24 @@ def test_weight_shift_has_no_gradient():
 
 
 def test_fake_quantisation_of_a_layer_is_exact_at_every_shift():
-    """Weights with 1 to 14 bits after the point, outputs at every half."""
+    """Weights with 1 to 14 bits after the point; the first output is at a half."""
     spec = LayerSpec(3, 14, 1)
     rng = np.random.default_rng(0)
     shifts = np.arange(1, 15)
     weights = rng.integers(-126, 127, (1, 1, 3, 14))
     weights[0, 0, 0] = 127
-    bias = rng.integers(-500, 500, 14)
     x = rng.integers(0, 256, (1, 5, 5, 3))
+    half = 1 << shifts >> 1
+    bias = (half - x[0, 0, 0] @ weights[0, 0]) % (2 * half)
     off = rng.uniform(-0.4, 0.4, (1, 1, 3, 14))
     off[0, 0, 0] = 0
     params = {
         "kernel": np.ldexp(weights + off, -shifts).astype(np.float32),
-        "bias": np.ldexp(bias + 0.3, -shifts - 5).astype(np.float32),
+        "bias": np.ldexp(bias + 0.25, -shifts - 5).astype(np.float32),
     }
     layer = IntegerConv(spec, "fake")
     found = jax.jit(layer.apply)({"params": params}, x.astype(np.float32))
-    wanted = (x @ weights[0, 0] + bias + (1 << shifts >> 1)) >> shifts
+    wanted = (x @ weights[0, 0] + bias + half) >> shifts
     np.testing.assert_array_equal(found, wanted)
 
 
