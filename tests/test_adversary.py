@@ -26,6 +26,14 @@ SMALL_LABELLER = dict(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """These programs run for milliseconds: not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def count(tree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 Tree = Any
 
@@ -145,7 +146,7 @@ def read_params(folder: Path, step: int | None = None, which: str = "average") -
     Args:
         folder: of the stage, such as `runs/small/rate_distortion`.
         step: None for the last one.
-        which: `average` or `params`.
+        which: `average`, `params`, or another part of the state.
 
     Raises:
         ValueError: there is no such checkpoint.
@@ -158,18 +159,19 @@ def read_params(folder: Path, step: int | None = None, which: str = "average") -
             f"expected a checkpoint{'' if step is None else f' of step {step}'} in "
             f"{folder}, found {', '.join(map(str, steps)) or 'none'}"
         )
-    path = (folder / str(step) / _ITEM).absolute()
+    path = epath.Path(folder.absolute()) / str(step) / _ITEM
     logging.info("reading %s", path)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata.tree
-        wanted = {which: metadata[which]}
-        arguments = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-        )
-        restored = checkpointer.restore(
-            path,
-            args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=arguments, partial_restore=True
-            ),
-        )
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(path).tree
+    if which not in tree:
+        raise ValueError(f"{path} has no {which}, found {', '.join(sorted(tree))}")
+    wanted = {which: tree[which]}
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    restored = handler.restore(
+        path,
+        args=ocp.args.PyTreeRestore(
+            item=wanted, restore_args=arguments, partial_restore=True
+        ),
+    )
+    handler.close()
     return restored[which]

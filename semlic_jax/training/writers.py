@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,25 @@ class Writer:
         self._file = None
         self._writers: dict[str, Any] = {}
         self._tensorboard = active and tensorboard and _clu() is not None
-        if not active:
-            return
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._file = (workdir / "metrics.jsonl").open("a")
-        except OSError as error:
-            raise ValueError(
-                f"--workdir must be a folder that can be written, found {workdir}: "
-                f"{error.strerror}"
-            ) from error
+        if active:
+            with _clear_errors(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                self._file = (workdir / "metrics.jsonl").open("a")
 
     def config(self, text: str) -> None:
         """Keeps the configuration, as JSON."""
         if self._file is not None:
-            (self._workdir / "config.json").write_text(text)
+            with _clear_errors(self._workdir):
+                (self._workdir / "config.json").write_text(text)
 
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One row of the log; also a point of each TensorBoard curve."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self._file.flush()
+        row = json.dumps({"stage": stage, "step": step, **values})
+        with _clear_errors(self._workdir):
+            self._file.write(row + "\n")
+            self._file.flush()
         if self._tensorboard:
             self._writer(stage).write_scalars(step, values)
 
@@ -68,8 +66,9 @@ class Writer:
         sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
         pixels = np.round(np.clip(sheet, 0, 1) * 255).astype(np.uint8)
         folder = self._workdir / "images"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"{stage}_{step:07d}.png")
+        with _clear_errors(self._workdir):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{stage}_{step:07d}.png")
         if self._tensorboard:
             self._writer(stage).write_images(step, {"reconstructions": pixels[None]})
 
@@ -85,6 +84,18 @@ class Writer:
             writer.close()
         if self._file is not None:
             self._file.close()
+
+
+@contextmanager
+def _clear_errors(workdir: Path) -> Iterator[None]:
+    """Says which folder it was that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--workdir must be a folder that can be written, found {workdir}: "
+            f"{error.strerror or error}"
+        ) from error
 
 
 def _clu() -> Any:

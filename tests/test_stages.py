@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages: what they refuse, what they train, and that a killed run loses nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mini_config import get_config
+
+from semlic_jax.objectives.losses import RateTarget
+from semlic_jax.training import checkpoints
+from semlic_jax.training.data import Photographs
+from semlic_jax.training.loop import NotFiniteError, run_program
+from semlic_jax.training.programs import (
+    Program,
+    codec_program,
+    labeller_program,
+    make_run,
+)
+from semlic_jax.training.settings import read_settings
+from semlic_jax.training.sharding import make_mesh
+from semlic_jax.training.sources import open_sources
+from semlic_jax.training.stages import PARTS, Optimizer, Stage
+from semlic_jax.training.steps import sample_quality
+from semlic_jax.training.train import initial_params, train
+from semlic_jax.training.writers import Writer
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """These programs run for milliseconds: not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def load(name: str, *arguments):
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
+
+
+def photographs(settings) -> Photographs:
+    return Photographs(open_sources(settings.data.train), crop=settings.data.crop)
+
+
+# ---------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base", "hific", "labeller"])
+def test_configs_are_complete_and_say_how_to_run_them(name, tmp_path):
+    config = load(name).lock()
+    if name in ("base", "hific"):
+        config.labeller_from = str(tmp_path)
+    settings = read_settings(config)
+    assert settings.records and settings.model_config
+    text = (CONFIGS / f"{name}.py").read_text()
+    assert f"semlic train --config configs/{name}.py" in text and "Expected:" in text
+
+
+def test_ablations_change_one_stage_in_one_way():
+    changes = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
+    full = load("small").to_dict()
+    for name, change in changes.items():
+        found = load("ablations", name).to_dict()
+        read_settings(found)
+        stage = found.pop("perceptual")
+        expected = copy.deepcopy(full["perceptual"])
+        assert found == {k: v for k, v in full.items() if k != "perceptual"}
+        for group, values in change.items():
+            assert all(expected[group][key] != value for key, value in values.items())
+            expected[group].update(values)
+        assert stage == expected
+    assert set(changes) >= {
+        *("without_style", "without_perceptual", "without_adversary"),
+        *("binary_discriminator", "msillm"),
+    }
+
+
+REFUSED = [
+    ({"sed": 1}, "config has no key 'sed'; did you mean seed?"),
+    ({"data.cropp": 64}, "config.data has no key 'cropp'; did you mean crop?"),
+    (
+        {"perceptual.weights.adverserial": 1.0},
+        "config.perceptual.weights has no key 'adverserial'; did you mean adversarial?",
+    ),
+    ({"percptual": {}}, "config has no key 'percptual'; did you mean perceptual?"),
+    ({"stages": ("percptual",)}, "stages names 'percptual'"),
+    ({"stages": ()}, "names no stage"),
+    ({"data.crop": 100}, "config.data.crop must be a multiple of 64, found 100"),
+    ({"data.batch": 0}, "config.data.batch must be at least 1, found 0"),
+    ({"perceptual.steps": 2.5}, "config.perceptual.steps must be of type int"),
+    ({"perceptual.trained": ("decoder",)}, "must be of entropy, .* found decoder"),
+    ({"perceptual.arithmetic": "exact"}, "must be float or fake, found 'exact'"),
+    ({"perceptual.weights.charbonnier": -1.0}, "must be at least 0, found -1.0"),
+    ({"perceptual.quality_low": 2.0}, "needs 0 <= quality_low <= quality_high"),
+    ({"perceptual.adversary.binary": False}, "needs a labeller: run the stage"),
+    ({"networks.discriminator.up_widths": (8, 8)}, "must have one stride"),
+    ({"networks.labeller.width": (8,)}, "no key 'width'; did you mean widths?"),
+    ({"architecture.width": 3}, "no key 'width'; did you mean widths?"),
+    ({"model": "smal"}, "config.model must be one of .* found 'smal'"),
+    ({"dtype": "float16"}, "config.dtype must be one of bfloat16, float32"),
+    ({"init_from": "/no/such/folder"}, "no such folder: /no/such/folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_bad_settings_are_refused(change, message):
+    config = get_config().to_dict()
+    for path, value in change.items():
+        node = config
+        *parents, last = path.split(".")
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    if "one stride" in message:
+        config["perceptual"]["adversary"]["binary"] = False
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_settings(config)
+    assert "\n" not in str(refusal.value)
+
+
+def test_refusals_that_need_the_devices_or_the_disk(tmp_path, monkeypatch):
+    monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
+    cases = [
+        ({"data.train": (str(tmp_path),)}, "expected photographs in"),
+        ({"mesh.data": 64}, r"asks for 64 devices \(64 data x 1 model\), found"),
+        ({"mesh.model": 7}, "config.mesh asks for 7 devices"),
+        ({"perceptual.weights.style": 1.0}, "config.features: .* SEMLIC_FEATURES"),
+        ({"init_from": str(tmp_path)}, "expected a checkpoint in"),
+    ]
+    for change, message in cases:
+        config = get_config()
+        config.update_from_flattened_dict(change)
+        with pytest.raises(ValueError, match=message):
+            train(config, tmp_path / "run")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match=r"--workdir must be a folder .* found"):
+        train(get_config(), blocked / "run")
+
+
+# ---------------------------------------------------------------------- records
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    optimizer = Optimizer(lr=1.0, warmup_steps=4, decay_steps=10, final_rate=0.1)
+    rates = [float(optimizer.rate(jnp.asarray(step), 30)) for step in range(31)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
+    np.testing.assert_allclose(rates[25], 0.1 + 0.9 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(rates[30], 0.1, rtol=1e-5)
+
+
+def test_each_batch_covers_the_range_of_qualities():
+    stage = Stage(name="x", steps=1, quality_low=0.2, quality_high=0.6)
+    quality = np.asarray(sample_quality(stage, jax.random.key(1), 8))
+    edges = 0.2 + 0.4 * np.arange(9) / 8
+    assert (quality >= edges[:-1] - 1 / 255).all()
+    assert (quality <= edges[1:] + 1 / 255).all()
+    np.testing.assert_allclose(quality * 255, np.round(quality * 255), atol=1e-4)
+
+
+# ---------------------------------------------------------------------- updates
+
+
+@pytest.fixture(scope="module")
+def adversarial():
+    """A stage with all of its networks, and its state before and after a step."""
+    config = get_config()
+    config.perceptual.adversary.update(binary=False, split_batch=True)
+    config.stages = ("labeller", "perceptual")
+    settings = read_settings(config)
+    run = make_run(settings, make_mesh(1, 1), None)
+    stage = settings.records[1]
+    params = initial_params(settings, photographs(settings))
+    labeller = labeller_program(run, settings.records[0]).start()["params"]
+    program = codec_program(run, stage, params, labeller)
+    images = next(photographs(settings).batches(0, 1, seed=0, examples=range(4)))
+    before = jax.tree.map(np.array, program.start())
+    after, metrics = program.update(program.start(), 0, jnp.asarray(images))
+    return stage, before, jax.tree.map(np.array, after), metrics, (program, images)
+
+
+def differs(a, b) -> bool:
+    return any(
+        (x != y).any()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_only_the_chosen_parts_learn(adversarial):
+    _, before, after, _, _ = adversarial
+    for part in PARTS:
+        changed = differs(before["params"][part], after["params"][part])
+        assert changed == (part == "g_s"), part
+        changed = differs(before["average"][part], after["average"][part])
+        assert changed == (part == "g_s"), part
+    assert differs(before["discriminator"]["params"], after["discriminator"]["params"])
+
+
+def test_averages_follow_by_their_decay(adversarial):
+    stage, before, after, _, _ = adversarial
+    for name in ("average", "params"):
+        assert jax.tree.structure(before[name]) == jax.tree.structure(after[name])
+    for mean, old, new in zip(
+        *(
+            jax.tree.leaves(tree["g_s"])
+            for tree in (after["average"], before["average"], after["params"])
+        ),
+        strict=True,
+    ):
+        decay = stage.optimizer.ema
+        np.testing.assert_allclose(mean, decay * old + (1 - decay) * new, atol=1e-6)
+
+
+def test_metrics_are_the_terms_with_a_weight(adversarial):
+    stage, _, _, metrics, _ = adversarial
+    values = {name: float(value) for name, value in metrics.items()}
+    terms = {"charbonnier", "adversarial"}
+    assert terms <= set(values)
+    assert not {"perceptual", "style", "structural"} & set(values)
+    # Encoder and entropy model are frozen: the rate is no part of the loss.
+    expected = values["charbonnier"] + stage.weights.adversarial * values["adversarial"]
+    assert values["loss"] == pytest.approx(expected, rel=1e-5)
+    for name in ("d_code_accuracy", "d_real_accuracy", "d_fake_accuracy"):
+        assert 0 <= values[name] <= 1
+    assert values["d_loss"] > 0 and values["bpp_low"] > 0
+
+
+def test_a_step_repeats_exactly_and_steps_differ(adversarial):
+    _, _, after, _, (program, images) = adversarial
+    again, _ = program.update(program.start(), 0, jnp.asarray(images))
+    assert not differs(after, jax.tree.map(np.array, again))
+    other, _ = program.update(program.start(), 1, jnp.asarray(images))
+    assert differs(after["params"], jax.tree.map(np.array, other["params"]))
+
+
+def test_pictures_are_of_each_quality(adversarial):
+    _, _, _, _, (program, images) = adversarial
+    shown = program.show(program.start(), jnp.asarray(images))
+    assert [picture.shape for picture in shown] == [(4, 64, 64, 3)] * 3
+    assert differs(shown[0], shown[2])
+
+
+def test_the_labeller_learns_and_uses_its_codes():
+    config = get_config()
+    config.stages = ("labeller",)
+    settings = read_settings(config)
+    run = make_run(settings, make_mesh(1, 1), None)
+    program = labeller_program(run, settings.records[0])
+    state, rows = program.start(), []
+    data = photographs(settings)
+    for step, images in enumerate(data.batches(0, 40, seed=0, examples=range(4))):
+        state, metrics = program.update(state, step, jnp.asarray(images))
+        rows.append({name: float(value) for name, value in metrics.items()})
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[0]["dead_codes"] == 8  # all are moved onto embeddings at first
+    assert np.mean([row["perplexity"] for row in rows[-10:]]) > 3
+    assert float(jnp.sum(state["usage"])) == pytest.approx(1, abs=0.2)
+
+
+def test_a_rate_target_switches_on_rounded_rates():
+    target = RateTarget(bpp=0.2, lmbda_high=2.0, lmbda_low=0.1, warm_up_steps=10)
+    stage = read_settings(
+        get_config().to_dict()
+        | {
+            "stages": ("rate_distortion",),
+            "rate_distortion": {
+                "steps": 3,
+                "rate_target": {
+                    "bpp": 0.2,
+                    "lmbda_high": 2.0,
+                    "lmbda_low": 0.1,
+                    "warm_up_steps": 10,
+                },
+            },
+        }
+    ).records[0]
+    assert stage.rate_target == target
+    np.testing.assert_allclose(
+        target.lmbda(jnp.asarray([0.1, 0.25, 0.4]), jnp.asarray(3)), [0.1, 0.1, 1.0]
+    )
+
+
+# --------------------------------------------------------------------- the loop
+
+
+def counting_program(broken_step: int | None = None) -> Program:
+    """A state that counts steps; one of its terms breaks at a step."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {
+        name: {"n": jax.ShapeDtypeStruct((), jnp.float32, sharding=place)}
+        for name in ("params", "average", "optimizer")
+    }
+
+    def start():
+        return {name: {"n": jnp.zeros(())} for name in shapes}
+
+    def update(state, step, images):
+        state = jax.tree.map(lambda n: n + 1, state)
+        bad = step + 1 == broken_step
+        metrics = {
+            "loss": jnp.float32(step),
+            "style": jnp.float32(np.nan if bad else 1),
+        }
+        return state, metrics
+
+    return Program(shapes, start, update, lambda state, images: [images])
+
+
+def read_rows(workdir: Path) -> list[dict]:
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def run_counting(workdir, program, steps=10, **changes):
+    config = get_config()
+    config.update_from_flattened_dict({"perceptual.steps": steps, **changes})
+    settings = read_settings(config)
+    run = make_run(settings, make_mesh(1, 1), None)
+    writer = Writer(workdir, active=True, tensorboard=False)
+    try:
+        return run_program(
+            run, settings.records[0], program, photographs(settings), writer, workdir
+        )
+    finally:
+        writer.close()
+
+
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(NotFiniteError, match="style is nan at step 8 of the stage"):
+        run_counting(tmp_path, counting_program(8), log_steps=100)
+    # The checkpoint of step 9 would have held it; that of 6 is the last.
+    found = checkpoints.read_params(tmp_path / "perceptual")
+    assert found == {"n": 6.0}
+    assert run_counting(tmp_path, counting_program(), log_steps=100) == {"n": 10.0}
+
+
+def test_rows_and_pictures(tmp_path):
+    run_counting(tmp_path, counting_program(), log_steps=4, image_steps=5)
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [4, 8, 10]
+    assert [row["loss"] for row in rows] == [1.5, 5.5, 8.5]
+    assert all(row["stage"] == "perceptual" for row in rows)
+    assert rows[-1]["images_per_second"] > 0 and rows[-1]["skipped_images"] == 0
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["perceptual_0000005.png", "perceptual_0000010.png"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run_counting(tmp_path, counting_program())
+    other = counting_program()
+    shapes = dict(other.shapes, average={"n": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    with pytest.raises(
+        ValueError, match=r"average/n should have shape \(3,\), found \(\)"
+    ):
+        run_counting(tmp_path, other._replace(shapes=shapes))
+
+
+# -------------------------------------------------------------- whole processes
+
+
+def start_training(workdir, cache, *options, launcher=("-m",)):
+    """`semlic train` with the mini config in a process of its own."""
+    environment = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+    return subprocess.Popen(
+        [
+            *(sys.executable, *launcher, "semlic_jax.training.train"),
+            *("--config", str(ROOT / "tests" / "mini_config.py")),
+            *("--workdir", str(workdir), *options),
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def whole_state(workdir):
+    names = ("params", "average", "optimizer", "discriminator")
+    return {
+        name: checkpoints.read_params(workdir / "perceptual", which=name)
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nobody disturbs, and the cache of what it compiled."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    finish(start_training(folder / "run", folder / "cache"))
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_bits(unbroken, tmp_path):
+    rng = np.random.default_rng()
+    kills = sorted(rng.integers(1, 22, 3).tolist())
+    print("killed at steps", kills)
+    log = tmp_path / "run" / "metrics.jsonl"
+    for step in kills:
+        process = start_training(tmp_path / "run", unbroken / "cache")
+        until = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < until:
+            lines = log.read_text().splitlines() if log.exists() else []
+            if lines and json.loads(lines[-1])["step"] >= step:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start_training(tmp_path / "run", unbroken / "cache"))
+    found, expected = whole_state(tmp_path / "run"), whole_state(unbroken / "run")
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Writes of more than 40 kB fail from here on, as on a full disk.
+SMALL_DISK = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken / "run", run)
+    shutil.rmtree(run / "perceptual" / "24")
+    before = whole_state(run)
+    process = start_training(run, unbroken / "cache", launcher=("-c", SMALL_DISK))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert "cannot write a checkpoint" in output, output[-3000:]
+    assert "the last complete one is of step 21" in output
+    assert not differs(before, whole_state(run))
+
+
+@pytest.mark.slow
+def test_overrides_on_the_command_line_are_checked(unbroken, tmp_path):
+    process = start_training(
+        tmp_path / "run", unbroken / "cache", "--config.perceptual.stepps=3"
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "steps" in output.splitlines()[-1]
