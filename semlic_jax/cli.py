@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `semlic compress | decompress | info | demo | models | bench |
-eval | compare`.
+eval | compare | train | pack`.
 
 Each command imports what it needs when it runs, so that `semlic --help` and `semlic
 info` answer at once. A refusal is one sentence on the error stream and exit status 1;
@@ -35,7 +35,12 @@ _REFUSED, _USAGE, _INTERNAL, _SKIPPED, _INTERRUPTED = 1, 2, 3, 4, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if "program" in options:
+        options.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status = options.run(options)
         sys.stdout.flush()
@@ -139,6 +144,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sub)
     _add_background(sub)
     _add_json(sub)
+
+    # These two read their own options, `--help` too.
+    for name, run, text in (
+        ("train", _train, "train a model (needs the extra `train`)"),
+        ("pack", _pack, "turn photographs into array_record files, for training"),
+    ):
+        sub = commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+        sub.set_defaults(run=run, program=name)
+        sub.add_argument("--debug", action="store_true")
 
     sub = command("eval", _eval, "compare codecs over many images, rates and metrics")
     sub.add_argument("inputs", metavar="IMAGES", type=Path, nargs="+")
@@ -517,6 +531,22 @@ def _compare(options: argparse.Namespace) -> None:
     print(compare.table(shown, measures))
     print()
     print(output)
+
+
+def _train(options: argparse.Namespace) -> None:
+    try:
+        from semlic_jax.training import train
+    except ImportError as error:
+        raise ValueError(
+            f"training needs the package {error.name}: pip install 'semlic_jax[train]'"
+        ) from error
+    train.main(options.rest)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from semlic_jax.training import pack
+
+    pack.main(options.rest)
 
 
 if __name__ == "__main__":

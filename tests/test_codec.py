@@ -417,7 +417,10 @@ def test_files_decode_to_the_same_latents_elsewhere(tiny_model, photograph, tmp_
             "SEMLIC_EXACTNESS_CPUS": "2",
             "JAX_DEFAULT_MATMUL_PRECISION": "tensorfloat32",
         },
-        "highest": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
+        "highest, 64 bits": {
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "JAX_ENABLE_X64": "1",
+        },
     }
     record = exactness.report(
         str(tiny_model), [path], qualities=(0.0, 0.5, 1.0), variants=variants

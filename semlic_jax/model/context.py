@@ -196,7 +196,10 @@ def _int8_conv(padded: Array, kernel: Array, signed: int) -> Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=jnp.int32,
     )
-    moved = jnp.sum(kernel.astype(jnp.int32) * offset[:, None], axis=(0, 1, 2))
+    # The type is said because JAX_ENABLE_X64 would sum in int64.
+    moved = jnp.sum(
+        kernel.astype(jnp.int32) * offset[:, None], axis=(0, 1, 2), dtype=jnp.int32
+    )
     return sums + moved
 
 

@@ -64,7 +64,7 @@ class Settings:
                 raise ValueError(
                     f"expected {name} of at least 1, found {getattr(self, name)}"
                 )
-        for name in ("alpha", "gamma", "style", "overshoot", "learning_rate"):
+        for name in ("alpha", "gamma", "style", "learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected {name} from 0, found {value}")

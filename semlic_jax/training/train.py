@@ -8,8 +8,10 @@ where a killed run stopped.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,37 +151,74 @@ def train(config: Any, workdir: Path) -> dict[str, Tree]:
     return trained
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point; `argv` as in `--config FILE --workdir DIR --config.key=value`.
+def load_config(path: str, overrides: Sequence[str]) -> Any:
+    """A config file's ConfigDict, locked, with `--config.key=value` applied.
 
-    `--distributed=auto` joins the processes of a TPU pod or a SLURM job,
-    `--distributed=explicit --coordinator=HOST:PORT --processes=N --process=I` any.
+    Raises:
+        ValueError: no such file, an unknown key (names a near one) or a wrong value.
     """
-    from absl import app, flags
+    from absl import flags
     from ml_collections import config_flags
 
-    config_flag = config_flags.DEFINE_config_file("config", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string("distributed", "none", "none, auto or explicit.")
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
-    flags.DEFINE_integer("processes", 0, "How many there are.")
-    flags.DEFINE_integer("process", -1, "Which one this is.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    if not Path(path.partition(":")[0]).is_file():
+        raise ValueError(f"--config: no such file: {path.partition(':')[0]}")
+    values = flags.FlagValues()
+    argv = ["semlic train", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", lock_config=True, flag_values=values, sys_argv=argv
+    )
+    try:
+        left = values(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(_one_sentence(str(error))) from error
+    if left:
+        raise ValueError(f"expected options as --config.key=value, found {left[0]!r}")
+    return values.config
 
-    def run(_: Sequence[str]) -> None:
-        values = flags.FLAGS
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(message)s", force=True
-        )
-        for name in ("orbax", "absl", "jax"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        start_processes(
-            values.distributed, values.coordinator, values.processes, values.process
-        )
-        train(config_flag.value, Path(values.workdir))
 
-    app.run(run, argv=["semlic train", *argv])
+def _one_sentence(text: str) -> str:
+    """What ml_collections means, without its tracebacks and quotations."""
+    hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+    if hint:
+        return f"the config has no key {hint[2]!r}; did you mean {hint[1]}?"
+    # The traceback of a config file that refuses ends with its own words.
+    return " ".join(text.rsplit("Error: ", 1)[-1].split()).strip("'\"")
+
+
+def main(argv: Sequence[str], prog: str = "semlic train") -> None:
+    """Entry point; `argv` as in `--config FILE --workdir DIR --config.key=value`."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train a model, stage after stage; the same command goes on where "
+        "a killed run stopped.",
+        epilog="Every key of the config can be set by --config.key=value, such as "
+        "--config.data.train='(\"photos\",)'.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--distributed",
+        default="none",
+        metavar="MODE",
+        help="several processes: none, auto (TPU pods, SLURM) or explicit (with the "
+        "three below)",
+    )
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT")
+    parser.add_argument("--processes", default=0, type=int, metavar="N")
+    parser.add_argument("--process", default=-1, type=int, metavar="0..N-1")
+    options, overrides = parser.parse_known_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", force=True
+    )
+    for name in ("orbax", "absl", "jax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    config = load_config(options.config, overrides)
+    start_processes(
+        options.distributed, options.coordinator, options.processes, options.process
+    )
+    train(config, options.workdir)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], "python -m semlic_jax.training.train")
