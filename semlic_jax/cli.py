@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `semlic compress | decompress | info | demo | models | bench |
-eval | compare | train | pack`.
+eval | compare | convert | train | pack`.
 
 Each command imports what it needs when it runs, so that `semlic --help` and `semlic
 info` answer at once. A refusal is one sentence on the error stream and exit status 1;
@@ -212,6 +212,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sub)
     _add_background(sub)
     _add_force(sub)
+
+    sub = command(
+        "convert", _convert_features, "turn files of others into files of ours"
+    )
+    kinds = sub.add_subparsers(metavar="WHAT", required=True)
+
+    def convert(name: str, run: Callable[[Any], int | None], text: str) -> _Parser:
+        kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        kind.set_defaults(run=run)
+        kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        return kind
+
+    kind = convert(
+        "features",
+        _convert_features,
+        "weights of feature networks, LPIPS heads, DISTS, as published",
+    )
+    kind.add_argument("inputs", metavar="SRC", type=Path, nargs="+")
+    kind.add_argument(
+        "output", metavar="OUT", type=Path, help="a folder; for one SRC also an .npz"
+    )
+    kind.add_argument(
+        "--network", metavar="N", help="what SRC is; recognised if not given"
+    )
+    _add_force(kind)
     return parser
 
 
@@ -531,6 +556,16 @@ def _compare(options: argparse.Namespace) -> None:
     print(compare.table(shown, measures))
     print()
     print(output)
+
+
+def _convert_features(options: argparse.Namespace) -> None:
+    from semlic_jax.converters.features import convert_feature_files
+
+    paths = convert_feature_files(
+        options.inputs, options.output, network=options.network, force=options.force
+    )
+    for path in paths:
+        print(path)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -46,6 +46,7 @@ ALLOWED = {
         "weights",
     },
 }
+ALLOWED["converters"] = {"coding", "images", "model", "objectives", "weights"}
 ALLOWED["cli"] = set(ALLOWED) - {"cli"}
 ALLOWED["__main__"] = {"cli"}
 

@@ -35,6 +35,8 @@ _SQUEEZENET_INDEX = {
     "squeezenet1_0": (0, 3, 4, 5, 7, 8, 9, 10, 12),
     "squeezenet1_1": (0, 3, 4, 6, 7, 9, 10, 11, 12),
 }
+# Convolutions beyond the feature maps.
+_OUTER_LAYERS = ("classifier.", "AuxLogits.")
 _VGG16_INDEX = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _ALEXNET_INDEX = (0, 3, 6, 8, 10)
 _DEEP_COMPRESSION_PARTS = {
@@ -56,8 +58,10 @@ def _squeezenet_names(name: str) -> Callable[[str], str | None]:
         match = re.fullmatch(r"features\.(\d+)(?:\.(\w+))?", layer)
         if not match or match[1] not in index:
             return None
-        number = index[match[1]]
-        return "conv1" if number == 1 else f"fire{number}/{match[2]}"
+        number, part = index[match[1]], match[2]
+        if number == 1:
+            return "conv1"
+        return f"fire{number}/{part}" if part else None
 
     return rename
 
@@ -84,6 +88,56 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
     ),
     "inception_v3": _inception_names,
 }
+
+
+def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
+    """Which published weights a file holds, by the names and shapes of its arrays.
+
+    Args:
+        arrays: by name.
+        file_name: where they came from, for messages.
+
+    Returns:
+        A name that `features.convert_features` takes. The weights may be incomplete.
+
+    Raises:
+        ValueError: none that this package knows.
+    """
+    if "network" in arrays:
+        raise ValueError(
+            f"expected published weights, found {file_name} converted already "
+            f"({arrays['network']})"
+        )
+    if {"alpha", "beta"} <= arrays.keys():
+        return "dists"
+    heads = [key for key in arrays if re.fullmatch(r"lin\d+\.model\.1\.weight", key)]
+    if heads:
+        channels = tuple(np.size(arrays[key]) for key in sorted(heads))
+        for trunk, wanted in _LPIPS_CHANNELS.items():
+            if channels == wanted:
+                return f"lpips_{trunk}"
+        raise ValueError(
+            f"expected LPIPS heads of {', '.join(_LPIPS_CHANNELS)}, found "
+            f"{file_name} with heads of {channels} channels"
+        )
+    layers = [
+        key.removesuffix(".weight")
+        for key, value in arrays.items()
+        if key.endswith(".weight") and np.ndim(value) == 4
+    ]
+    inner = [name for name in layers if not name.startswith(_OUTER_LAYERS)]
+    matches = {
+        name: sum(rename(layer) is not None for layer in inner)
+        for name, rename in _RENAME.items()
+    }
+    best = max(matches, key=lambda name: matches[name])
+    if 2 * matches[best] <= len(inner):
+        found = ", ".join(list(arrays)[:3]) or "nothing"
+        raise ValueError(
+            f"expected weights of {', '.join(sorted(_RENAME))}, LPIPS heads or DISTS, "
+            f"found none of them in {file_name} ({len(arrays)} arrays: {found}, ...)"
+        )
+    return best
 
 
 def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -138,9 +192,12 @@ def _fold_batch_norm(
     kernel: np.ndarray, state: Mapping[str, np.ndarray], norm: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """gamma * (w * x - mean) / sqrt(var + eps) + beta as one convolution."""
+    parts = ("running_mean", "running_var", "weight", "bias")
+    missing = [f"{norm}.{part}" for part in parts if f"{norm}.{part}" not in state]
+    if missing:
+        raise ValueError(f"expected the arrays {', '.join(missing)}, found none")
     mean, variance, gamma, beta = (
-        np.asarray(state[f"{norm}.{part}"], np.float64)
-        for part in ("running_mean", "running_var", "weight", "bias")
+        np.asarray(state[f"{norm}.{part}"], np.float64) for part in parts
     )
     scale = gamma / np.sqrt(variance + _BATCH_NORM_EPS)
     return kernel * scale, (beta - mean * scale).astype(np.float32)
@@ -181,7 +238,7 @@ def find_weights(path: str | Path, name: str) -> Path:
             return file
     raise ValueError(
         f"no {name}*.npz in the folder of feature weights {path}; make one from the "
-        f"published file with `semlic convert features FILE --network {name}`"
+        f"published file with `semlic convert features FILE {path}`"
     )
 
 

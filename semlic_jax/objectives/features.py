@@ -28,6 +28,7 @@ from semlic_jax.objectives.feature_weights import (
     load_lpips_heads,
     parameter_tree,
     read_arrays,
+    recognise,
 )
 from semlic_jax.objectives.inception import InceptionV3
 from semlic_jax.objectives.trunks import (
@@ -158,13 +159,14 @@ def _check_params(params: Mapping[str, Any], module: nn.Module, file: Path) -> N
             )
 
 
-def convert_features(path: str | Path, name: str) -> tuple[str, bytes]:
+def convert_features(path: str | Path, name: str | None = None) -> tuple[str, bytes]:
     """A published file of weights in the form that this package loads, checked.
 
     Args:
         path: .pth, .pt or .npz; never executed.
         name: one of `NETWORKS`; "lpips_alex", "lpips_vgg" or "lpips_squeeze" for the
-            heads of LPIPS; "dists" for alpha and beta of DISTS.
+            heads of LPIPS; "dists" for alpha and beta of DISTS; None recognises what
+            the file holds.
 
     Returns:
         the name under which a folder of weights should hold it, and the .npz itself.
@@ -172,10 +174,11 @@ def convert_features(path: str | Path, name: str) -> tuple[str, bytes]:
     Raises:
         ValueError: unknown name, an unreadable file, or weights that do not fit.
     """
-    arrays: dict[str, Any]
     path = Path(path)
+    arrays: dict[str, Any] = read_arrays(path)
+    name = name or recognise(arrays, path.name)
     if name in NETWORKS:
-        arrays = convert_network(read_arrays(path), name)
+        arrays = convert_network(arrays, name)
         params, preprocessing = parameter_tree(arrays, name, path.name)
         module = NETWORKS[name].clone(preprocessing=preprocessing)
         _check_params(params, module, path)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights of feature networks to the .npz files that `load_features` reads.
+
+In: which file goes where. Out: the formats (`objectives.feature_weights`), reading
+PyTorch's files (`objectives.torch_files`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from semlic_jax.images import check_outputs, write_file
+from semlic_jax.objectives.features import convert_features
+
+_SUFFIX = ".npz"
+
+
+def convert_feature_files(
+    sources: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    network: str | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """Converts published files; all of them or, at a refusal, none.
+
+    Args:
+        sources: .pth, .pt or .npz files: torchvision's SqueezeNets, VGG-16 and
+            AlexNet, pytorch-fid's Inception-v3, LPIPS heads, alpha and beta of DISTS.
+        output: a folder, made if it is not there, in which each file gets the name
+            that `load_features` looks for; with one source also a new .npz file.
+        network: what the source is (see `objectives.features.convert_features`); None
+            recognises it.
+        force: replace existing files.
+
+    Returns:
+        the paths that were written, in the order of the sources.
+
+    Raises:
+        ValueError: an unreadable or unknown source, weights that are missing or do not
+            fit, two sources for one file, or an output that exists.
+    """
+    folder = Path(output)
+    as_file = folder.suffix == _SUFFIX and not folder.is_dir()
+    if as_file and len(sources) > 1:
+        raise ValueError(
+            f"expected a folder for the weights of {len(sources)} files, found {folder}"
+        )
+    if not as_file and folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder or a new .npz file, found {folder}")
+    check_outputs([folder] if as_file else [], force=force)
+    converted: dict[Path, bytes] = {}
+    for source in sources:
+        name, data = convert_features(Path(source), network)
+        path = folder if as_file else folder / name
+        if path in converted:
+            raise ValueError(f"expected one source of {name}, found two")
+        converted[path] = data
+    if not as_file:
+        folder.mkdir(exist_ok=True)
+    check_outputs(list(converted), force=force)
+    for path, data in converted.items():
+        write_file(path, data, force=force)
+    return list(converted)
