@@ -11,7 +11,15 @@
 
 Importing this is light; JAX and a model are loaded at the first pixel. Models are
 loaded once and shared by all threads. A file is decoded by the packaged model that it
-was made with, or by one that `register_model` was given.
+was made with, or by one that `register_model` was given. `save` also takes `model`,
+`background`, `icc_profile`, and `refine` and `roi` as `Codec.compress` does.
+
+Pillow itself loads no plugins of other packages (python-pillow/Pillow#6070). This one
+is the entry point `semlic` of the group `pillow.plugins`, for programs that load what
+is installed:
+
+    for plugin in importlib.metadata.entry_points(group="pillow.plugins"):
+        plugin.load()
 """
 
 from __future__ import annotations
@@ -37,6 +45,7 @@ DEFAULT_MODEL = "small"
 DEFAULT_QUALITY = 0.5
 
 _RATES = ("quality", "bpp", "max_bytes")
+_REFINEMENT = ("refine", "roi")
 
 
 class _Models:
@@ -91,15 +100,19 @@ class SemlicImageFile(ImageFile.ImageFile):
         self.info["quality"] = header.quality / 255
         # Stands for pixels that are still to come; `load` replaces it.
         self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, "RGB")]
+        self._loading = threading.Lock()
 
     def load(self) -> Image.core.PixelAccess | None:
-        if self.tile and self._data:
-            pixels = _models.of_file(self._data).decompress(self._data)
-            if self.fp is not None and self._exclusive_fp:
-                self.fp.close()
-            self.fp = io.BytesIO(pixels.tobytes())
-            self._data = b""
-        return super().load()
+        if not self.tile:  # decoded, or a copy, which has no lock
+            return super().load()
+        with self._loading:
+            if self.tile:
+                pixels = _models.of_file(self._data).decompress(self._data)
+                if self.fp is not None and self._exclusive_fp:
+                    self.fp.close()
+                self.fp = io.BytesIO(pixels.tobytes())
+                self._data = b""
+            return super().load()
 
     def load_seek(self, pos: int) -> None:
         """Nothing to seek: `load` puts the pixels at the start of the stream."""
@@ -115,11 +128,13 @@ def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
     if isinstance(background, str):
         background = parse_colour(background)
     photograph = photograph_of(image, background=background)
-    rate = {name: options[name] for name in _RATES if options.get(name) is not None}
-    data = _models.named(options.get("model", DEFAULT_MODEL)).compress(
+    given = {name: value for name, value in options.items() if value is not None}
+    rate = {name: given[name] for name in _RATES if name in given}
+    data = _models.named(given.get("model", DEFAULT_MODEL)).compress(
         photograph.pixels,
         **(rate or {"quality": DEFAULT_QUALITY}),
-        icc_profile=options.get("icc_profile") or photograph.icc_profile,
+        **{name: given[name] for name in _REFINEMENT if name in given},
+        icc_profile=given.get("icc_profile") or photograph.icc_profile,
     )
     stream.write(data)
 

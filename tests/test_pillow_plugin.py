@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import io
+import pickle
+import runpy
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +73,61 @@ def test_usual_operations(saved, tmp_path):
         image.save(tmp_path / "photo.png")
     with Image.open(tmp_path / "photo.png") as again, Image.open(saved) as image:
         np.testing.assert_array_equal(np.asarray(again), np.asarray(image))
+
+
+_SCRIPT = """
+from PIL import Image
+import semlic_jax.pillow_plugin
+photo = Image.open("photo.png")
+photo.save("photo.semlic", quality=0.5)
+with Image.open("photo.semlic") as image:
+    print(image.format, image.size)
+    image.thumbnail((32, 32))
+    image.save("small.semlic", quality=0.9)
+    image.convert("L").save("grey.jpg")
+Image.open("small.semlic").rotate(90, expand=True).save("turned.webp")
+"""
+
+
+def test_a_script_of_ten_lines(photo, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pillow_plugin, "DEFAULT_MODEL", model)
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    Path("script.py").write_text(_SCRIPT)
+    assert len(_SCRIPT.strip().splitlines()) == 10
+    runpy.run_path("script.py")
+    assert capsys.readouterr().out == "SEMLIC (64, 48)\n"
+    modes_and_sizes = {}
+    for name in ("small.semlic", "grey.jpg", "turned.webp"):
+        with Image.open(name) as image:
+            modes_and_sizes[name] = (image.mode, image.size)
+    assert modes_and_sizes == {
+        "small.semlic": ("RGB", (32, 24)),
+        "grey.jpg": ("L", (32, 24)),
+        "turned.webp": ("RGB", (24, 32)),
+    }
+
+
+def test_copies_and_pickles_carry_the_pixels(saved):
+    with Image.open(saved) as image:
+        again = pickle.loads(pickle.dumps(image))
+        np.testing.assert_array_equal(np.asarray(again), np.asarray(image))
+        np.testing.assert_array_equal(np.asarray(image.copy()), np.asarray(image))
+
+
+def test_options_reach_the_codec(photo, model, monkeypatch):
+    seen = {}
+
+    class Recorder:
+        def compress(self, pixels, **options):
+            seen.update(options)
+            return b"file"
+
+    monkeypatch.setattr(pillow_plugin._models, "named", lambda name: Recorder())
+    stream = io.BytesIO()
+    photo.save(stream, "SEMLIC", bpp=0.2, quality=None, refine="fast", roi="auto")
+    assert stream.getvalue() == b"file"
+    assert seen == dict(bpp=0.2, refine="fast", roi="auto", icc_profile=None)
 
 
 def test_streams(photo, model):
@@ -145,6 +205,24 @@ def test_eight_threads(saved, photo, model):
             np.testing.assert_array_equal(pixels, expected)
 
 
+def test_eight_threads_at_one_image(saved, model, monkeypatch):
+    """It is decoded once, and all of them see all of it."""
+    codec = semlic_jax.load(model)
+    expected = codec.decompress(saved.read_bytes())
+    decoded = []
+
+    class Counter:
+        def decompress(self, data):
+            decoded.append(len(data))
+            return codec.decompress(data)
+
+    monkeypatch.setattr(pillow_plugin._models, "of_file", lambda data: Counter())
+    with Image.open(saved) as image, ThreadPoolExecutor(8) as pool:
+        for pixels in pool.map(lambda _: np.asarray(image), range(32)):
+            np.testing.assert_array_equal(pixels, expected)
+    assert decoded == [saved.stat().st_size]
+
+
 def test_a_model_is_loaded_once(model, monkeypatch):
     calls = []
 
@@ -167,3 +245,11 @@ def test_importing_it_is_light():
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_entry_point_is_the_plugin():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    groups = tomllib.loads(text)["project"]["entry-points"]
+    (name, value), *others = groups["pillow.plugins"].items()
+    assert name == "semlic" and not others
+    assert EntryPoint(name, value, "pillow.plugins").load() is pillow_plugin
