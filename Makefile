@@ -6,16 +6,28 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 	>/dev/null 2>&1 && echo $(p))))
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	--constraint requirements/ci.txt
+PIP_OPTIONS := --quiet --disable-pip-version-check --constraint requirements/ci.txt
+INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 DEMO_OUT ?= demo
+NOTEBOOKS_VENV := .venv-notebooks
+NOTEBOOKS_OUT ?= executed
 
-.PHONY: demo test format lint types unit clean
+.PHONY: demo test notebooks format lint types unit clean
 
 demo: $(VENV)/.core  ## compress the packaged photograph and show the result
 	$(BIN)/semlic demo --out $(DEMO_OUT) --force $(if $(IMAGE),"$(IMAGE)")
 
 test: lint types unit  ## everything that continuous integration runs
+
+# In an environment of their own, which has just what their extra names.
+notebooks: $(NOTEBOOKS_VENV)/.done  ## run the notebooks from start to end, shortened
+	rm -rf $(NOTEBOOKS_OUT)
+	mkdir -p $(NOTEBOOKS_OUT)
+	cp colab/*.ipynb $(NOTEBOOKS_OUT)
+	cd $(NOTEBOOKS_OUT) && for notebook in *.ipynb; do \
+		SEMLIC_NOTEBOOK_QUICK=1 $(CURDIR)/$(NOTEBOOKS_VENV)/bin/jupyter-execute \
+			--inplace --timeout=1800 $$notebook || exit 1; \
+	done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -43,5 +55,12 @@ $(VENV)/.dev: pyproject.toml requirements/ci.txt | $(BIN)/python
 	$(INSTALL) --editable ".[dev]"
 	touch $@ $(VENV)/.core
 
+$(NOTEBOOKS_VENV)/.done: pyproject.toml requirements/ci.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -m venv $(NOTEBOOKS_VENV)
+	$(NOTEBOOKS_VENV)/bin/python -m pip install $(PIP_OPTIONS) --editable ".[notebooks]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache \
+		$(NOTEBOOKS_VENV) $(NOTEBOOKS_OUT)
