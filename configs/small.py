@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     """Four stages; a duration ends in `_steps`."""
     config = base_config()
     config.model = "small"
+    # Small photographs scaled up as well as down: large ones are smoother.
+    config.data.smallest_scale = 0.55
     config.stages = ("labeller", "rate_distortion", "integer", "perceptual")
     # Convolutional and narrow: codes and logits of 8 x 8 cells within a CPU's reach.
     config.networks.labeller.update(

@@ -167,6 +167,7 @@ class Codec:
         if refine is not None:
             from semlic_jax import refinement
 
+            image = _checked_image(image)
             return refinement.refine(
                 self,
                 image,
@@ -244,6 +245,24 @@ class Codec:
         """
         twin = float_twin(self._integers, self.config)
         return {**self.params, "prior": self._prior, "entropy": twin}
+
+    @staticmethod
+    def budget_bytes(bpp: float, size: tuple[int, ...]) -> int:
+        """The most bytes that are at most `bpp` for an image of this height and width.
+
+        Args:
+            bpp: positive bits per pixel.
+            size: height and width in pixels.
+        """
+        pixels = size[0] * size[1]
+        budget = int(min(bpp * pixels / 8, 2.0**60))
+        # The product may round to just below the whole number that was meant.
+        return budget + ((budget + 1) * 8 / pixels <= bpp)
+
+    @staticmethod
+    def bucket(size: tuple[int, int]) -> tuple[int, int]:
+        """Padded height and width of an image: one compiled program for each."""
+        return bucket_side(size[0]), bucket_side(size[1])
 
     def analyse(self, image: np.ndarray) -> Latents:
         """g_a of an image, padded to its bucket by repeating the edge.
@@ -418,10 +437,7 @@ def _checked_budget(
         return 0
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"expected a positive {name}, found {value!r}")
-    pixels = image.shape[0] * image.shape[1]
-    budget = int(min(number * pixels / 8, 2.0**60))
-    # The product may round to just below the whole number that was meant.
-    return budget + ((budget + 1) * 8 / pixels <= number)
+    return Codec.budget_bytes(number, image.shape[:2])
 
 
 def _use_compilation_cache() -> None:

@@ -96,6 +96,24 @@ def test_scaling_down_keeps_the_crop_inside(tmp_path):
     assert 0.98 < min(steps) and max(steps) < 2.02
 
 
+def test_scaling_up_shows_less_of_the_photograph(tmp_path):
+    Image.fromarray(gradient(80, 150)).save(tmp_path / "a.png")
+    data = photographs(tmp_path, smallest_scale=0.5, largest_scale=1.0)
+    steps = []
+    for step in range(30):
+        crop = data.example(step, 0, seed=0) * 255
+        assert crop.shape == (64, 64, 3)
+        steps.append(float(np.mean(np.diff(crop[8:-8, 8:-8, 0], axis=0))))
+    assert 0.48 < min(steps) < 0.6 and 0.9 < max(steps) < 1.02
+
+
+@pytest.mark.parametrize("scales", [(0.0, 2.0), (1.5, 2.0), (0.5, 0.8)])
+def test_scales_on_the_wrong_side_of_one_are_refused(tmp_path, scales):
+    Image.fromarray(gradient(80, 150)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="smallest_scale <= 1 <= largest_scale"):
+        photographs(tmp_path, smallest_scale=scales[0], largest_scale=scales[1])
+
+
 def test_corrupt_files_are_skipped_counted_and_named(folder, caplog):
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:200])
     (folder / "text.jpg").write_text("not an image")

@@ -40,6 +40,7 @@ class Photographs:
         *,
         crop: int,
         small_images: str = "skip",
+        smallest_scale: float = 1.0,
         largest_scale: float = 2.0,
         cache_bytes: int = 2**31,
     ) -> None:
@@ -50,6 +51,8 @@ class Photographs:
             crop: side of the crops.
             small_images: images with a side under `crop` are left out (`skip`) or
                 padded by reflection (`reflect`).
+            smallest_scale: up to 1; below it images are also scaled up, by up to
+                its inverse: small photographs then teach the smoothness of large ones.
             largest_scale: images are scaled down by a random factor of up to this,
                 which takes their JPEG artefacts away, as far as a crop still fits.
             cache_bytes: decoded images kept in memory.
@@ -64,11 +67,17 @@ class Photographs:
                 f"config.data.small_images must be {' or '.join(SMALL_IMAGES)}, "
                 f"found {small_images!r}"
             )
+        if not 0 < smallest_scale <= 1 <= largest_scale:
+            raise ValueError(
+                "config.data needs 0 < smallest_scale <= 1 <= largest_scale, found "
+                f"{smallest_scale} and {largest_scale}"
+            )
         self.crop = crop
         self.skipped: dict[int, str] = {}
         self.padded: set[int] = set()
         self._source = source
         self._small_images = small_images
+        self._smallest_scale = smallest_scale
         self._largest_scale = largest_scale
         self._cache: dict[int, np.ndarray] = {}
         self._cache_bytes = cache_bytes
@@ -144,12 +153,14 @@ class Photographs:
     def _crop(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
         crop = self.crop
-        factor = rng.uniform(1.0, min(min(height, width) / crop, self._largest_scale))
+        largest = min(min(height, width) / crop, self._largest_scale)
+        # Scales are ratios: as often by 1.2 as by 1 / 1.2.
+        factor = np.exp(rng.uniform(np.log(self._smallest_scale), np.log(largest)))
         side = crop * factor
         left = rng.uniform(0, width - side)
         top = rng.uniform(0, height - side)
-        if factor < 1.02:  # too little to be worth a resampling
-            row, column = int(top), int(left)
+        if abs(factor - 1) < 0.02:  # too little to be worth a resampling
+            row, column = min(int(top), height - crop), min(int(left), width - crop)
             pixels = image[row : row + crop, column : column + crop]
         else:
             window = image[

@@ -40,7 +40,8 @@ class Data:
         batch: images per update, over all processes.
         crop: side of the crops in pixels, a multiple of 64.
         small_images: `skip` images with a side under the crop, or `reflect`.
-        largest_scale: images are scaled down at random by up to this factor.
+        smallest_scale, largest_scale: images are scaled down at random by a factor
+            between them, up where it is below 1.
         cache_mb: decoded images kept in memory, MiB.
         threads: that decode and crop; 0 for one per CPU.
     """
@@ -49,6 +50,7 @@ class Data:
     batch: int = 8
     crop: int = 128
     small_images: str = "skip"
+    smallest_scale: float = 1.0
     largest_scale: float = 2.0
     cache_mb: int = 2048
     threads: int = 0

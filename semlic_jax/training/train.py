@@ -113,6 +113,7 @@ def train(config: Any, workdir: Path) -> dict[str, Tree]:
         open_sources(data.train),
         crop=data.crop,
         small_images=data.small_images,
+        smallest_scale=data.smallest_scale,
         largest_scale=data.largest_scale,
         cache_bytes=data.cache_mb * 2**20,
     )
