@@ -116,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("decompress", _decompress, "write a .semlic file as an image file")
     sub.add_argument("input", metavar="IN", type=Path, help="a .semlic file")
+    sub.add_argument(
+        "--coder", default="ans", choices=("ans", "tfc"), help="tfc needs the extra tfc"
+    )
     sub.add_argument("output", metavar="OUT", type=Path, nargs="?")
     sub.add_argument(
         "--model", metavar="M", help="name or path; found by itself if packaged"
@@ -280,6 +283,15 @@ def _unit_float(text: str) -> float:
 def _positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
+
+    kind = convert(
+        "neuralcompression",
+        _convert_neuralcompression,
+        "an MS-ILLM or No-GAN checkpoint; its files decode only on one machine",
+    )
+    kind.add_argument("input", metavar="CKPT", type=Path)
+    kind.add_argument("output", metavar="OUT", type=Path, help="a model file, .npz")
+    _add_force(kind)
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
     return value
 
@@ -476,7 +488,7 @@ def _bench(options: argparse.Namespace) -> None:
         pixels = _read(options.input, options.background).pixels
     with _progress() as progress:
         progress(f"loading the model {options.model}")
-        codec = semlic_jax.load(options.model)
+        codec = semlic_jax.load(options.model, coder=options.coder)
         report = benchmark.run_benchmark(
             codec,
             pixels,
@@ -586,3 +598,26 @@ def _pack(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+        "same_machine_only": bool(header.index_check),
+        "coder": header.coder,
+def _convert_neuralcompression(options: argparse.Namespace) -> None:
+    from semlic_jax.converters.neuralcompression import convert_neuralcompression
+
+    with _progress() as progress:
+        progress(f"converting {options.input.name}")
+        model = convert_neuralcompression(
+            options.input, options.output, force=options.force
+        )
+    config = model.config
+    print(
+        f"{options.output}: widths {', '.join(map(str, config.widths))}, "
+        f"{config.blocks} blocks, {config.latent_channels} latents, "
+        f"{config.hyper_channels} hyper-latents, fingerprint "
+        f"{model.fingerprint().hex()[:8]}"
+    )
+    _say(
+        "note: its entropy networks work in floats, so its files decode only on the "
+        "machine that made them"
+    )
+
+

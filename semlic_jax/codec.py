@@ -12,6 +12,7 @@ import itertools
 import math
 import operator
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,19 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.coding.bitstream import MAX_PIXELS, MAX_SIDE, Header, pack, unpack
-from semlic_jax.coding.integer_networks import (
-    IntegerEntropyModel,
-    Symbols,
-    float_twin,
+from semlic_jax.coding.bitstream import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    Header,
+    check_coder,
+    pack,
+    unpack,
 )
-from semlic_jax.model.compression import (
-    QUALITY_LEVELS,
-    CompressionModel,
-    ModelConfig,
-)
+from semlic_jax.coding.float_networks import FloatEntropyModel
+from semlic_jax.coding.integer_networks import IntegerEntropyModel, float_twin
+from semlic_jax.coding.symbol_passes import PassCoder, Symbols
+from semlic_jax.model.compression import QUALITY_LEVELS
+from semlic_jax.model.mean_scale import Config, network_of
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
-from semlic_jax.weights import ModelFile, load_model
+from semlic_jax.weights import FloatModelFile, ModelFile, load_model
 
 if TYPE_CHECKING:
     from semlic_jax.refinement import Region, Settings
@@ -72,29 +75,26 @@ def bucket_side(side: int) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _analyse(config: ModelConfig, params: Any, pixels: Array) -> Array:
+def _analyse(config: Config, params: Any, pixels: Array) -> Array:
     x = pixels[None].astype(jnp.float32) / 255
-    y: Any = CompressionModel(config).apply({"params": params}, x, method="analysis")
+    y: Any = network_of(config).apply({"params": params}, x, method="analysis")
     return y[0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _scale(
-    config: ModelConfig, params: Any, y: Array, level: Array
-) -> tuple[Array, Array]:
+def _scale(config: Config, params: Any, y: Array, level: Array) -> tuple[Array, Array]:
     """y_scaled and z at a quality level."""
-    model = CompressionModel(config)
     quality = level[None].astype(jnp.float32) / MAX_LEVEL
-    gain: Any = model.apply({"params": params}, quality, method="gain")
-    y_scaled = y[None] * gain
-    z: Any = model.apply({"params": params}, y_scaled, method="hyper_analysis")
-    return y_scaled[0], z[0]
+    found: Any = network_of(config).apply(
+        {"params": params}, y[None], quality, method="scaled_latents"
+    )
+    return found[0][0], found[1][0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _synthesise(config: ModelConfig, params: Any, y_hat: Array, level: Array) -> Array:
+def _synthesise(config: Config, params: Any, y_hat: Array, level: Array) -> Array:
     quality = level[None].astype(jnp.float32) / MAX_LEVEL
-    x_hat: Any = CompressionModel(config).apply(
+    x_hat: Any = network_of(config).apply(
         {"params": params}, y_hat[None], quality, method="synthesis"
     )
     return jnp.round(jnp.clip(x_hat[0], 0.0, 1.0) * 255).astype(jnp.uint8)
@@ -107,28 +107,46 @@ class Codec:
         name: of the model.
         config: its architecture.
         fingerprint: 32 bytes that name what its files mean.
-        entropy: the exact entropy model.
+        entropy: the entropy model: exact, or in floats for a converted model.
         params: float32 parameters of the transforms, on the device.
+        coder: of the files that are written; a file says which one it needs.
     """
 
-    def __init__(self, model: ModelFile, name: str | None = None) -> None:
+    entropy: PassCoder
+
+    def __init__(
+        self,
+        model: ModelFile | FloatModelFile,
+        name: str | None = None,
+        *,
+        coder: str = "ans",
+    ) -> None:
         """Puts a model on the default device.
 
         Raises:
             ValueError: the model's integer networks break their bounds.
         """
         _use_compilation_cache()
+        check_coder(coder)
+        self.coder = coder
         self.name = name or model.config.name
-        self.config = model.config
+        self.config: Config = model.config
         self.fingerprint = model.fingerprint()
-        self.entropy = IntegerEntropyModel(
-            model.config, model.integers, model.y_tables, model.z_tables
-        )
         # Converted by NumPy: JAX would compile a program for each shape.
         self.params = jax.device_put(
             jax.tree.map(lambda array: array.astype(np.float32), model.transforms)
         )
-        self._prior, self._integers = model.prior, model.integers
+        self._prior = model.prior
+        self._twin: Callable[[], Any]
+        tables = (model.y_tables, model.z_tables)
+        if isinstance(model, FloatModelFile):
+            self.entropy = FloatEntropyModel(model.config, model.entropy, *tables)
+            # Where z is counted from is a part of the entropy model.
+            self.params["entropy"] = jax.device_put(model.entropy)
+            self._twin = partial(self.params.get, "entropy")
+        else:
+            self.entropy = IntegerEntropyModel(model.config, model.integers, *tables)
+            self._twin = partial(float_twin, model.integers, model.config)
 
     def compress(
         self,
@@ -202,6 +220,7 @@ class Codec:
         Raises:
             BitstreamError: the data is damaged or not a `.semlic` file.
             IncompatibleModelError: another model made it.
+            IncompatibleMachineError: a converted model made it, on another machine.
         """
         header, y_hat = self.decode_latents(data, max_pixels=max_pixels)
         height, width = header.height, header.width
@@ -232,6 +251,8 @@ class Codec:
             if self.fingerprint.startswith(header.fingerprint)
             else None,
             "icc_profile_bytes": len(header.chunks.get(_ICC_CHUNK, b"")),
+            "same_machine_only": bool(header.index_check),
+            "coder": header.coder,
         }
 
     def icc_profile(self, data: bytes) -> bytes | None:
@@ -239,12 +260,11 @@ class Codec:
         return unpack(data)[0].chunks.get(_ICC_CHUNK)
 
     def twin_params(self) -> dict[str, Any]:
-        """Parameters of `CompressionModel(config, "fake")`, the differentiable twin.
+        """Parameters of `network_of(config, "fake")`, the differentiable twin.
 
         Its entropy networks give the same values as the exact ones.
         """
-        twin = float_twin(self._integers, self.config)
-        return {**self.params, "prior": self._prior, "entropy": twin}
+        return {**self.params, "prior": self._prior, "entropy": self._twin()}
 
     @staticmethod
     def budget_bytes(bpp: float, size: tuple[int, ...]) -> int:
@@ -302,8 +322,10 @@ class Codec:
             quality=level,
             fingerprint=self.fingerprint,
             chunks=chunks,
+            index_check=self.entropy.index_check(symbols, size),
+            coder=self.coder,
         )
-        return pack(header, self.entropy.encode(symbols, size))
+        return pack(header, self.entropy.encode(symbols, size, self.coder))
 
     def decode_latents(
         self, data: bytes, *, max_pixels: int = MAX_PIXELS
@@ -311,13 +333,16 @@ class Codec:
         """Header and y_hat_scaled float32 [ceil(H/16), ceil(W/16), M] of a file.
 
         Raises:
-            BitstreamError, IncompatibleModelError: see `decompress`.
+            BitstreamError, IncompatibleModelError, IncompatibleMachineError: see
+                `decompress`.
         """
         header, payload = unpack(data, max_pixels=max_pixels)
         header.require_model(self.fingerprint)
         size = (header.height, header.width)
         grid = (bucket_side(size[0]) // STRIDE, bucket_side(size[1]) // STRIDE)
-        return header, self.entropy.decode(payload, header.quality, size, grid)
+        return header, self.entropy.decode(
+            payload, header.quality, size, grid, header.index_check, header.coder
+        )
 
     def _fit(
         self,
@@ -369,13 +394,18 @@ class Codec:
         return files[max(fitting, key=lambda level: (size(level), level))]
 
 
-def load(name_or_path: str | os.PathLike[str]) -> Codec:
+def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
     """Load a packaged model by name ("small") or a model file by path.
+
+    Args:
+        name_or_path: the model.
+        coder: of the files that it will write: `ans`, or `tfc` for TensorFlow
+            Compression's range coder (the extra `tfc`). It reads both.
 
     Raises:
         ValueError: no such model, or not a valid model file.
     """
-    return Codec(load_model(name_or_path), Path(name_or_path).stem)
+    return Codec(load_model(name_or_path), Path(name_or_path).stem, coder=coder)
 
 
 def _checked_image(image: np.ndarray) -> np.ndarray:

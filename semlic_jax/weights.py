@@ -13,7 +13,20 @@ entry                       content
 `tables/<y or z>/<array>`   int32 offsets and starts, uint32 counts
 ==========================  ==========================================================
 
-The fingerprint is the SHA-256 of the shape of the entropy model, the integer networks
+A converted model (`semlic convert neuralcompression`) has float entropy networks, and
+its files decode only on the machine that made them:
+
+==========================  ==========================================================
+entry                       content
+==========================  ==========================================================
+`config`                    uint8: the model's `MeanScaleConfig` as JSON
+`transforms/<path>`         float32: g_a, g_s, h_a
+`prior/<path>`              float32: the density of z
+`entropy/<path>`            float32: h_s, and the medians of z
+`tables/<y or z>/<array>`   int32 offsets and starts, uint32 counts
+==========================  ==========================================================
+
+The fingerprint is the SHA-256 of the shape of the entropy model, its networks
 and the tables: of everything that decides what the bytes of a file mean, and of nothing
 else. Models that differ in their float transforms only can read each other's files.
 """
@@ -40,6 +53,8 @@ if TYPE_CHECKING:
     from semlic_jax.coding.entropy_coding import SymbolTables
     from semlic_jax.coding.integer_networks import IntegerTree
     from semlic_jax.model.compression import ModelConfig
+    from semlic_jax.model.mean_scale import Config, MeanScaleConfig
+    from semlic_jax.model.priors import FactorizedPrior
 
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 _MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
@@ -75,6 +90,7 @@ _CODING_FIELDS = (
     "hidden_channels",
     "context_shifts",
 )
+_FLOAT_CODING_FIELDS = ("family", "latent_channels", "hyper_channels")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,20 +115,61 @@ class ModelFile:
     def fingerprint(self) -> bytes:
         """32 bytes; see the module's docstring."""
         fields = {name: getattr(self.config, name) for name in _CODING_FIELDS}
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-        for name, array in sorted(self._exact_arrays()):
-            little = array.astype(array.dtype.newbyteorder("<"))
-            digest.update(f"{name} {little.dtype.str} {little.shape}".encode())
-            digest.update(little.tobytes())
-        return digest.digest()
+        return _fingerprint(fields, self._exact_arrays())
 
     def _exact_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        for layer, arrays in self.integers.items():
-            for name, array in arrays.items():
-                yield f"entropy/{layer}/{name}", array
-        for kind, tables in (("y", self.y_tables), ("z", self.z_tables)):
-            for name in _TABLE_ARRAYS:
-                yield f"tables/{kind}/{name}", getattr(tables, name)
+        """What decides what the bytes of a file mean, by entry."""
+        yield from _flatten("entropy", self.integers)
+        yield from _table_arrays(self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FloatModelFile:
+    """The content of a converted model's file: same-machine decoding only.
+
+    Attributes:
+        config: the architecture.
+        transforms: float32 parameters by name: `g_a`, `g_s`, `h_a`.
+        prior: float32 parameters of the density of z.
+        entropy: float32 parameters of `HyperSynthesis`.
+        y_tables, z_tables: the frequencies of the coder.
+    """
+
+    config: MeanScaleConfig
+    transforms: dict[str, Any]
+    prior: dict[str, Any]
+    entropy: dict[str, Any]
+    y_tables: SymbolTables
+    z_tables: SymbolTables
+
+    def fingerprint(self) -> bytes:
+        """32 bytes; see the module's docstring."""
+        fields = {name: getattr(self.config, name) for name in _FLOAT_CODING_FIELDS}
+        return _fingerprint(fields, self._exact_arrays())
+
+    def _exact_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What decides what the bytes of a file mean, by entry."""
+        yield from _flatten("entropy", self.entropy)
+        yield from _table_arrays(self)
+
+
+def _fingerprint(
+    fields: Mapping[str, Any], arrays: Iterator[tuple[str, np.ndarray]]
+) -> bytes:
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, array in sorted(arrays, key=lambda pair: pair[0]):
+        little = array.astype(array.dtype.newbyteorder("<"))
+        digest.update(f"{name} {little.dtype.str} {little.shape}".encode())
+        digest.update(little.tobytes())
+    return digest.digest()
+
+
+def _table_arrays(
+    model: ModelFile | FloatModelFile,
+) -> Iterator[tuple[str, np.ndarray]]:
+    for kind, tables in (("y", model.y_tables), ("z", model.z_tables)):
+        for name in _TABLE_ARRAYS:
+            yield f"tables/{kind}/{name}", getattr(tables, name)
 
 
 def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
@@ -128,7 +185,7 @@ def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
     """
     from semlic_jax.coding.entropy_coding import gaussian_tables
     from semlic_jax.coding.integer_networks import export_integers
-    from semlic_jax.model.priors import scale_table
+    from semlic_jax.model.priors import FactorizedPrior, scale_table
 
     def as_dtype(name: str, tree: Any, dtype: type[np.floating]) -> Any:
         if isinstance(tree, Mapping):
@@ -148,24 +205,32 @@ def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
         prior=as_dtype("prior", params["prior"], np.float32),
         integers=export_integers(params["entropy"], config),
         y_tables=gaussian_tables(scale_table()),
-        z_tables=_prior_tables(config, params["prior"]),
+        z_tables=prior_tables(FactorizedPrior(config.hyper_channels), params["prior"]),
     )
 
 
-def _prior_tables(config: ModelConfig, prior: Any) -> SymbolTables:
-    """One table for each channel of z, over the symbols that can occur in practice."""
+def prior_tables(
+    density: FactorizedPrior, prior: Any, centre: Any = 0.0
+) -> SymbolTables:
+    """One table for each channel of z, over the symbols that can occur in practice.
+
+    Args:
+        density, prior: the density of z and its parameters.
+        centre: of each channel, [N], the value that the symbol 0 stands for.
+
+    Raises:
+        ValueError: a channel has next to no density near its centre.
+    """
     import jax
 
     from semlic_jax.coding.entropy_coding import tables_from_pmfs
-    from semlic_jax.model.priors import FactorizedPrior
 
     radius = 127
     z = np.arange(-radius, radius + 1, dtype=np.float32)
-    grid = np.broadcast_to(z[:, None], (len(z), config.hyper_channels))
-    density = FactorizedPrior(config.hyper_channels)
+    grid = np.zeros((len(z), density.channels), np.float32) + z[:, None] + centre
     probability = jax.jit(
         lambda z: density.apply({"params": prior}, z, method="probability")
-    )(grid)
+    )(grid.astype(np.float32))
     pmfs, offsets = [], []
     for channel, pmf in enumerate(np.asarray(probability, np.float64).T):
         # What is less likely than this is left to the escape.
@@ -180,21 +245,30 @@ def _prior_tables(config: ModelConfig, prior: Any) -> SymbolTables:
     return tables_from_pmfs(pmfs, offsets)
 
 
-def save_model(path: str | os.PathLike[str], model: ModelFile) -> None:
+def save_model(path: str | os.PathLike[str], model: ModelFile | FloatModelFile) -> None:
     """Write a model file, whole or not at all; replaces an existing file."""
     from semlic_jax.images import write_file
 
+    write_file(path, model_bytes(model), force=True)
+
+
+def model_bytes(model: ModelFile | FloatModelFile) -> bytes:
+    """The bytes of a model file."""
     arrays = {"config": np.frombuffer(_config_bytes(model.config), np.uint8)}
     arrays |= dict(_flatten("transforms", model.transforms))
     arrays |= dict(_flatten("prior", model.prior))
     for name, array in model._exact_arrays():
         arrays[name] = array.astype(np.int8) if name.endswith("/shift") else array
     packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
-    write_file(path, packed.getvalue(), force=True)
+    # Trained float32 would take minutes to become a tenth smaller.
+    save = np.savez if isinstance(model, FloatModelFile) else np.savez_compressed
+    save(packed, **arrays)  # type: ignore[arg-type]
+    return packed.getvalue()
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
+def load_model(
+    name_or_path: str | os.PathLike[str],
+) -> ModelFile | FloatModelFile:
     """Read a packaged model by name, or a model file.
 
     Raises:
@@ -203,6 +277,7 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
     from semlic_jax.coding.entropy_coding import SymbolTables
     from semlic_jax.coding.integer_networks import prove_exact
     from semlic_jax.model.compression import ModelConfig
+    from semlic_jax.model.mean_scale import MeanScaleConfig
 
     path = Path(name_or_path)
     if not path.suffix and not path.exists():
@@ -220,28 +295,36 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
             raise ValueError(
                 f"expected the entries {sorted(_ENTRIES)}, found {sorted(tree)[:9]}"
             )
-        config = ModelConfig(**json.loads(tree["config"].tobytes()))
-        integers = {
-            layer: {
-                name: array.astype(np.int32) if name == "shift" else array
-                for name, array in arrays.items()
-            }
-            for layer, arrays in tree["entropy"].items()
-        }
+        fields = json.loads(tree["config"].tobytes())
         tables = {
             kind: SymbolTables(*(tree["tables"][kind][name] for name in _TABLE_ARRAYS))
             for kind in ("y", "z")
         }
-        model = ModelFile(
-            config=config,
-            transforms=tree["transforms"],
-            prior=tree["prior"],
-            integers=integers,
-            y_tables=tables["y"],
-            z_tables=tables["z"],
-        )
-        prove_exact(integers, config)
-        _check_shapes(model)
+        parts = {
+            "transforms": tree["transforms"],
+            "prior": tree["prior"],
+            "y_tables": tables["y"],
+            "z_tables": tables["z"],
+        }
+        model: ModelFile | FloatModelFile
+        if "family" in fields:
+            model = FloatModelFile(
+                config=MeanScaleConfig(**fields), entropy=tree["entropy"], **parts
+            )
+            floats = {**model.transforms, "prior": model.prior}
+            check_params(model.config, floats | {"entropy": model.entropy})
+        else:
+            integers = {
+                layer: {
+                    name: array.astype(np.int32) if name == "shift" else array
+                    for name, array in arrays.items()
+                }
+                for layer, arrays in tree["entropy"].items()
+            }
+            model = ModelFile(config=ModelConfig(**fields), integers=integers, **parts)
+            prove_exact(integers, model.config)
+            check_params(model.config, {**model.transforms, "prior": model.prior})
+        _check_tables(model)
     except FileNotFoundError:
         raise ValueError(f"expected a model file, found nothing at {path}") from None
     except _READ_ERRORS as error:
@@ -250,43 +333,64 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelFile:
     return model
 
 
-def _check_shapes(model: ModelFile) -> None:
-    """Float parameters and tables against the configuration."""
+def check_params(
+    config: Config, params: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> None:
+    """Check float parameters against a configuration.
+
+    Args:
+        config: the architecture.
+        params: the parameter tree, without integer entropy networks.
+        names: what else a parameter is called, by its path, for messages.
+
+    Raises:
+        ValueError: a parameter is missing, too many, of another shape or not finite;
+            names the first.
+    """
     import jax
 
-    from semlic_jax.model.compression import CompressionModel
-    from semlic_jax.model.priors import NUM_SCALES
+    from semlic_jax.model.mean_scale import MeanScaleConfig, network_of
 
-    network = CompressionModel(model.config)
+    network = network_of(config)
     key = jax.random.key(0)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-    y = jax.ShapeDtypeStruct((1, 4, 4, model.config.latent_channels), np.float32)
-    z = jax.ShapeDtypeStruct((1, 1, 1, model.config.hyper_channels), np.float32)
+    y = jax.ShapeDtypeStruct((1, 4, 4, config.latent_channels), np.float32)
+    z = jax.ShapeDtypeStruct((1, 1, 1, config.hyper_channels), np.float32)
     quality = jax.ShapeDtypeStruct((1,), np.float32)
-    # One call for each part: tracing the whole model, whose entropy networks are
+    calls: dict[str, tuple[Any, ...]] = {
+        "analysis": (image,),
+        "scaled_latents": (y, quality),
+        "synthesis": (y, quality),
+        "z_bits": (z,),
+    }
+    if isinstance(config, MeanScaleConfig):
+        calls["parameters"] = (z, quality)
+    # One call for each part: tracing the whole model, whose integer networks are
     # proved elsewhere, takes a second.
-    wanted: dict[str, Any] = {}
-    for method, inputs in (
-        ("analysis", (image,)),
-        ("hyper_analysis", (y,)),
-        ("synthesis", (y, quality)),
-        ("z_bits", (z,)),
-    ):
+    expected: dict[str, Any] = {}
+    for method, inputs in calls.items():
         init = partial(network.init, method=method)
-        wanted |= jax.eval_shape(init, key, *inputs)["params"]
-    found = {**model.transforms, "prior": model.prior}
-    expected = dict(pair for name in wanted for pair in _flatten(name, wanted[name]))
-    present = dict(pair for name in found for pair in _flatten(name, found[name]))
+        for name, tree in jax.eval_shape(init, key, *inputs)["params"].items():
+            expected |= _flatten(name, tree)
+    present = dict(pair for name in params for pair in _flatten(name, params[name]))
     for path in sorted(expected.keys() | present.keys()):
+        label = f"{names[path]} ({path})" if names and path in names else path
         shapes = [
             tree[path].shape if path in tree else "nothing"
             for tree in (expected, present)
         ]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"expected {path} of shape {shapes[0]}, found {shapes[1]}")
+            raise ValueError(
+                f"expected {label} of shape {shapes[0]}, found {shapes[1]}"
+            )
         array = present[path]
         if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(f"expected finite floats as {path}, found others")
+            raise ValueError(f"expected finite floats as {label}, found others")
+
+
+def _check_tables(model: ModelFile | FloatModelFile) -> None:
+    from semlic_jax.model.priors import NUM_SCALES
+
     for kind, tables, number in (
         ("y", model.y_tables, NUM_SCALES),
         ("z", model.z_tables, model.config.hyper_channels),
@@ -354,7 +458,7 @@ def pretrained_models() -> dict[str, dict[str, Any]]:
     }
 
 
-def _config_bytes(config: ModelConfig) -> bytes:
+def _config_bytes(config: Config) -> bytes:
     return json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from semlic_jax.coding.bitstream import (
     BITSTREAM_VERSION,
+    CODERS,
     MAGIC,
     BitstreamError,
     Header,
@@ -49,10 +50,14 @@ def test_round_trip():
         st.binary(max_size=300),
         max_size=16,
     ),
+    index_check=st.just(b"") | st.binary(min_size=4, max_size=4),
+    coder=st.sampled_from(CODERS),
     payload=st.binary(max_size=64),
 )
-def test_round_trip_of_anything(width, height, quality, fingerprint, chunks, payload):
-    header = Header(width, height, quality, fingerprint, chunks)
+def test_round_trip_of_anything(
+    width, height, quality, fingerprint, chunks, index_check, coder, payload
+):
+    header = Header(width, height, quality, fingerprint, chunks, index_check, coder)
     data = pack(header, payload, max_pixels=2**32)
     assert unpack(data, max_pixels=2**32) == (header, payload)
 
@@ -66,6 +71,12 @@ def test_golden_bytes():
     full = bytes.fromhex("89534c43 01 01234567 8006 8004 2a 01") + chunks
     header = Header(768, 512, 42, FINGERPRINT, CHUNKS)
     assert pack(header, b"payload") == seal(full + b"payload")
+    both = bytes.fromhex("89534c43 01 01234567 8006 8004 2a 03 c0ffee00") + chunks
+    header = Header(768, 512, 42, FINGERPRINT, CHUNKS, b"\xc0\xff\xee\x00")
+    assert pack(header, b"payload") == seal(both + b"payload")
+    other = bytes.fromhex("89534c43 01 01234567 8006 8004 2a 04")
+    header = Header(768, 512, 42, FINGERPRINT, coder="tfc")
+    assert pack(header, b"payload") == seal(other + b"payload")
 
 
 def test_overhead_of_a_plain_image():
@@ -77,6 +88,7 @@ SMALL_FILES = [
     pack(PLAIN, b"some payload \x00\xff"),
     pack(Header(1, 1, 0, FINGERPRINT), b""),
     pack(Header(65535, 3, 255, FINGERPRINT, CHUNKS), b"some payload"),
+    pack(Header(9, 9, 0, FINGERPRINT, {}, b"\0\1\2\3"), b"some payload"),
 ]
 
 
@@ -122,7 +134,8 @@ def test_arbitrary_bytes_with_a_valid_checksum(tail, with_start):
         (body_of(height=b"\x80\x80\x04", rest=b"\x00\x00"), "height .* found 65536"),
         (body_of(width=b"\x85\x00", rest=b"\x00\x00"), "as few bytes as it needs"),
         (body_of(width=b"\xff" * 5, rest=b"\x00\x00"), "at most 4 bytes"),
-        (body_of(rest=b"\x00\x02"), "flags 0 or 1, found 2"),
+        (body_of(rest=b"\x00\x08"), "flags from 0 to 7, found 8"),
+        (body_of(rest=b"\x00\x02abc"), "4 more bytes .* cut off"),
         (body_of(rest=b"\x00"), "cut off"),
         (body_of(rest=b"\x00\x01\x00"), "1 to 16 chunks, found 0"),
         (body_of(rest=b"\x00\x01\x11"), "1 to 16 chunks, found 17"),
@@ -160,6 +173,8 @@ def test_a_huge_image_is_refused_unless_allowed():
         {"quality": 256},
         {"quality": -1},
         {"fingerprint": b"abc"},
+        {"index_check": b"abc"},
+        {"coder": "rans"},
         {"chunks": {b"ICC": b""}},
         {"chunks": {b"IC P": b""}},
         {"chunks": {b"ICCP": bytes(2**24 + 1)}},

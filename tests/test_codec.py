@@ -361,6 +361,8 @@ def test_info(codec, photograph):
         "fingerprint": codec.fingerprint[:4].hex(),
         "model": "tiny",
         "icc_profile_bytes": 7,
+        "same_machine_only": False,
+        "coder": "ans",
     }
     json.dumps(info)
 

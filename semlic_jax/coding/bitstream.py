@@ -17,9 +17,11 @@ bytes     content
 1 to 3    width in pixels, varint, 1 to 65535
 1 to 3    height in pixels, varint, 1 to 65535
 1         quality q, 0 to 255
-1         flags: 1 if chunks follow, 0 if not; other values are not used
-chunks    if the flag is set: their number as a varint, 1 to 16; then for each a tag of
-          4 ASCII letters or digits, its length in bytes as a varint (at most 2**24)
+1         flags: the sum of 1 if chunks follow, 2 if an index check follows and 4 if the
+          payload is of the second coder; other values are not used
+0 or 4    index check, if its flag is set
+chunks    if their flag is set: their number as a varint, 1 to 16; then for each a tag
+          of 4 ASCII letters or digits, its length in bytes as a varint (at most 2**24)
           and its content. Tags are unique and in rising order of their bytes.
 rest      payload
 4         CRC-32 (that of zlib and PNG) of all bytes before it
@@ -29,6 +31,12 @@ That is 19 bytes besides the payload for an image of 768 x 512 without chunks.
 
 Chunks say more about the image than its pixels; a reader may ignore any of them.
 `ICCP` is an ICC profile. There is none for orientation: it is applied before coding.
+
+The index check belongs to models whose entropy networks work in floats: those that were
+converted from elsewhere. It is the first 4 bytes of the SHA-256 over the table indexes
+of y, one byte each, by row, then column, then channel. Floats differ between machines,
+so a reader that comes to other indexes refuses the file, which decodes only where it
+was made (`semlic_jax.coding.float_networks`).
 
 A reader refuses a file with another magic or version, a wrong CRC, a number out of the
 ranges above, or more pixels than it is willing to decode (`MAX_PIXELS` by default). A
@@ -93,6 +101,18 @@ refuses a payload where it is otherwise. The encoder starts there and works back
 before it codes a slot it moves the low word of the state to the stack if
 state div 2**40 >= c[i], and then sets
 `state = (state div c[i]) * 2**24 + s[i] + state mod c[i]`.
+
+The second coder
+================
+
+With the flag 4 the payload is a stream of TensorFlow Compression's range coder
+(`EntropyEncodeIndex`, one stream) with tables of 2**16. Of a table with the counts
+c[0], ..., c[n], slot i has 1 + floor(c[i] * (2**16 - n - 1) / 2**24), and the first of
+the largest gets what lacks to 2**16. A push is the slots of its symbols in their order,
+then the lengths L of those that are the escape, with the counts 2**15, 2**14, ..., 1,
+1; then for each L that occurs, in rising order, and each symbol of this length, the
+L + 1 bits of v, top bit first, each with the counts 2**15 and 2**15. The rest is as
+above.
 """
 
 from __future__ import annotations
@@ -108,8 +128,13 @@ MAX_SIDE = 65535
 MAX_PIXELS = 2**28
 MAX_CHUNKS = 16
 MAX_CHUNK_BYTES = 2**24
+INDEX_CHECK_BYTES = 4
+CODERS = ("ans", "tfc")
 
 _FLAG_CHUNKS = 1
+_FLAG_INDEX_CHECK = 2
+_FLAG_TFC = 4
+_FLAGS = _FLAG_CHUNKS | _FLAG_INDEX_CHECK | _FLAG_TFC
 _CRC_BYTES = 4
 _VARINT_BYTES = 4
 
@@ -120,6 +145,10 @@ class BitstreamError(ValueError):
 
 class IncompatibleModelError(ValueError):
     """The file was made with another model than the one asked to decode it."""
+
+
+class IncompatibleMachineError(ValueError):
+    """The file decodes only on the machine that made it, which this is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +162,8 @@ class Header:
         fingerprint: of the model, at least 4 bytes; the first 4 are kept.
         chunks: content by tag of 4 ASCII letters or digits, e.g. b"ICCP"; at most 16
             of at most 2**24 bytes each.
+        index_check: 4 bytes if the model's entropy networks work in floats, else none.
+        coder: of the payload, one of CODERS.
 
     Raises:
         ValueError: a field is out of range.
@@ -143,6 +174,8 @@ class Header:
     quality: int
     fingerprint: bytes
     chunks: Mapping[bytes, bytes] = dataclasses.field(default_factory=dict)
+    index_check: bytes = b""
+    coder: str = "ans"
 
     def __post_init__(self) -> None:
         _check_range("width", self.width, 1, MAX_SIDE)
@@ -155,6 +188,12 @@ class Header:
             )
         fingerprint = bytes(self.fingerprint[:FINGERPRINT_BYTES])
         object.__setattr__(self, "fingerprint", fingerprint)
+        if len(self.index_check) not in (0, INDEX_CHECK_BYTES):
+            raise ValueError(
+                f"expected an index check of 0 or {INDEX_CHECK_BYTES} bytes, "
+                f"found {len(self.index_check)}"
+            )
+        check_coder(self.coder)
         _check_range("the number of chunks", len(self.chunks), 0, MAX_CHUNKS)
         for tag, content in self.chunks.items():
             if len(tag) != 4 or not tag.isalnum():
@@ -199,7 +238,10 @@ def pack(header: Header, payload: bytes, *, max_pixels: int = MAX_PIXELS) -> byt
     out += _varint(header.width)
     out += _varint(header.height)
     out.append(header.quality)
-    out.append(_FLAG_CHUNKS if header.chunks else 0)
+    flags = _FLAG_CHUNKS if header.chunks else 0
+    flags |= _FLAG_INDEX_CHECK if header.index_check else 0
+    out.append(flags | (_FLAG_TFC if header.coder == "tfc" else 0))
+    out += header.index_check
     if header.chunks:
         out += _varint(len(header.chunks))
         for tag, content in sorted(header.chunks.items()):
@@ -254,15 +296,23 @@ def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]
     fingerprint = reader.take(FINGERPRINT_BYTES)
     width, height = reader.varint(), reader.varint()
     quality, flags = reader.byte(), reader.byte()
-    if flags & ~_FLAG_CHUNKS:
-        raise BitstreamError(f"expected the flags 0 or 1, found {flags}")
-    chunks = reader.chunks() if flags else {}
+    if flags & ~_FLAGS:
+        raise BitstreamError(f"expected flags from 0 to {_FLAGS}, found {flags}")
+    index_check = reader.take(INDEX_CHECK_BYTES) if flags & _FLAG_INDEX_CHECK else b""
+    chunks = reader.chunks() if flags & _FLAG_CHUNKS else {}
+    coder = "tfc" if flags & _FLAG_TFC else "ans"
     try:
-        header = Header(width, height, quality, fingerprint, chunks)
+        header = Header(width, height, quality, fingerprint, chunks, index_check, coder)
         _check_pixels(header, max_pixels)
     except ValueError as error:
         raise BitstreamError(str(error)) from None
     return header, reader.rest()
+
+
+def check_coder(coder: str) -> None:
+    """Raises ValueError for what is not one of CODERS."""
+    if coder not in CODERS:
+        raise ValueError(f"expected a coder of {', '.join(CODERS)}, found {coder!r}")
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -47,7 +47,7 @@ _INITIAL_STATE = 0xC0DE
 
 # A value `excess` steps outside its table has the length L = floor(log2(excess + 1)).
 # Both ends of a table lie within MAX_SYMBOL, so excess < 2 * MAX_SYMBOL.
-_MAX_LENGTH = 16
+MAX_ESCAPE_LENGTH = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,11 +152,11 @@ class SymbolTables:
         Raises:
             ValueError: an argument has another type, shape or range.
         """
-        symbols = _as_symbols(symbols)
-        indexes = self._as_indexes(indexes, symbols.size)
-        slots, excess = self._slots(symbols, indexes)
+        symbols = as_symbols(symbols)
+        indexes = self.as_indexes(indexes, symbols.size)
+        slots, excess = self.slots(symbols, indexes)
         bits = self._slot_bits[self.starts[indexes] + slots].sum()
-        escaped = slots == self._escapes[indexes]
+        escaped = slots == self.escapes[indexes]
         return float(bits + _escape_bits(excess[escaped]).sum())
 
     def bits_lookup(self) -> tuple[NDArray[np.float32], int]:
@@ -170,20 +170,20 @@ class SymbolTables:
         Returns:
             bits, float32 [T, 2 * radius + 1], and the radius.
         """
-        last = self.offsets + self._escapes - 1
+        last = self.offsets + self.escapes - 1
         radius = int(max(-self.offsets.min(), last.max(), 0))
         symbols = np.arange(-radius, radius + 1)
         bits = np.empty((self.num_tables, symbols.size), np.float32)
         for table, row in enumerate(bits):
             indexes = np.full(symbols.size, table)
-            slots, excess = self._slots(symbols, indexes)
-            escaped = slots == self._escapes[table]
+            slots, excess = self.slots(symbols, indexes)
+            escaped = slots == self.escapes[table]
             row[:] = self._slot_bits[self.starts[table] + slots]
             row[escaped] += _escape_bits(excess[escaped])
         return bits, radius
 
     @functools.cached_property
-    def _escapes(self) -> NDArray[np.int32]:
+    def escapes(self) -> NDArray[np.int32]:
         """int32 [T], the slot of each table's escape."""
         return np.diff(self.starts) - 1
 
@@ -202,7 +202,8 @@ class SymbolTables:
             model = self._models[table] = _exact_model(counts)
         return model
 
-    def _as_indexes(self, indexes: ArrayLike, size: int) -> NDArray[np.unsignedinteger]:
+    def as_indexes(self, indexes: ArrayLike, size: int) -> NDArray[np.unsignedinteger]:
+        """Table indexes [size] as the smallest type; raises ValueError for others."""
         array = np.asarray(indexes)
         if array.shape != (size,) or (size and array.dtype.kind not in "iu"):
             raise ValueError(
@@ -217,7 +218,7 @@ class SymbolTables:
         # NumPy's stable sort is a radix sort for integers of 8 and 16 bits only.
         return array.astype(np.uint8 if self.num_tables <= 256 else np.uint16)
 
-    def _slots(
+    def slots(
         self, symbols: NDArray[np.integer], indexes: NDArray[np.integer]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The entry of each symbol in its table, and how far outside it lies.
@@ -227,7 +228,7 @@ class SymbolTables:
             int32 [n], steps beyond the first symbol outside (meaningless inside).
         """
         slots = (symbols - self.offsets[indexes]).astype(np.int32)
-        escapes = self._escapes[indexes]
+        escapes = self.escapes[indexes]
         excess = np.where(slots < 0, -1 - slots, slots - escapes)
         np.copyto(slots, escapes, where=(slots < 0) | (slots > escapes))
         return slots, excess
@@ -322,13 +323,13 @@ class SymbolEncoder:
             ValueError: an argument has another type, shape or range. Nothing is
                 appended then.
         """
-        symbols = _as_symbols(symbols)
-        indexes = tables._as_indexes(indexes, symbols.size)
+        symbols = as_symbols(symbols)
+        indexes = tables.as_indexes(indexes, symbols.size)
         order = np.argsort(indexes, kind="stable")
-        slots, excess = tables._slots(symbols[order], indexes[order])
+        slots, excess = tables.slots(symbols[order], indexes[order])
         for table, start, stop in _groups(indexes):
             self._runs.append((slots[start:stop], tables._model(table)))
-        escaped = np.flatnonzero(slots == tables._escapes[indexes[order]])
+        escaped = np.flatnonzero(slots == tables.escapes[indexes[order]])
         if escaped.size:
             escaped = escaped[np.argsort(order[escaped])]  # in the caller's order
             positions = order[escaped]
@@ -338,7 +339,7 @@ class SymbolEncoder:
     def _push_escaped(
         self, excess: NDArray[np.int32], above: NDArray[np.bool_]
     ) -> None:
-        lengths = _escape_lengths(excess)
+        lengths = escape_lengths(excess)
         self._runs.append((lengths, _length_model()))
         # The bits of excess + 1 below its leading one, and the side in its place.
         values = excess + 1 + ((above.astype(np.int32) - 1) << lengths)
@@ -393,14 +394,14 @@ class SymbolDecoder:
             ValueError: an argument has another type, shape or range.
             BitstreamError: a symbol beyond +-MAX_SYMBOL, or the data has run out.
         """
-        indexes = tables._as_indexes(indexes, np.size(indexes))
+        indexes = tables.as_indexes(indexes, np.size(indexes))
         order = np.argsort(indexes, kind="stable")
         slots = np.empty(order.size, np.int32)
         for table, start, stop in _groups(indexes):
             slots[start:stop] = self._coder.decode(tables._model(table), stop - start)
         symbols = np.empty_like(slots)
         symbols[order] = slots
-        escaped = np.flatnonzero(symbols == tables._escapes[indexes])
+        escaped = np.flatnonzero(symbols == tables.escapes[indexes])
         symbols += tables.offsets[indexes]
         if escaped.size:
             excess, above = self._pop_escaped(escaped.size)
@@ -462,7 +463,7 @@ def _exact_model(counts: ArrayLike) -> Any:
 @functools.cache
 def _length_model() -> Any:
     """P(L) = 2**-(L + 1): with side and remaining bits, an Elias gamma code."""
-    counts = [2 ** (PRECISION_BITS - 1 - length) for length in range(_MAX_LENGTH)]
+    counts = [2 ** (PRECISION_BITS - 1 - length) for length in range(MAX_ESCAPE_LENGTH)]
     return _exact_model([*counts, counts[-1]])
 
 
@@ -472,15 +473,15 @@ def _side_model(length: int) -> Any:
     return constriction.stream.model.Uniform(2 ** (length + 1))
 
 
-def _escape_lengths(excess: NDArray[np.int32]) -> NDArray[np.int32]:
+def escape_lengths(excess: NDArray[np.int32]) -> NDArray[np.int32]:
     """floor(log2(excess + 1))."""
     return np.frexp(excess + 1.0)[1] - 1
 
 
 def _escape_bits(excess: NDArray[np.int32]) -> NDArray[np.floating]:
     """What an escaped value costs besides its escape symbol."""
-    lengths = _escape_lengths(excess)
-    return np.minimum(lengths + 1, _MAX_LENGTH) + lengths + 1.0
+    lengths = escape_lengths(excess)
+    return np.minimum(lengths + 1, MAX_ESCAPE_LENGTH) + lengths + 1.0
 
 
 def _groups(indexes: NDArray[np.unsignedinteger]) -> list[tuple[int, int, int]]:
@@ -492,7 +493,8 @@ def _groups(indexes: NDArray[np.unsignedinteger]) -> list[tuple[int, int, int]]:
     return [(int(t), int(starts[t]), int(stops[t])) for t in used]
 
 
-def _as_symbols(symbols: ArrayLike) -> NDArray[np.int32]:
+def as_symbols(symbols: ArrayLike) -> NDArray[np.int32]:
+    """Symbols [n] as int32; raises ValueError for what the coder does not take."""
     array = np.asarray(symbols)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(

@@ -9,20 +9,15 @@ exact is proved for each output channel, and the same Linen modules run on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.coding.entropy_coding import (
-    MAX_SYMBOL,
-    SymbolDecoder,
-    SymbolEncoder,
-    SymbolTables,
-)
+from semlic_jax.coding.entropy_coding import MAX_SYMBOL, SymbolTables
+from semlic_jax.coding.symbol_passes import Parameters, PassCoder, Symbols
 from semlic_jax.model.compression import ModelConfig, entropy_model, image_masks
 from semlic_jax.model.context import (
     ACCUMULATOR_LIMIT,
@@ -33,11 +28,9 @@ from semlic_jax.model.context import (
     EntropyModel,
     Pass,
     checkerboard,
-    coding_order,
     traverse,
     weight_shift,
 )
-from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
 
 Array = jax.Array
 IntegerTree = dict[str, dict[str, np.ndarray]]
@@ -239,23 +232,7 @@ def _bounded_round(x: Array) -> Array:
     return jnp.clip(jnp.round(x), -MAX_SYMBOL, MAX_SYMBOL).astype(jnp.int32)
 
 
-class Symbols(NamedTuple):
-    """What a file codes of one image, on the padded grids.
-
-    Attributes:
-        z: int32 [h/4, w/4, N].
-        y: int32 [h, w, M], `round(y_scaled - mean)`.
-        indexes: uint8 [h, w, M], table of each y symbol.
-        mean_steps: int16 [h, w, M], means in 1/16 steps.
-    """
-
-    z: np.ndarray
-    y: np.ndarray
-    indexes: np.ndarray
-    mean_steps: np.ndarray
-
-
-class IntegerEntropyModel:
+class IntegerEntropyModel(PassCoder):
     """The entropy model of one model file: symbols <-> bytes, exactly.
 
     Compiled programs depend on the padded grid only, never on the image size.
@@ -274,23 +251,13 @@ class IntegerEntropyModel:
     ) -> None:
         """Proves the bounds of the integers; raises ValueError as `prove_exact`."""
         prove_exact(integers, config)
-        self.config = config
-        self.y_tables = y_tables
-        self.z_tables = z_tables
+        super().__init__(config, y_tables, z_tables)
         self._params = jax.device_put(integers)
         self._network = entropy_model(config, "exact")
 
     def symbols(
         self, y_scaled: Array, z: Array, level: int, size: tuple[int, int]
     ) -> Symbols:
-        """Round the latents of one image on the grid that the coder uses.
-
-        Args:
-            y_scaled: float32 [h, w, M], y * gain, h and w multiples of 4.
-            z: float32 [h/4, w/4, N].
-            level: quality, 0..255.
-            size: height and width of the image in pixels.
-        """
         found = _symbols(
             self._network,
             self._params,
@@ -301,56 +268,12 @@ class IntegerEntropyModel:
         )
         return Symbols(*(np.asarray(array) for array in found))
 
-    def encode(self, symbols: Symbols, size: tuple[int, int]) -> bytes:
-        """The payload of a file."""
-        encoder = SymbolEncoder()
-        rows, columns = _grid(size, HYPER_STRIDE)
-        z = symbols.z[:rows, :columns]
-        encoder.push(z.ravel(), self._z_indexes(rows * columns), self.z_tables)
-        for pass_, inside in self._passes(size):
-            part = (*inside, slice(pass_.start, pass_.stop))
-            encoder.push(
-                symbols.y[part].ravel(), symbols.indexes[part].ravel(), self.y_tables
-            )
-        return encoder.finish()
-
-    def ideal_bits(self, symbols: Symbols, size: tuple[int, int]) -> float:
-        """Code length of the symbols under the tables, in bits."""
-        rows, columns = _grid(size, HYPER_STRIDE)
-        z = symbols.z[:rows, :columns].ravel()
-        total = self.z_tables.ideal_bits(z, self._z_indexes(rows * columns))
-        rows, columns = _grid(size, STRIDE)
-        y = symbols.y[:rows, :columns].ravel()
-        indexes = symbols.indexes[:rows, :columns].ravel()
-        return total + self.y_tables.ideal_bits(y, indexes)
-
-    def decode(
-        self, payload: bytes, level: int, size: tuple[int, int], grid: tuple[int, int]
-    ) -> np.ndarray:
-        """y_hat_scaled of a payload.
-
-        Args:
-            payload: from `encode`.
-            level: quality, 0..255.
-            size: height and width of the image in pixels.
-            grid: height and width to pad y to, multiples of 4. The values inside the
-                image do not depend on it.
-
-        Returns:
-            float32 [ceil(H/16), ceil(W/16), M], multiples of 1/16.
-
-        Raises:
-            BitstreamError: the payload is not a valid stream of this model.
-        """
-        decoder = SymbolDecoder(payload)
-        z = np.zeros((grid[0] // 4, grid[1] // 4, self.config.hyper_channels), np.int32)
-        rows, columns = _grid(size, HYPER_STRIDE)
-        popped = decoder.pop(self._z_indexes(rows * columns), self.z_tables)
-        z[:rows, :columns] = popped.reshape(rows, columns, -1)
+    def parameters(
+        self, z: np.ndarray, level: int, size: tuple[int, int], index_check: bytes
+    ) -> Parameters:
         level_array = jnp.int32(level)
         size_array = jnp.asarray(size, jnp.int32)
         psi = _psi(self._network, self._params, z, level_array, size_array)
-        inside = dict(self._passes(size))
 
         def parameters(
             pass_: Pass, y_hat: tuple[np.ndarray, ...]
@@ -366,37 +289,4 @@ class IntegerEntropyModel:
             )
             return np.asarray(found[0]), np.asarray(found[1])
 
-        def visit(pass_: Pass, index: np.ndarray, mean: np.ndarray) -> np.ndarray:
-            part = (0, *inside[pass_])
-            symbols = decoder.pop(index[part].ravel(), self.y_tables)
-            values = np.zeros(index.shape, np.int32)
-            values[part] = (
-                symbols.reshape(-1, index.shape[-1]) * MEAN_STEPS + mean[part]
-            )
-            return values
-
-        groups = traverse(self.config.groups, grid, parameters, visit)
-        decoder.finish()
-        rows, columns = _grid(size, STRIDE)
-        y_hat = np.concatenate(groups, -1)[0, :rows, :columns]
-        return y_hat.astype(np.float32) / MEAN_STEPS
-
-    def _z_indexes(self, positions: int) -> np.ndarray:
-        channels = self.config.hyper_channels
-        return np.tile(np.arange(channels, dtype=np.uint16), positions)
-
-    def _passes(
-        self, size: tuple[int, int]
-    ) -> Iterator[tuple[Pass, tuple[np.ndarray, np.ndarray]]]:
-        """Each pass with the rows and columns of its positions inside the image."""
-        colours = []
-        for parity in (0, 1):
-            rows, columns, _ = np.nonzero(checkerboard(*_grid(size, STRIDE), parity))
-            colours.append((rows, columns))
-        for pass_ in coding_order(self.config.groups):
-            yield pass_, colours[pass_.parity]
-
-
-def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Positions that cover an image of this height and width."""
-    return -(-size[0] // stride), -(-size[1] // stride)
+        return parameters

@@ -89,18 +89,7 @@ class ModelConfig:
             ValueError: a field has another type, is out of range, or contradicts
                 another.
         """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if str(field.type).startswith("tuple"):
-                if not isinstance(value, list | tuple) or not 1 <= len(value) <= 64:
-                    raise ValueError(
-                        f"expected 1 to 64 numbers as {field.name}, found {value!r}"
-                    )
-                object.__setattr__(self, field.name, tuple(value))
-                for entry in value:
-                    _check_field(field.name, entry, "int")
-            else:
-                _check_field(field.name, value, str(field.type))
+        check_fields(self)
         if self.patch not in (1, 2, 4):
             raise ValueError(f"expected a patch of 1, 2 or 4, found {self.patch}")
         levels = int(math.log2(STRIDE // self.patch)) + 1
@@ -129,6 +118,26 @@ _FIELD_RANGES = {
     "context_shifts": (0, 15),
     "gain_anchors": (2, 256),
 }
+
+
+def check_fields(config: Any) -> None:
+    """Check types and ranges of a configuration's fields, and make its lists tuples.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if str(field.type).startswith("tuple"):
+            if not isinstance(value, list | tuple) or not 1 <= len(value) <= 64:
+                raise ValueError(
+                    f"expected 1 to 64 numbers as {field.name}, found {value!r}"
+                )
+            object.__setattr__(config, field.name, tuple(value))
+            for entry in value:
+                _check_field(field.name, entry, "int")
+        else:
+            _check_field(field.name, value, str(field.type))
 
 
 def _check_field(name: str, value: Any, kind: str) -> None:
@@ -314,6 +323,11 @@ class CompressionModel(nn.Module):
     def hyper_analysis(self, y_scaled: Array) -> Array:
         """z = h_a(y * gain): [B, h, w, M] -> [B, h/4, w/4, N]."""
         return self.h_a(y_scaled)
+
+    def scaled_latents(self, y: Array, quality: Array) -> tuple[Array, Array]:
+        """y * gain and the z of it, for quality [B] in [0, 1]."""
+        y_scaled = y * self.gain(quality)
+        return y_scaled, self.hyper_analysis(y_scaled)
 
     def synthesis(self, y_hat_scaled: Array, quality: Array) -> Array:
         """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped."""

@@ -25,11 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.model.compression import (
-    CompressionModel,
-    ModelConfig,
-    image_masks,
-)
+from semlic_jax.model.compression import CompressionModel, image_masks
 from semlic_jax.model.context import (
     MEAN_STEPS,
     Masks,
@@ -37,6 +33,7 @@ from semlic_jax.model.context import (
     checkerboard,
     coding_order,
 )
+from semlic_jax.model.mean_scale import Config, MeanScaleModel, network_of
 from semlic_jax.model.priors import gaussian_bits, scale_from_index
 from semlic_jax.model.transforms import STRIDE
 from semlic_jax.objectives.features import (
@@ -48,6 +45,7 @@ from semlic_jax.objectives.losses import local_style
 from semlic_jax.refinement.sga import draw_noise, relaxed_round
 
 Array = jax.Array
+Network = CompressionModel | MeanScaleModel
 
 # Corners of the trunk's input, row and column: every parity of both occurs.
 TRUNK_SHIFTS = ((0, 0), (1, 2), (2, 3), (3, 1))
@@ -59,7 +57,7 @@ class Frozen(NamedTuple):
     """What does not change during a refinement, besides the images.
 
     Attributes:
-        params: of `CompressionModel` in its `fake` arithmetic.
+        params: of the differentiable twin (`Codec.twin_params`).
         y_bits, z_bits: `SymbolTables.bits_lookup()` matrices of the coder, float32
             [T, 2 * radius + 1].
         features: the trunk, or None without perceptual terms.
@@ -111,7 +109,7 @@ class Static(NamedTuple):
         dtype: name of the type that g_s computes in.
     """
 
-    config: ModelConfig
+    config: Config
     method: str
     perceptual: bool
     style: bool
@@ -135,9 +133,9 @@ class Terms(NamedTuple):
     perceptual: Array
 
 
-def twin(static: Static) -> CompressionModel:
+def twin(static: Static) -> Network:
     """The differentiable model of a refinement."""
-    return CompressionModel(static.config, "fake", jnp.dtype(static.dtype))
+    return network_of(static.config, "fake", jnp.dtype(static.dtype))
 
 
 def soft_terms(
@@ -169,7 +167,7 @@ def soft_terms(
         part = y_noise[..., channels, :] if three else y_noise[..., channels]
         return relaxed_round(v, part, temperature, static.method)
 
-    def forward(model: CompressionModel) -> tuple[Array, Array]:
+    def forward(model: Network) -> tuple[Array, Array]:
         masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
         z_tilde = relaxed_round(z, z_noise, temperature, static.method) * masks.z
         z_bits = jnp.sum(model.z_bits(z_tilde) * masks.z, (1, 2, 3))
@@ -208,7 +206,7 @@ def hard_terms(
     def round_y(v: Array, channels: slice) -> Array:
         return jnp.sign(v) * jnp.maximum(jnp.ceil(jnp.abs(v) - 0.5 - zone), 0.0)
 
-    def forward(model: CompressionModel) -> tuple[Array, Array, Array]:
+    def forward(model: Network) -> tuple[Array, Array, Array]:
         masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
         z_hat = jnp.round(z) * masks.z
         z_bits = _look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
@@ -248,7 +246,7 @@ def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray
 
 
 def _walk(
-    model: CompressionModel,
+    model: Network,
     quality: Array,
     masks: Masks,
     y_scaled: Array,
@@ -288,9 +286,7 @@ def _look_up(bits: Array, index: Array, symbol: Array) -> Array:
     return bits[jnp.broadcast_to(index, column.shape), column]
 
 
-def _reconstruct(
-    model: CompressionModel, static: Static, images: Images, y_hat: Array
-) -> Array:
+def _reconstruct(model: Network, static: Static, images: Images, y_hat: Array) -> Array:
     """The decoder's image, clipped to [0, 1]."""
     if static.padded:
         # Decoders repeat the edge of the latents beyond the image.
