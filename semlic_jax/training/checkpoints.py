@@ -5,12 +5,12 @@ A checkpoint is one tree: `params`, `average` and `optimizer` of the network tha
 stage trains, and beside them what else its updates change. Orbax writes it in the
 background into a folder per step, which appears under its number when it is complete,
 so a run that dies while writing leaves the checkpoint before it as the last one.
+Folders may be in a bucket (`gs://...`).
 """
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ _ITEM = "default"  # orbax's name for the tree of a checkpoint
 class Checkpoints:
     """The checkpoints of one stage; a context manager that waits for the last."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: epath.PathLike, keep: int) -> None:
         """Makes the folder.
 
         Args:
@@ -36,16 +36,17 @@ class Checkpoints:
         Raises:
             ValueError: the folder cannot be written.
         """
-        self.folder = folder.absolute()
+        self.folder = _absolute(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".writable_{jax.process_index()}"
             probe.write_bytes(b"0")
             probe.unlink()
-        except OSError as error:
+        except Exception as error:  # the libraries of buckets have errors of their own
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise ValueError(
                 f"checkpoints need a folder that can be written, found {folder}: "
-                f"{error.strerror}"
+                f"{reason[:300]}"
             ) from error
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
@@ -61,6 +62,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and jax.process_count() > 1:
+            # Another process may be gone, and a checkpoint is finished together.
+            return
         try:
             self._guarded(self._manager.wait_until_finished)
         except ValueError:
@@ -110,7 +114,7 @@ class Checkpoints:
             ) from error
 
 
-def check_fits(found: Any, wanted: Tree, where: Path) -> None:
+def check_fits(found: Any, wanted: Tree, where: epath.PathLike) -> None:
     """Compares the shapes of a checkpoint with those of a state.
 
     Raises:
@@ -134,13 +138,21 @@ def _name(path: Any) -> str:
     return "/".join(str(key) for key in keys)
 
 
-def _complete_steps(folder: Path) -> list[int]:
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    path = epath.Path(folder)
+    # The absolute path that pathlib makes of gs://bucket is one of this machine.
+    return path if path.is_absolute() else path.resolve()
+
+
+def _complete_steps(folder: epath.Path) -> list[int]:
     # Orbax renames a checkpoint to its step's number when it is complete.
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
 
 
-def read_params(folder: Path, step: int | None = None, which: str = "average") -> Tree:
+def read_params(
+    folder: epath.PathLike, step: int | None = None, which: str = "average"
+) -> Tree:
     """Parameters in a stage's checkpoint, as NumPy arrays.
 
     Args:
@@ -151,6 +163,7 @@ def read_params(folder: Path, step: int | None = None, which: str = "average") -
     Raises:
         ValueError: there is no such checkpoint.
     """
+    folder = _absolute(folder)
     steps = _complete_steps(folder)
     if step is None and steps:
         step = steps[-1]
@@ -159,7 +172,7 @@ def read_params(folder: Path, step: int | None = None, which: str = "average") -
             f"expected a checkpoint{'' if step is None else f' of step {step}'} in "
             f"{folder}, found {', '.join(map(str, steps)) or 'none'}"
         )
-    path = epath.Path(folder.absolute()) / str(step) / _ITEM
+    path = folder / str(step) / _ITEM
     logging.info("reading %s", path)
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(path).tree

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from etils import epath
+
 from semlic_jax.model.compression import SIZES
 from semlic_jax.training.checkpoints import read_params
 from semlic_jax.weights import export_model, save_model
@@ -16,7 +18,7 @@ from semlic_jax.weights import export_model, save_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", type=Path)
+    parser.add_argument("stage", type=epath.Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--size", default="small", choices=sorted(SIZES))
     parser.add_argument("--step", type=int)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from semlic_jax.training.checkpoints import Checkpoints
 from semlic_jax.training.data import Photographs
@@ -43,7 +43,7 @@ def run_program(
     program: Program,
     photographs: Photographs,
     writer: Writer,
-    workdir: Path,
+    workdir: epath.Path,
 ) -> Tree:
     """Trains one stage to its end; returns the averaged parameters of its network.
 

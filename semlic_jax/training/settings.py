@@ -13,9 +13,9 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from semlic_jax.model.compression import SIZES, ModelConfig
@@ -228,7 +228,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"config.data.batch must be at least 1, found {data.batch}")
     for name in ("init_from", "labeller_from"):
         folder = getattr(settings, name)
-        if folder and not Path(folder).is_dir():
+        if folder and not epath.Path(folder).is_dir():
             raise ValueError(f"config.{name}: no such folder: {folder}")
     for stage in settings.records:
         if isinstance(stage, LabellerStage):

@@ -9,18 +9,30 @@ place. The compiler inserts the collectives.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Tree = Any
 
 DATA, MODEL = "data", "model"
+
+# Exit status of a process whose run was broken by another one: EX_TEMPFAIL.
+LOST_STATUS = 75
+
+
+class LostProcessError(ValueError):
+    """The processes of a run can no longer work together."""
 
 
 def start_processes(
@@ -65,6 +77,49 @@ def start_processes(
             f"cannot join the processes of this run: {' '.join(str(error).split())}"
         ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    if jax.default_backend() == "cpu":
+        # Gloo gives the others 30 seconds for the first collective. Now all are here;
+        # later, one may compile for longer than that.
+        with stops_with_the_others():
+            multihost_utils.sync_global_devices("start")
+
+
+@contextmanager
+def stops_with_the_others() -> Iterator[None]:
+    """Ends this process at once, with status `LOST_STATUS`, where a collective failed.
+
+    Raises:
+        LostProcessError: instead of what the runtime says of the lost connection.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        broken = _is_broken_collective(error)
+        # At its exit JAX waits for the processes that are gone, for minutes.
+        atexit.register(_leave, LOST_STATUS if broken else 1)
+        if not broken:
+            raise
+        raise LostProcessError(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on "
+            "without the others: start all of them again with the same command to go "
+            f"on from the last checkpoint ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _is_broken_collective(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__
+    return False
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def make_mesh(data: int, model: int) -> Mesh:

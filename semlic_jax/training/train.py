@@ -3,7 +3,8 @@
 
 The stages of a config run one after the other, each from the averaged parameters of
 the one before. Each keeps its checkpoints in `DIR/<stage>`; the same command goes on
-where a killed run stopped.
+where a killed run stopped. Where one of several processes is lost, the others stop with
+exit status 75: start all of them again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from semlic_jax.model.compression import CompressionModel
 from semlic_jax.objectives.feature_weights import load_lpips_heads
@@ -39,7 +41,12 @@ from semlic_jax.training.settings import (
     Settings,
     read_settings,
 )
-from semlic_jax.training.sharding import local_examples, make_mesh, start_processes
+from semlic_jax.training.sharding import (
+    local_examples,
+    make_mesh,
+    start_processes,
+    stops_with_the_others,
+)
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import LabellerStage
 from semlic_jax.training.steps import Trunk
@@ -63,7 +70,7 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     x = jnp.zeros((1, 64, 64, 3))
     key = jax.random.key(settings.seed)
     if settings.init_from:
-        folder = Path(settings.init_from)
+        folder = settings.init_from
         params = checkpoints.read_params(folder)
         wanted = jax.eval_shape(model.init, key, x, jnp.zeros(1), key)["params"]
         checkpoints.check_fits(params, wanted, folder)
@@ -93,11 +100,15 @@ def _trunk(settings: Settings) -> Trunk | None:
     return Trunk(network, heads)
 
 
-def train(config: Any, workdir: Path) -> dict[str, Tree]:
+def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
     """Runs all stages of an `ml_collections` config.
 
     Everything that can be wrong with the config, the data, the weights and the devices
     is refused before anything is compiled.
+
+    Args:
+        config: see `settings`.
+        workdir: of the run; may be in a bucket (`gs://...`).
 
     Returns:
         Averaged parameters of what was trained: `codec`, `labeller`.
@@ -105,6 +116,7 @@ def train(config: Any, workdir: Path) -> dict[str, Tree]:
     Raises:
         ValueError: in one sentence, what is wrong.
     """
+    workdir = epath.Path(workdir)
     settings = read_settings(config)
     mesh = make_mesh(settings.mesh.data, settings.mesh.model)
     local_examples(mesh, settings.data.batch)
@@ -130,7 +142,7 @@ def train(config: Any, workdir: Path) -> dict[str, Tree]:
     writer.config(config.to_json_best_effort(indent=2))
     trained: dict[str, Tree] = {}
     if settings.labeller_from:
-        trained["labeller"] = checkpoints.read_params(Path(settings.labeller_from))
+        trained["labeller"] = checkpoints.read_params(settings.labeller_from)
     try:
         for stage in settings.records:
             if isinstance(stage, LabellerStage):
@@ -197,7 +209,7 @@ def main(argv: Sequence[str], prog: str = "semlic train") -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--workdir", required=True, type=epath.Path, metavar="DIR")
     parser.add_argument(
         "--distributed",
         default="none",
@@ -218,7 +230,8 @@ def main(argv: Sequence[str], prog: str = "semlic train") -> None:
     start_processes(
         options.distributed, options.coordinator, options.processes, options.process
     )
-    train(config, options.workdir)
+    with stops_with_the_others():
+        train(config, options.workdir)
 
 
 if __name__ == "__main__":

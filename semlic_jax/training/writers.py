@@ -3,26 +3,33 @@
 
 `metrics.jsonl` and PNG files always; TensorBoard through clu where it is installed
 (the extra `train`: clu's writers need TensorFlow and TensorBoard, so they are imported
-here, inside the training program, and nowhere else). Only process 0 writes.
+here, inside the training program, and nowhere else). Only process 0 writes. The folder
+may be in a bucket (`gs://...`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
+
+_BUCKET_SECONDS = 60.0
 
 
 class Writer:
     """Metrics and pictures of one run, appended to what is there."""
 
-    def __init__(self, workdir: Path, *, active: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, workdir: epath.PathLike, *, active: bool, tensorboard: bool
+    ) -> None:
         """Opens the files.
 
         Args:
@@ -33,42 +40,43 @@ class Writer:
         Raises:
             ValueError: the folder cannot be written.
         """
-        self._workdir = workdir
-        self._file = None
+        self._workdir = epath.Path(workdir)
+        self._log: _Log | None = None
         self._writers: dict[str, Any] = {}
         self._tensorboard = active and tensorboard and _clu() is not None
         if active:
-            with _clear_errors(workdir):
-                workdir.mkdir(parents=True, exist_ok=True)
-                self._file = (workdir / "metrics.jsonl").open("a")
+            with _clear_errors(self._workdir):
+                self._workdir.mkdir(parents=True, exist_ok=True)
+                self._log = _Log(self._workdir / "metrics.jsonl")
 
     def config(self, text: str) -> None:
         """Keeps the configuration, as JSON."""
-        if self._file is not None:
+        if self._log is not None:
             with _clear_errors(self._workdir):
                 (self._workdir / "config.json").write_text(text)
 
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One row of the log; also a point of each TensorBoard curve."""
-        if self._file is None:
+        if self._log is None:
             return
         row = json.dumps({"stage": stage, "step": step, **values})
         with _clear_errors(self._workdir):
-            self._file.write(row + "\n")
-            self._file.flush()
+            self._log.add(row + "\n")
         if self._tensorboard:
             self._writer(stage).write_scalars(step, values)
 
     def images(self, stage: str, step: int, rows: Sequence[np.ndarray]) -> None:
         """A picture sheet: one row for each array, float [B, H, W, 3] in [0, 1]."""
-        if self._file is None:
+        if self._log is None:
             return
         sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
         pixels = np.round(np.clip(sheet, 0, 1) * 255).astype(np.uint8)
         folder = self._workdir / "images"
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "PNG")
         with _clear_errors(self._workdir):
             folder.mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{stage}_{step:07d}.png")
+            (folder / f"{stage}_{step:07d}.png").write_bytes(encoded.getvalue())
         if self._tensorboard:
             self._writer(stage).write_images(step, {"reconstructions": pixels[None]})
 
@@ -82,19 +90,57 @@ class Writer:
         """Flushes everything."""
         for writer in self._writers.values():
             writer.close()
+        if self._log is not None:
+            with _clear_errors(self._workdir):
+                self._log.close()
+
+
+class _Log:
+    """Lines at the end of a file, each visible at once.
+
+    Files in a bucket cannot grow: there the whole file is written anew, once a minute.
+    """
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path = path
+        self._file = None
+        self._lines: list[str] = []
+        self._written = time.monotonic()
+        if not str(path).startswith("gs://"):
+            self._file = path.open("a")
+        elif path.exists():
+            self._lines.append(path.read_text())
+
+    def add(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._written >= _BUCKET_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        self._path.write_text("".join(self._lines))
+        self._written = time.monotonic()
+
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        else:
+            self._write()
 
 
 @contextmanager
-def _clear_errors(workdir: Path) -> Iterator[None]:
+def _clear_errors(workdir: epath.Path) -> Iterator[None]:
     """Says which folder it was that could not be written."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # the libraries of buckets have errors of their own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(
             f"--workdir must be a folder that can be written, found {workdir}: "
-            f"{error.strerror or error}"
+            f"{reason[:300]}"
         ) from error
 
 
