@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One machine: one or several processes, with the GPUs dealt out among them.
+
+One process uses all GPUs that it sees, so several are needed only to keep processes
+apart: for shares of a refinement, or to try out what a pod will do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TextIO
+
+from launch.tasks import ROOT, SKIPPED_STATUS, Task, shown, worth_restarting
+
+# Between SIGTERM and SIGKILL.
+_TERM_SECONDS = 10.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this target."""
+    parser.add_argument("--processes", metavar="N", type=int, default=1)
+    parser.add_argument(
+        "--gpus",
+        metavar="N",
+        type=int,
+        default=0,
+        help="deal out these; default: every process sees what there is",
+    )
+    parser.add_argument(
+        "--port", metavar="P", type=int, default=0, help="default: one that is free"
+    )
+    parser.add_argument(
+        "--restarts",
+        metavar="N",
+        type=int,
+        default=0,
+        help="start again so many times after a process was killed; default 0",
+    )
+    parser.add_argument(
+        "--grace",
+        metavar="S",
+        type=float,
+        default=30.0,
+        help="seconds that the others get to stop by themselves; default 30",
+    )
+
+
+def start(options: argparse.Namespace, task: Task) -> int:
+    """Runs the task to its end; returns its exit status.
+
+    Raises:
+        ValueError: an argument is wrong, or a process failed: which, and how.
+    """
+    count = 1 if task.name == "eval" else options.processes
+    if count < 1:
+        raise ValueError(f"--processes must be at least 1, found {count}")
+    if options.gpus and options.gpus % count:
+        raise ValueError(
+            f"--gpus must be a multiple of the {count} processes, found {options.gpus}"
+        )
+    if options.dry_run:
+        for command, variables in _commands(options, task, count):
+            print(shown(command, variables))
+        return 0
+    for restart in range(options.restarts + 1):
+        ends = _run(options, task, count)
+        failed = [end for end in ends if end.status]
+        if all(end.status == SKIPPED_STATUS for end in failed):
+            return SKIPPED_STATUS if failed else 0
+        story = "; ".join(end.story() for end in failed)
+        if not all(end.stopped or worth_restarting(end.status) for end in failed):
+            raise ValueError(story)
+        if restart < options.restarts:
+            print(f"launch: {story}; starting again", file=sys.stderr, flush=True)
+    raise ValueError(f"{story}; the same command goes on where it stopped")
+
+
+class _End(NamedTuple):
+    """How a process ended; `stopped` by us because of another one."""
+
+    process: int
+    status: int
+    stopped: bool
+
+    def story(self) -> str:
+        if self.stopped:
+            return f"process {self.process} was stopped"
+        if self.status < 0:
+            name = signal.Signals(-self.status).name
+            return f"process {self.process} was killed by {name}"
+        return f"process {self.process} ended with status {self.status}"
+
+
+def _commands(
+    options: argparse.Namespace, task: Task, count: int
+) -> list[tuple[list[str], dict[str, str]]]:
+    port = options.port or _free_port()
+    commands = []
+    for process in range(count):
+        distributed: Sequence[str] = ()
+        if count > 1:
+            distributed = (
+                "--distributed=explicit",
+                f"--coordinator=localhost:{port}",
+                f"--processes={count}",
+                f"--process={process}",
+            )
+        command = task.command(
+            sys.executable,
+            str(ROOT),
+            distributed=distributed,
+            process=process,
+            processes=count,
+        )
+        variables = {}
+        if options.gpus:
+            each = options.gpus // count
+            own = range(process * each, (process + 1) * each)
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+        commands.append((command, variables))
+    return commands
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _run(options: argparse.Namespace, task: Task, count: int) -> list[_End]:
+    """Starts all processes and waits for their ends.
+
+    Where they work as one and one fails, the others get a grace to say what they saw.
+    """
+    before = signal.signal(signal.SIGTERM, _terminated)
+    running: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
+    stopped: set[int] = set()
+    try:
+        for process, (command, variables) in enumerate(_commands(options, task, count)):
+            running.append(_start(command, variables))
+            if count > 1:
+                text = f"launch: process {process} has the id {running[-1].pid}"
+                print(text, file=sys.stderr, flush=True)
+            reader = threading.Thread(
+                target=_copy_lines,
+                args=(running[-1].stdout, f"[{process}] " if count > 1 else ""),
+            )
+            reader.start()
+            readers.append(reader)
+        until = float("inf")
+        while any(each.poll() is None for each in running):
+            if task.as_one and any(each.poll() for each in running):
+                until = min(until, time.monotonic() + options.grace)
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+    finally:
+        stopped = _stop(running)
+        for reader in readers:
+            reader.join()
+        signal.signal(signal.SIGTERM, before)
+    return [
+        _End(process, each.returncode, process in stopped)
+        for process, each in enumerate(running)
+    ]
+
+
+def _terminated(*_: object) -> None:
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _start(
+    command: Sequence[str], variables: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=dict(os.environ, **variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def _copy_lines(source: TextIO, prefix: str) -> None:
+    with source:
+        for line in source:
+            sys.stdout.write(f"{prefix}{line}")
+            sys.stdout.flush()
+
+
+def _stop(running: Sequence[subprocess.Popen[str]]) -> set[int]:
+    """Ends what still runs; returns which."""
+    left = {process for process, each in enumerate(running) if each.poll() is None}
+    for process in left:
+        running[process].terminate()
+    until = time.monotonic() + _TERM_SECONDS
+    for process in left:
+        try:
+            running[process].wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            running[process].kill()
+            running[process].wait()
+    return left

@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launching: what would run, what is refused, and runs that lose a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ml_collections", reason="training needs the extra `train`")
+pytest.importorskip("orbax.checkpoint", reason="training needs the extra `train`")
+
+# ruff: noqa: E402
+import jax
+import yaml
+from test_sharding import environment
+
+from launch import worker
+from launch.__main__ import main
+from launch.tasks import LOST_STATUS, worth_restarting
+from semlic_jax.training import checkpoints, sharding
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+SEMLIC = f"{PYTHON} -m semlic_jax.cli"
+WORKER = f"{ROOT}/launch/worker.py"
+
+LOCAL = ["local", "--dry-run"]
+SLURM = ["slurm", "--dry-run", "--time", "2:00:00"]
+TPU = ["tpu", "--name", "run", "--zone", "us-central2-b", "--type", "v4-32"]
+GKE = ["gke", "--dry-run", "--name", "run", "--image", "registry/semlic:1"]
+SLICE = ["--tpu", "tpu-v4-podslice", "--topology", "2x2x4"]
+TRAIN = ["train", "--config", "configs/tiny.py", "--workdir"]
+REFINE = ["refine", "gs://b/in", "gs://b/out", "--bpp", "0.2", "--steps", "50"]
+EVAL = ["eval", "gs://b/in", "--out", "gs://b/report", "--codecs", "semlic,avif"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refuse_to_run(*arguments, **options):
+    raise AssertionError(f"a dry run ran {arguments}")
+
+
+@pytest.fixture
+def dry(monkeypatch, capsys):
+    """Function of arguments: the output of a dry run, which must run nothing."""
+    monkeypatch.setattr(subprocess, "run", refuse_to_run)
+    monkeypatch.setattr(subprocess, "Popen", refuse_to_run)
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    """A program of that name, first on the PATH that has the folder first."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+# -------------------------------------------------------------------- dry runs
+
+
+def test_local_dry_runs(dry):
+    assert dry(*LOCAL, *TRAIN, "runs/x", "--config.seed=3") == (
+        f"{SEMLIC} train --config configs/tiny.py --workdir runs/x --config.seed=3\n"
+    )
+    options = ("--processes", "2", "--gpus", "4", "--port", "4321")
+    common = f"{SEMLIC} train --config configs/tiny.py --workdir gs://b/x"
+    explicit = "--distributed=explicit --coordinator=localhost:4321 --processes=2"
+    assert dry(*LOCAL, *options, *TRAIN, "gs://b/x").splitlines() == [
+        f"CUDA_VISIBLE_DEVICES=0,1 {common} {explicit} --process=0",
+        f"CUDA_VISIBLE_DEVICES=2,3 {common} {explicit} --process=1",
+    ]
+    out = dry(*LOCAL, "--processes", "2", "refine", "tests", "a b", "--bpp", "0.2")
+    assert out.splitlines() == [
+        f"{SEMLIC} refine tests 'a b' --bpp 0.2 --processes=2 --process={process}"
+        for process in range(2)
+    ]
+    staged = "gs://b/in gs://b/out --bpp 0.2 --steps 50"
+    assert dry(*LOCAL, *REFINE) == f"{PYTHON} {WORKER} refine {staged}\n"
+    out = dry(*LOCAL, "--processes", "2", "eval", "tests", "--out", "report")
+    assert out == f"{SEMLIC} eval tests --out report\n"
+
+
+def test_slurm_dry_runs(dry):
+    nodes = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu")
+    head = "SEMLIC_RESTARTS=3 sbatch --nodes={} --ntasks-per-node={}"
+    script = f"{ROOT}/launch/slurm.sbatch"
+    assert dry(*SLURM, *nodes, "--sbatch=--qos=high", *TRAIN, "runs/x") == (
+        f"{head.format(2, 4)} --gpus-per-node=4 --time=2:00:00 --partition=gpu "
+        f"--qos=high {script} {SEMLIC} train --config configs/tiny.py "
+        "--workdir runs/x --distributed=auto\n"
+    )
+    assert dry(*SLURM, *nodes, *REFINE) == (
+        f"{head.format(2, 4)} --gpus-per-node=4 --time=2:00:00 --partition=gpu "
+        f"{script} {PYTHON} {WORKER} --auto refine gs://b/in gs://b/out --bpp 0.2 "
+        "--steps 50\n"
+    )
+    assert dry(*SLURM, *nodes, "eval", "tests", "--out", "/shared/report") == (
+        f"{head.format(1, 1)} --gpus-per-node=1 --time=2:00:00 --partition=gpu "
+        f"{script} {SEMLIC} eval tests --out /shared/report\n"
+    )
+    assert dry(*SLURM, "--gpus-per-node", "0", *TRAIN, "runs/x").startswith(
+        "SEMLIC_RESTARTS=3 sbatch --nodes=1 --ntasks-per-node=1 --time=2:00:00 "
+        f"{script} {SEMLIC} train"
+    )
+
+
+def test_tpu_dry_runs(dry):
+    options = ["--dry-run", "--project", "p", "--spot", "--delete", "--restarts", "7"]
+    lines = dry(*TPU, *options, *TRAIN, "gs://b/x").splitlines()
+    where = "--project=p --zone=us-central2-b"
+    queued = "gcloud compute tpus queued-resources"
+    archive = f"{tempfile.gettempdir()}/run_semlic_jax.tar.gz"
+    ssh = f"gcloud compute tpus tpu-vm ssh run {where} --worker=all '--command="
+    train = (
+        ".venv/bin/python -m semlic_jax.cli train --config configs/tiny.py "
+        "--workdir gs://b/x --distributed=auto; }'"
+    )
+    delete = f"{queued} delete run {where} --force --quiet"
+    install = lines.pop(7)
+    assert install.startswith(f"{ssh}mkdir -p semlic_jax_run && tar -xzf")
+    assert ".[train,eval]" in install and "jax[tpu]" in install
+    lock = "--conflict-exit-code 74 /tmp/semlic_jax.lock"
+    assert lines == [
+        "# ask for the slice, if it is not there",
+        f"{queued} create run {where} --node-id=run --accelerator-type=v4-32 "
+        "--runtime-version=tpu-ubuntu2204-base --spot",
+        "# until it is ACTIVE",
+        f"{queued} describe run {where} '--format=value(state.state)'",
+        "# install on all workers",
+        f"sh -c 'git -C {ROOT} ls-files -z -co --exclude-standard | tar -C {ROOT} "
+        f"--null --ignore-failed-read -T - -czf {archive}'",
+        f"gcloud compute tpus tpu-vm scp {archive} run:semlic_jax.tar.gz {where} "
+        "--worker=all",
+        "# run",
+        f"{ssh}cd semlic_jax_run && {{ exec flock --nonblock {lock} {train}",
+        "# after a preemption, at most 7 times, this and all of the above",
+        delete,
+        "# after a killed process, as many times",
+        f"{ssh}cd semlic_jax_run && {{ fuser -k /tmp/semlic_jax.lock; "
+        f"exec flock --wait 60 {lock} {train}",
+        "# at the end",
+        delete,
+    ]
+    refine = dry(*TPU, "--dry-run", "--project", "p", *REFINE)
+    share = ".venv/bin/python ./launch/worker.py --auto"
+    assert "--worker=all '--command=cd semlic_jax_run" in refine
+    assert f"{share} refine gs://b/in gs://b/out --bpp 0.2 --steps 50; }}'" in refine
+    evaluation = dry(*TPU, "--dry-run", "--project", "p", *EVAL)
+    assert f"{lock} {share} eval gs://b/in --out gs://b/report" in evaluation
+    assert "--worker=0 '--command=cd semlic_jax_run && { exec flock" in evaluation
+    argument = dry(
+        *TPU, "--dry-run", "--project", "p", "train", "--workdir", "/mnt/x",
+        *("--config", f"{ROOT}/configs/ablations.py:without_style"),
+    )  # fmt: skip
+    assert " --config configs/ablations.py:without_style --workdir /mnt/x" in argument
+
+
+def manifest_of(output: str) -> dict:
+    head, _, rest = output.partition("\n")
+    assert head == "kubectl apply -f - <<'EOF'" and rest.endswith("\nEOF\n")
+    return yaml.safe_load(rest.removesuffix("EOF\n"))
+
+
+def job_of(manifest: dict) -> tuple[dict, dict, dict]:
+    (job,) = manifest["spec"]["replicatedJobs"]
+    job = job["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    return job, pod, container
+
+
+def test_gke_dry_runs(dry):
+    manifest = manifest_of(
+        dry(*GKE, *SLICE, "--spot", "--restarts", "5", *TRAIN, "gs://b/x")
+    )
+    assert manifest["kind"] == "JobSet" and manifest["metadata"]["name"] == "run"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 5
+    job, pod, container = job_of(manifest)
+    assert job["completions"] == job["parallelism"] == 4
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    # A lost process is worth a restart, a refusal is not.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert not any(map(worth_restarting, rule["onExitCodes"]["values"]))
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v4-podslice",
+        "cloud.google.com/gke-tpu-topology": "2x2x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert container["image"] == "registry/semlic:1"
+    assert container["resources"] == {"limits": {"google.com/tpu": "4"}}
+    train = ["python", "-m", "semlic_jax.cli", *TRAIN, "gs://b/x"]
+    assert container["command"] == [*train, "--distributed=auto"]
+
+    gpus = ["--gpu", "nvidia-h100-80gb", "--nodes", "2"]
+    _, pod, container = job_of(manifest_of(dry(*GKE, *gpus, *TRAIN, "gs://b/x")))
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": "8"}}
+    assert container["command"] == [
+        *train,
+        "--distributed=explicit",
+        "--coordinator=run-workers-0-0.run:8476",
+        "--processes=2",
+        "--process=$(JOB_COMPLETION_INDEX)",
+    ]
+    _, _, container = job_of(manifest_of(dry(*GKE, *gpus, *REFINE)))
+    assert container["command"] == [
+        *("python", "/semlic_jax/launch/worker.py", "--auto", *REFINE)
+    ]
+    assert container["env"] == [{"name": "SEMLIC_PROCESSES", "value": "2"}]
+    _, _, container = job_of(manifest_of(dry(*GKE, *gpus[:2], *EVAL)))
+    assert container["command"] == ["python", "/semlic_jax/launch/worker.py", *EVAL]
+
+
+# -------------------------------------------------------------------- refusals
+
+
+REFUSED = [
+    ([*LOCAL, "train", "--workdir", "x"], "train needs --config, found none"),
+    ([*LOCAL, "train", "--config", "configs/tiny.py"], "needs --workdir, found none"),
+    ([*LOCAL, *TRAIN, "x", "--debug"], "--config.key=value, found '--debug'"),
+    ([*LOCAL, *TRAIN, "x", "--config.sead=1"], "no key 'sead'; did you mean seed?"),
+    ([*LOCAL, "train", "--config", "no.py", "--workdir", "x"], "no such file: no.py"),
+    ([*LOCAL, "refine", "tests", "--bpp", "1"], "IN_DIR OUT_DIR before its options"),
+    ([*LOCAL, "refine", "nothing", "out"], "there is no file or folder nothing"),
+    ([*LOCAL, "eval", "--out", "x"], "eval needs IMAGES before its options"),
+    ([*LOCAL, "eval", "tests"], "eval needs --out DIR, found none"),
+    ([*LOCAL, "--processes", "0", *REFINE], "--processes must be at least 1, found 0"),
+    ([*LOCAL, "--processes", "2", "--gpus", "3", *REFINE], "the 2 processes, found 3"),
+    ([*SLURM[:2], "--time", "soon", *REFINE], "like 24:00:00, found 'soon'"),
+    ([*SLURM, "--nodes", "0", *REFINE], "--nodes from 1"),
+    ([*TPU, "--dry-run", *REFINE], "--project or the variable GOOGLE_CLOUD_PROJECT"),
+    ([*TPU, "--project", "p", *TRAIN, "runs/x"], "shared disk, found 'runs/x'"),
+    (
+        [*TPU, "--project", "p", "--zone", "moon", *REFINE],
+        "us-central2-b, found 'moon'",
+    ),
+    ([*TPU, "--project", "p", "--type", "big", *REFINE], "like v4-32, found 'big'"),
+    ([*TPU, "--project", "p", "--type", "v9x-8", *REFINE], "v9x-8 needs --runtime"),
+    ([*TPU, "--project", "p", "--name", "A_b", *REFINE], "like my-run-1, found 'A_b'"),
+    ([*GKE, "--name", "Run", *SLICE, *REFINE], "small letters, digits and dashes"),
+    ([*GKE, *REFINE], "either --tpu with --topology or --gpu, found neither"),
+    ([*GKE, *SLICE, "--gpu", "x", *REFINE], "found both"),
+    ([*GKE, *SLICE[:2], *REFINE], "--topology must be like 2x2x4, found None"),
+    ([*GKE, *SLICE, "--chips-per-host", "3", *REFINE], "divide the 16 chips of 2x2x4"),
+    ([*GKE, *SLICE, *EVAL], "eval runs on one host, found 4"),
+    ([*GKE, *SLICE, *TRAIN, "runs/x"], "every machine of it can reach"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_refusals(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", refuse_to_run)
+    monkeypatch.setattr(subprocess, "Popen", refuse_to_run)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("launch: ") and error.count("\n") == 1, error
+    assert message in error
+
+
+def test_a_config_outside_of_the_repository_does_not_reach_a_slice(tmp_path, capsys):
+    config = tmp_path / "own.py"
+    config.write_text((ROOT / "configs" / "tiny.py").read_text())
+    arguments = ["train", "--config", str(config), "--workdir", "gs://b/x"]
+    assert main([*TPU, "--project", "p", "--dry-run", *arguments]) == 1
+    assert "--config must be in the repository" in capsys.readouterr().err
+
+
+def test_missing_programs_and_credentials(tmp_path, monkeypatch, capsys):
+    gpu = [*GKE, "--gpu", "x"]
+    gpu.remove("--dry-run")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for arguments, message in (
+        ([*TPU, "--project", "p", *REFINE], "launch: gcloud is not here"),
+        (["slurm", "--time", "1:00:00", *REFINE], "launch: sbatch is not here"),
+        ([*gpu, *REFINE], "launch: kubectl is not here"),
+    ):
+        assert main(arguments) == 1
+        assert capsys.readouterr().err.startswith(message)
+    stand_in(tmp_path, "gcloud", '[ "$1 $2" = "auth list" ]')
+    assert main([*TPU, "--project", "p", *REFINE]) == 1
+    assert "no active account: run gcloud auth login" in capsys.readouterr().err
+    stand_in(tmp_path, "kubectl", "echo no; exit 1")
+    assert main([*gpu, *REFINE]) == 1
+    error = capsys.readouterr().err
+    assert "launch: kubectl auth can-i create jobsets" in error and "1: no" in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["moon"], ["local", "--processs", "2", "train"], ["tpu", "eval"]]
+)
+def test_wrong_usage_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("launch: ")
+    assert error.count("\n") == 1
+
+
+# ------------------------------------------------------- clusters, with stand-ins
+
+
+def test_the_manifest_is_applied(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stand_in(tmp_path, "kubectl", f'echo "$*" >> {tmp_path}/calls; cat > {tmp_path}/in')
+    arguments = [*GKE, *SLICE, *REFINE]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    arguments.remove("--dry-run")
+    assert main(arguments) == 0
+    applied = (tmp_path / "in").read_text()
+    assert shown == f"kubectl apply -f - <<'EOF'\n{applied}EOF\n"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-1] == "apply -f -"
+
+
+def submit(folder: Path, step: str, **variables: str) -> tuple[int, str]:
+    """The job script, where `srun` is `step`; its status and the calls it made."""
+    stand_in(folder, "srun", f'echo "srun $*" >> {folder}/calls\n{step}')
+    stand_in(folder, "scontrol", f'echo "scontrol $*" >> {folder}/calls')
+    calls = folder / "calls"
+    calls.write_text("")
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "semlic", "a b"],
+        env=dict(
+            os.environ,
+            PATH=f"{folder}:{os.environ['PATH']}",
+            SLURM_JOB_ID="77",
+            **variables,
+        ),
+        capture_output=True,
+        timeout=60,
+    )
+    return done.returncode, calls.read_text()
+
+
+def test_the_job_script_goes_back_into_the_queue(tmp_path):
+    step = "srun --kill-on-bad-exit=1 semlic a b\n"
+    requeue = "scontrol requeue 77\n"
+    assert submit(tmp_path, "exit 0") == (0, step)
+    assert submit(tmp_path, "exit 1") == (1, step)
+    assert submit(tmp_path, f"exit {LOST_STATUS}") == (LOST_STATUS, step + requeue)
+    assert submit(tmp_path, "exit 137") == (137, step + requeue)
+    assert submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="3") == (137, step)
+    late = submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="3", SEMLIC_RESTARTS="4")
+    assert late == (137, step + requeue)
+    # The signal that the time is nearly over goes to the script.
+    assert submit(tmp_path, "kill -USR1 $PPID; sleep 1") == (0, step + requeue)
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    assert "#SBATCH --signal=B:USR1@" in text and "#SBATCH --requeue" in text
+
+
+# A cloud with one slice: its state is in a file; the first task on it is preempted.
+GCLOUD = """
+cd {folder}
+case "$*" in
+    *auth*) echo someone; exit ;;
+    *" describe "*)
+        if [ -e state ]; then cat state; exit; fi
+        echo "NOT_FOUND: no such resource" >&2; exit 1 ;;
+esac
+case "$*" in
+    *" create "*) echo create; echo ACTIVE > state ;;
+    *" delete "*) echo delete; rm state ;;
+    *" scp "*) echo scp ;;
+    *mkdir*) echo install ;;
+    *fuser*) echo again ;;
+    *) echo run ;;
+esac >> calls
+case "$*" in
+    *flock*) echo x >> attempts; {task} ;;
+esac
+"""
+
+
+def slice_with(folder: Path, monkeypatch, task: str) -> list[str]:
+    """Arguments for a slice on which the task is this shell line."""
+    stand_in(folder, "gcloud", GCLOUD.format(folder=folder, task=task))
+    stand_in(folder, "sh", f'echo pack >> {folder}/calls; exec bash "$@"')
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return [*TPU, "--project", "p", "--poll", "0", *TRAIN, "gs://b/x"]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
+def test_a_preempted_slice_is_asked_for_again(tmp_path, monkeypatch, capsys):
+    preempted = (
+        "if [ $(wc -l < attempts) = 1 ]; then echo SUSPENDED > state; exit 255; fi"
+    )
+    arguments = slice_with(tmp_path, monkeypatch, preempted)
+    assert main([*arguments[:1], "--delete", *arguments[1:]]) == 0
+    once = ["create", "pack", "scp", "install", "run"]
+    calls = (tmp_path / "calls").read_text().split()
+    assert calls == [*once, "delete", *once, "delete"]
+    assert "the slice was preempted (status 255)" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "run_semlic_jax.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"launch/worker.py", "configs/tiny.py", "pyproject.toml"} <= set(names)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
+def test_what_fails_on_a_slice(tmp_path, monkeypatch, capsys):
+    arguments = slice_with(tmp_path, monkeypatch, "exit 1")
+    assert main(arguments) == 1
+    assert "task ended with status 1; the slice run is still there" in (
+        capsys.readouterr().err
+    )
+    arguments = slice_with(tmp_path, monkeypatch, "exit 74")
+    assert main(arguments) == 1
+    assert "another run is on the slice run" in capsys.readouterr().err
+    # A killed process: the slice is there, what is left on it is ended.
+    (tmp_path / "calls").unlink()
+    arguments = slice_with(tmp_path, monkeypatch, f"exit {LOST_STATUS}")
+    assert main([*arguments[:1], "--restarts", "2", *arguments[1:]]) == 1
+    assert "gave up after 2 restarts" in capsys.readouterr().err
+    calls = (tmp_path / "calls").read_text().split()
+    assert calls == ["pack", "scp", "install", "run", "again", "again"]
+
+
+# ------------------------------------------------------------ processes, for real
+
+
+class Launched:
+    """`python -m launch local` with the mini config in two processes."""
+
+    def __init__(self, workdir: Path, cache: Path, *options: str) -> None:
+        self.log = workdir / "metrics.jsonl"
+        self._output = workdir.with_suffix(".log").open("w+")
+        self.process = subprocess.Popen(
+            [
+                *(PYTHON, "-m", "launch", "local", "--processes", "2", *options),
+                *("train", "--config", str(ROOT / "tests" / "mini_config.py")),
+                *("--workdir", str(workdir), "--config.stages=('labeller',)"),
+                *(f"--config.labeller.steps={STEPS}", "--config.checkpoint_steps=4"),
+            ],
+            cwd=ROOT,
+            env=environment(1, cache),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def kill(self, process: int, *, from_step: int) -> None:
+        """Kills one of the two when so many steps are done."""
+        until = time.monotonic() + 600
+        while time.monotonic() < until and self.process.poll() is None:
+            lines = self.log.read_text().splitlines() if self.log.exists() else []
+            if len(lines) >= from_step:
+                break
+            time.sleep(0.005)
+        found = re.findall(rf"process {process} has the id (\d+)", self.output)
+        os.kill(int(found[-1]), signal.SIGKILL)
+
+    @property
+    def output(self) -> str:
+        return Path(self._output.name).read_text()
+
+    def finish(self) -> int:
+        status = self.process.wait(timeout=900)
+        self._output.close()
+        return status
+
+
+STEPS = 60
+
+
+def states_of(workdir: Path) -> dict:
+    parts = ("params", "average", "optimizer")
+    folder = workdir / "labeller"
+    return {which: checkpoints.read_params(folder, STEPS, which) for which in parts}
+
+
+@pytest.mark.slow
+def test_runs_that_lose_a_process_end_as_an_undisturbed_one(tmp_path):
+    cache = tmp_path / "cache"
+    undisturbed = Launched(tmp_path / "undisturbed", cache)
+    assert undisturbed.finish() == 0, undisturbed.output[-3000:]
+
+    # One is killed: the other says so and stops by itself, and so does the launcher.
+    first = Launched(tmp_path / "run", cache, "--grace", "200")
+    first.kill(1, from_step=6)
+    assert first.finish() == 1
+    assert "[0] semlic: process 0 of 2 cannot go on without the others" in first.output
+    assert first.output.splitlines()[-1] == (
+        f"launch: process 0 ended with status {LOST_STATUS}; process 1 was killed by "
+        "SIGKILL; the same command goes on where it stopped"
+    )
+
+    # The same command goes on, and starts again by itself when the leader is killed.
+    second = Launched(tmp_path / "run", cache, "--restarts", "1")
+    second.kill(0, from_step=25)
+    assert second.finish() == 0, second.output[-3000:]
+    assert "labeller goes on from step" in second.output
+    assert "process 0 was killed by SIGKILL" in second.output
+    assert "; starting again\n" in second.output
+
+    found, expected = states_of(tmp_path / "run"), states_of(tmp_path / "undisturbed")
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_statuses_are_those_of_the_training():
+    assert LOST_STATUS == sharding.LOST_STATUS
+    assert all(map(worth_restarting, (LOST_STATUS, -9, 137, 255)))
+    assert not any(map(worth_restarting, (0, 1, 2, 3, 4)))
+
+
+def test_shares_are_independent(tmp_path, monkeypatch, capsys):
+    """A refinement that fails leaves the others alone; output is told apart."""
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *process=0) echo failing; exit 1;; esac\n'
+        "sleep 1\necho done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    arguments = ["local", "--processes", "2", "refine", "tests", "out", "--bpp", "1"]
+    assert main(arguments) == 1
+    found = capsys.readouterr()
+    assert set(found.out.splitlines()) == {"[0] failing", "[1] done"}
+    assert found.err.splitlines()[-1] == "launch: process 0 ended with status 1"
+    program.write_text("#!/bin/sh\nexit 4\n")  # all done, but some were skipped
+    assert main(arguments) == 4
+
+
+def test_shares_from_the_environment():
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    assert worker.share_from_environment(slurm) == (5, 8, {})
+    slurm["SLURM_GPUS_ON_NODE"] = "4"
+    share = worker.share_from_environment(slurm)
+    assert share == (5, 8, {"CUDA_VISIBLE_DEVICES": "1"})
+    job = {"JOB_COMPLETION_INDEX": "2", "SEMLIC_PROCESSES": "4"}
+    assert worker.share_from_environment(job) == (2, 4, {})
+    share = worker.share_from_environment(job | {"TPU_WORKER_HOSTNAMES": "a,b,c,d"})
+    assert share[:2] == (2, 4) and share.variables["TPU_PROCESS_BOUNDS"] == "1,1,1"
+    with pytest.raises(ValueError, match="--auto needs SLURM"):
+        worker.share_from_environment({"GCE_METADATA_IP": "localhost:1"})
