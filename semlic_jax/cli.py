@@ -110,15 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("input", metavar="IN", type=Path, help="an image file")
     sub.add_argument("output", metavar="OUT", type=Path, nargs="?")
     _add_model(sub)
+    sub.add_argument(
+        "--coder", default="ans", choices=("ans", "tfc"), help="tfc needs the extra tfc"
+    )
     _add_rate(sub.add_mutually_exclusive_group(required=True))
     _add_background(sub)
     _add_force(sub)
 
     sub = command("decompress", _decompress, "write a .semlic file as an image file")
     sub.add_argument("input", metavar="IN", type=Path, help="a .semlic file")
-    sub.add_argument(
-        "--coder", default="ans", choices=("ans", "tfc"), help="tfc needs the extra tfc"
-    )
     sub.add_argument("output", metavar="OUT", type=Path, nargs="?")
     sub.add_argument(
         "--model", metavar="M", help="name or path; found by itself if packaged"
@@ -240,6 +240,15 @@ def _parser() -> argparse.ArgumentParser:
         "--network", metavar="N", help="what SRC is; recognised if not given"
     )
     _add_force(kind)
+
+    kind = convert(
+        "neuralcompression",
+        _convert_neuralcompression,
+        "an MS-ILLM or No-GAN checkpoint; its files decode only on one machine",
+    )
+    kind.add_argument("input", metavar="CKPT", type=Path)
+    kind.add_argument("output", metavar="OUT", type=Path, help="a model file, .npz")
+    _add_force(kind)
     return parser
 
 
@@ -283,15 +292,6 @@ def _unit_float(text: str) -> float:
 def _positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-
-    kind = convert(
-        "neuralcompression",
-        _convert_neuralcompression,
-        "an MS-ILLM or No-GAN checkpoint; its files decode only on one machine",
-    )
-    kind.add_argument("input", metavar="CKPT", type=Path)
-    kind.add_argument("output", metavar="OUT", type=Path, help="a model file, .npz")
-    _add_force(kind)
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
     return value
 
@@ -366,7 +366,7 @@ def _compress(options: argparse.Namespace) -> None:
     check_outputs([output], force=options.force)
     with _progress() as progress:
         progress(f"loading the model {options.model}")
-        codec = semlic_jax.load(options.model)
+        codec = semlic_jax.load(options.model, coder=options.coder)
         progress(f"compressing {options.input.name}")
         start_s = time.perf_counter()
         data = codec.compress(
@@ -429,6 +429,8 @@ def _info(options: argparse.Namespace) -> None:
         "fingerprint": header.fingerprint.hex(),
         "model": name_of_model(header.fingerprint),
         "icc_profile_bytes": len(icc_profile) if icc_profile else 0,
+        "same_machine_only": bool(header.index_check),
+        "coder": header.coder,
     }
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -488,7 +490,7 @@ def _bench(options: argparse.Namespace) -> None:
         pixels = _read(options.input, options.background).pixels
     with _progress() as progress:
         progress(f"loading the model {options.model}")
-        codec = semlic_jax.load(options.model, coder=options.coder)
+        codec = semlic_jax.load(options.model)
         report = benchmark.run_benchmark(
             codec,
             pixels,
@@ -580,26 +582,6 @@ def _convert_features(options: argparse.Namespace) -> None:
         print(path)
 
 
-def _train(options: argparse.Namespace) -> None:
-    try:
-        from semlic_jax.training import train
-    except ImportError as error:
-        raise ValueError(
-            f"training needs the package {error.name}: pip install 'semlic_jax[train]'"
-        ) from error
-    train.main(options.rest)
-
-
-def _pack(options: argparse.Namespace) -> None:
-    from semlic_jax.training import pack
-
-    pack.main(options.rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-        "same_machine_only": bool(header.index_check),
-        "coder": header.coder,
 def _convert_neuralcompression(options: argparse.Namespace) -> None:
     from semlic_jax.converters.neuralcompression import convert_neuralcompression
 
@@ -621,3 +603,21 @@ def _convert_neuralcompression(options: argparse.Namespace) -> None:
     )
 
 
+def _train(options: argparse.Namespace) -> None:
+    try:
+        from semlic_jax.training import train
+    except ImportError as error:
+        raise ValueError(
+            f"training needs the package {error.name}: pip install 'semlic_jax[train]'"
+        ) from error
+    train.main(options.rest)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from semlic_jax.training import pack
+
+    pack.main(options.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
