@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `semlic compress | decompress | info | demo | models | bench |
-eval | compare | convert | train | pack`.
+"""The command line: `semlic compress | decompress | refine | info | demo | models |
+bench | eval | compare | convert | train | pack`.
 
 Each command imports what it needs when it runs, so that `semlic --help` and `semlic
 info` answer at once. A refusal is one sentence on the error stream and exit status 1;
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +27,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import semlic_jax
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from semlic_jax.codec import Codec
     from semlic_jax.images import Photograph
+    from semlic_jax.refinement import Progress, Region, Settings
 
 SUFFIX = ".semlic"
 
+_BAR_WIDTH = 24
 _REFUSED, _USAGE, _INTERNAL, _SKIPPED, _INTERRUPTED = 1, 2, 3, 4, 130
 
 
@@ -116,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_rate(sub.add_mutually_exclusive_group(required=True))
     _add_background(sub)
     _add_force(sub)
+    _add_refinement(sub.add_argument_group("refinement of this image"))
+    _add_region(sub.add_argument_group("what matters in the image, with --refine"))
 
     sub = command("decompress", _decompress, "write a .semlic file as an image file")
     sub.add_argument("input", metavar="IN", type=Path, help="a .semlic file")
@@ -124,6 +132,41 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="M", help="name or path; found by itself if packaged"
     )
     _add_force(sub)
+
+    sub = command("refine", _refine, "compress a folder of photographs, each refined")
+    sub.add_argument("input", metavar="IN_DIR", type=Path, help="images")
+    sub.add_argument("output", metavar="OUT_DIR", type=Path, help="goes on where it is")
+    _add_model(sub)
+    sub.add_argument(
+        "--bpp", type=_positive_float, metavar="B", required=True, help="bits per pixel"
+    )
+    sub.add_argument(
+        "--steps",
+        metavar="N",
+        type=_preset_or_steps,
+        default="default",
+        help="of the refinement, or a preset: fast, default, best",
+    )
+    sub.add_argument(
+        "--batch",
+        metavar="N",
+        type=_positive_int,
+        help="images refined together; default 1 on a CPU, 16 elsewhere",
+    )
+    _add_objective(sub)
+    _add_background(sub)
+    _add_force(sub)
+    group = sub.add_argument_group("a share of the images, for several processes")
+    group.add_argument(
+        "--distributed",
+        default="none",
+        metavar="MODE",
+        help="none, auto (TPU pods, SLURM) or explicit (with the three below); none "
+        "with the last two needs no connection",
+    )
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT")
+    group.add_argument("--processes", default=0, type=int, metavar="N")
+    group.add_argument("--process", default=-1, type=int, metavar="0..N-1")
 
     sub = command("info", _info, "say what a .semlic file holds")
     sub.add_argument("input", metavar="FILE", type=Path)
@@ -268,6 +311,49 @@ def _add_rate(group: argparse._MutuallyExclusiveGroup) -> None:
     )
 
 
+def _add_refinement(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--refine",
+        metavar="N",
+        type=_preset_or_steps,
+        help="steps, or a preset: fast, default, best",
+    )
+    _add_objective(group)
+
+
+def _add_objective(group: argparse._ActionsContainer) -> None:
+    """What a refinement minimises; each one as the preset has it where not given."""
+    for name, text in (
+        ("alpha", "weight of the squared error"),
+        ("beta", "weight of the rate to start with"),
+        ("gamma", "weight of the perceptual terms; 0 refines for PSNR"),
+    ):
+        group.add_argument(f"--{name}", metavar="W", type=float, help=text)
+    group.add_argument("--method", metavar="M", help="of the relaxed rounding")
+    group.add_argument(
+        "--features", metavar="PATH", help="weights of another feature network"
+    )
+    group.add_argument("--seed", metavar="N", type=int, help="of the noise; default 0")
+
+
+def _add_region(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--roi", metavar="REGION", help="MASK.png, x,y,width,height or auto"
+    )
+    group.add_argument(
+        "--roi-resize", action="store_true", help="resize a mask of another size"
+    )
+    group.add_argument(
+        "--roi-weight",
+        metavar="W",
+        type=_unit_float,
+        help="share of the foreground in the error; default 0.8",
+    )
+    group.add_argument(
+        "--roi-variant", metavar="V", help="L1: the error alone (default), or L2"
+    )
+
+
 def _add_background(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--background", metavar="COLOUR", help="what transparent pixels are laid on"
@@ -303,6 +389,10 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _preset_or_steps(text: str) -> str | int:
+    return text if text.isalpha() else int(text)
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -315,6 +405,7 @@ def _rates(text: str) -> list[float]:
 _unit_float.__name__ = _positive_float.__name__ = "number"
 _rates.__name__ = "list of numbers"
 _positive_int.__name__ = "whole number"
+_preset_or_steps.__name__ = "preset or number of steps"
 
 
 @contextmanager
@@ -331,6 +422,44 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield show
     finally:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _stops_when_asked() -> Iterator[Callable[[], bool]]:
+    """Makes the first Ctrl-C a question that the caller asks; a second one interrupts.
+
+    Yields a function that says whether there was one.
+    """
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        _say("\nstopping with the best so far; once more to stop at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _warnings_are_notes() -> Iterator[None]:
+    """Shows warnings of refinement as notes, as they come."""
+    from semlic_jax.refinement import RefinementWarning, RegionWarning
+
+    with warnings.catch_warnings():
+        for kind in (RefinementWarning, RegionWarning):
+            warnings.simplefilter("always", kind)
+
+        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            _say(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
 
 
 def _read(path: Path, background: str | None) -> Photograph:
@@ -357,32 +486,189 @@ def _codec_of_file(data: bytes, given: str | None) -> Codec:
     return load_for(data)
 
 
-def _compress(options: argparse.Namespace) -> None:
+def _compress(options: argparse.Namespace) -> int:
     from semlic_jax.images import check_outputs, write_file
 
+    settings = _settings(options, options.refine)
     output = options.output or options.input.with_suffix(SUFFIX)
     photograph = _read(options.input, options.background)
     _check_not_input(options, output)
     check_outputs([output], force=options.force)
+    refined = ""
     with _progress() as progress:
         progress(f"loading the model {options.model}")
         codec = semlic_jax.load(options.model, coder=options.coder)
         progress(f"compressing {options.input.name}")
         start_s = time.perf_counter()
-        data = codec.compress(
-            photograph.pixels,
+        budget: dict[str, Any] = dict(
             quality=options.quality,
             bpp=options.bpp,
             max_bytes=options.max_bytes,
             icc_profile=photograph.icc_profile,
         )
+        if settings is None:
+            data = codec.compress(photograph.pixels, **budget)
+            steps = wanted = 0
+        else:
+            data, steps = _refined(
+                codec, photograph.pixels, settings, options, budget, progress
+            )
+            wanted = settings.steps
+            refined = f", {steps} steps"
         wall_s = time.perf_counter() - start_s
     write_file(output, data, force=options.force)
     height, width = photograph.pixels.shape[:2]
     print(
         f"{output}: {width}x{height}, {len(data):,} bytes, "
-        f"{8 * len(data) / (height * width):.4f} bpp, {wall_s:.2f} s"
+        f"{8 * len(data) / (height * width):.4f} bpp, {wall_s:.2f} s{refined}"
     )
+    return _INTERRUPTED if steps < wanted else 0
+
+
+def _settings(options: argparse.Namespace, refine: str | int | None) -> Settings | None:
+    """How to refine; None where that was not asked for."""
+    names = ("alpha", "beta", "gamma", "method", "features", "seed")
+    changes = {name: getattr(options, name) for name in names}
+    if refine is None:
+        given = {**changes, "roi": options.roi}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"expected --refine with --{name}, found none")
+        return None
+    from semlic_jax import refinement
+
+    return refinement.preset(refine, **changes)
+
+
+def _region(options: argparse.Namespace, pixels: np.ndarray) -> Region | None:
+    if options.roi is None:
+        return None
+    from semlic_jax.refinement import Region, parse_region
+
+    mask = parse_region(options.roi, pixels, resize=options.roi_resize)
+    weights: dict[str, Any] = {}
+    if options.roi_weight is not None:
+        weights = dict(foreground=options.roi_weight, background=1 - options.roi_weight)
+    if options.roi_variant is not None:
+        weights["variant"] = options.roi_variant
+    return Region(mask, **weights)
+
+
+def _refined(
+    codec: Codec,
+    pixels: np.ndarray,
+    settings: Settings,
+    options: argparse.Namespace,
+    budget: dict[str, Any],
+    progress: Callable[[str], None],
+) -> tuple[bytes, int]:
+    """The file of a refined image, and how many steps it took."""
+    from semlic_jax import refinement
+
+    region = _region(options, pixels)
+    with _warnings_are_notes(), _stops_when_asked() as stop:
+        progress(f"refining {options.input.name}: compiling")
+
+        def show(now: Progress) -> bool:
+            progress(f"refining {options.input.name}: {_bar(now)}")
+            return not stop()
+
+        result = refinement.refine(
+            codec,
+            pixels,
+            settings=settings,
+            region=region,
+            progress=show,
+            **budget,
+        )
+    return result.data, result.steps
+
+
+def _bar(now: Progress) -> str:
+    """Steps as a bar, with the mean rate and loss of the images."""
+    filled = _BAR_WIDTH * now.step // now.steps
+    bar = "#" * filled + "." * (_BAR_WIDTH - filled)
+    return (
+        f"[{bar}] {now.step}/{now.steps}, {now.bpp.mean():.4f} bpp, "
+        f"loss {now.value.mean():.4f}"
+    )
+
+
+def _refine(options: argparse.Namespace) -> int:
+    from semlic_jax.evaluation.image_sets import list_images
+    from semlic_jax.images import parse_colour
+
+    settings = _settings(options, options.steps)
+    assert settings is not None
+    background = options.background
+    colour = None if background is None else parse_colour(background)
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(
+            f"expected a folder as OUT_DIR, found the file {options.output}"
+        )
+    images = list_images([options.input])
+    process, processes = _share(options)
+    import jax
+
+    from semlic_jax.refinement import FolderProgress, refine_folder
+
+    batch = options.batch or (1 if jax.default_backend() == "cpu" else 16)
+    with _progress() as progress, _warnings_are_notes(), _stops_when_asked() as stop:
+        progress(f"loading the model {options.model}")
+        codec = semlic_jax.load(options.model)
+        progress(f"refining {len(images)} images: compiling")
+
+        def show(now: FolderProgress) -> bool:
+            progress(f"{now.done}/{now.images} images: {_bar(now.batch)}")
+            return not stop()
+
+        report = refine_folder(
+            codec,
+            images,
+            options.output,
+            bpp=options.bpp,
+            settings=settings,
+            batch=batch,
+            process=process,
+            processes=processes,
+            background=colour,
+            force=options.force,
+            progress=show,
+        )
+    for row in report.rows:
+        print(
+            f"{row.file}: {row.bytes:,} of {row.budget_bytes:,} bytes, loss "
+            f"{row.value:.4f}, unrefined {row.unrefined_value:.4f}"
+        )
+    for name, reason in report.skipped.items():
+        _say(f"skipped {name}: {reason}")
+    if report.stopped:
+        return _INTERRUPTED
+    return _SKIPPED if report.skipped else 0
+
+
+def _share(options: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    if options.distributed == "none":
+        if options.processes == 0 and options.process == -1:
+            return 0, 1
+        if not 0 <= options.process < options.processes:
+            raise ValueError(
+                "expected --processes=N with --process=0..N-1, found "
+                f"{options.processes} and {options.process}"
+            )
+        return options.process, options.processes
+    import jax
+
+    from semlic_jax.training.sharding import start_processes
+
+    start_processes(
+        options.distributed, options.coordinator, options.processes, options.process
+    )
+    share = jax.process_index(), jax.process_count()
+    # They work apart: one that is done early, or dies, is no matter to the others.
+    jax.distributed.shutdown()
+    return share
 
 
 def _decompress(options: argparse.Namespace) -> None:

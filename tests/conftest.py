@@ -176,6 +176,42 @@ def codec(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def mini_model(tmp_path_factory, tiny_config):
+    """Path of a model file whose refinement compiles in seconds.
+
+    Narrow networks, two groups, and gains so low that rounding is most of the error.
+    """
+    import dataclasses
+
+    from semlic_jax.weights import export_model, save_model
+
+    config = dataclasses.replace(
+        tiny_config,
+        widths=(8, 8, 8),
+        blocks=0,
+        groups=(8, 16),
+        context_shifts=(2, 2),
+        hyper_channels=4,
+        psi_channels=8,
+        context_channels=8,
+        hidden_channels=8,
+    )
+    params = lively_params(config)
+    params["log_gain"] = params["log_gain"] - 2.5
+    path = tmp_path_factory.mktemp("models") / "mini.npz"
+    save_model(path, export_model(config, params))
+    return path
+
+
+@pytest.fixture(scope="session")
+def mini_codec(mini_model):
+    """A codec of that model."""
+    import semlic_jax
+
+    return semlic_jax.load(mini_model)
+
+
+@pytest.fixture(scope="session")
 def kodak_paths():
     """Paths of the Kodak photographs; skips where they are not."""
     folders = [REPOSITORY.parent / "shared" / "data"]

@@ -20,7 +20,7 @@ ALLOWED = {
     "model": set(),
     "coding": {"model"},
     "objectives": {"model"},
-    "refinement": {"model", "objectives"},
+    "refinement": {"images", "model", "objectives"},
     "weights": {"model", "coding", "images", "objectives"},
     "codec": {"", "model", "coding", "objectives", "refinement", "weights"},
     "packaged": {"codec", "coding", "weights"},

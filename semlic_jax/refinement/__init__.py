@@ -5,6 +5,7 @@ May import: `model`, `objectives`, `images`. The codec comes as an argument.
 """
 
 from semlic_jax.refinement.batch import Progress, Refined
+from semlic_jax.refinement.folder import FolderProgress, refine_folder
 from semlic_jax.refinement.refine import RefinementWarning, refine, refine_batch
 from semlic_jax.refinement.roi import (
     Region,
@@ -19,6 +20,7 @@ from semlic_jax.refinement.settings import PRESETS, Settings, preset
 
 __all__ = [
     "PRESETS",
+    "FolderProgress",
     "Progress",
     "Refined",
     "RefinementWarning",
@@ -32,5 +34,6 @@ __all__ = [
     "read_mask",
     "refine",
     "refine_batch",
+    "refine_folder",
     "salient_mask",
 ]

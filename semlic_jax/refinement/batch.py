@@ -33,7 +33,6 @@ from semlic_jax.refinement.objective import (
     Terms,
     Weights,
     equal_weights,
-    hard_terms,
     original_taps,
     soft_terms,
 )
@@ -186,7 +185,6 @@ def _adam(
     return jax.tree.map(move, state.latents, first, second), first, second
 
 
-_score = partial(jax.jit, static_argnums=0)(hard_terms)
 _original_taps = jax.jit(original_taps)
 
 
@@ -328,7 +326,7 @@ class Batch:
     def _score(self, latents: Latents, images: Images) -> Any:
         """`Terms` of the rounded latents, as NumPy arrays."""
         zone = jnp.zeros(len(self.levels))
-        terms, _ = _score(
+        terms, _ = fit.score(
             self.static, self.frozen, images, self.weights, *latents, zone
         )
         return jax.tree.map(np.asarray, terms)
@@ -355,7 +353,7 @@ class Batch:
             jax.tree.map(jnp.copy, self.start),
             zeros,
             jax.tree.map(jnp.copy, zeros),
-            self.log_beta,
+            jnp.copy(self.log_beta),
         )
         aim = self.target
         self.best = self.start
@@ -364,6 +362,7 @@ class Batch:
         done = 0
         while done < steps:
             end = min(done + settings.chunk_steps, steps)
+            relaxed_bpp: list[Array] = []
             while done < end:
                 part = slice(done, min(done + self._scan_steps(), end))
                 state, soft = _run_steps(
@@ -377,13 +376,15 @@ class Batch:
                     Schedule(*(values[part] for values in schedule)),
                 )
                 done = part.stop
+                relaxed_bpp.append(soft.bpp)
             hard = self._score(state.latents, self.images)
             beta = np.exp(np.asarray(state.log_beta))
             better = self._lagrangian(hard, beta) < self._lagrangian(best_terms, beta)
             self.best = _pick(better, state.latents, self.best)
             best_terms = jax.tree.map(partial(np.where, better), hard, best_terms)
             # Relaxed latents take a little more or less than rounded ones.
-            ratio = np.clip(np.asarray(soft.bpp) / hard.bpp, 0.7, 1.4)
+            ratio = np.mean(jax.device_get(relaxed_bpp), axis=0) / hard.bpp
+            ratio = np.clip(ratio, 0.7, 1.4)
             aim = aim._replace(bpp=self.target.bpp * ratio)
             self.history.append({"step": np.full(len(beta), done), "beta": beta})
             self.history[-1] |= {"bpp": hard.bpp, "value": hard.value}
@@ -470,7 +471,7 @@ def _pixel_weights(
 
 def _placement(count: int) -> Callable[[Any, int | None], Any]:
     """Puts arrays on the devices, split along the axis of the images (None: whole)."""
-    devices = jax.devices()
+    devices = jax.local_devices()
     if len(devices) == 1 or count % len(devices):
         return lambda tree, axis: jax.tree.map(jnp.asarray, tree)
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))

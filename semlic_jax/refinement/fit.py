@@ -54,7 +54,8 @@ class _Candidate(NamedTuple):
     value: float
 
 
-_hard_terms = partial(jax.jit, static_argnums=0)(hard_terms)
+# `hard_terms`, compiled: the rounded latents as the coder sees them.
+score = partial(jax.jit, static_argnums=0)(hard_terms)
 _image_terms = partial(jax.jit, static_argnums=0)(image_terms)
 
 
@@ -90,7 +91,7 @@ def fit_files(
     files: list[dict[bytes, None]] = [{data: None} for data in unrefined]
 
     def rounded(zone: np.ndarray) -> tuple[np.ndarray, Array]:
-        terms, y_hat = _hard_terms(
+        terms, y_hat = score(
             static, frozen, images, weights, y_scaled, z, jnp.float32(zone)
         )
         pixels = np.array([height * width for height, width in sizes])

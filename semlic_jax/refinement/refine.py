@@ -63,8 +63,8 @@ def refine(
         icc_profile=icc_profile,
     )
     if max_bytes is None:
-        pixels = image.shape[0] * image.shape[1]
-        max_bytes = len(start) if bpp is None else int(bpp * pixels / 8)
+        size = image.shape[:2]
+        max_bytes = len(start) if bpp is None else codec.budget_bytes(bpp, size)
     return refine_batch(
         codec,
         [image],
@@ -115,11 +115,10 @@ def refine_batch(
             )
         ]
     try:
-        batch = Batch(
-            codec, settings, images, max_bytes, regions, icc_profiles, unrefined
+        return _refine_together(
+            Batch(codec, settings, images, max_bytes, regions, icc_profiles, unrefined),
+            progress,
         )
-        steps = batch.run(progress)
-        return batch.finish(steps)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if count == 1 or not _is_out_of_memory(error):
             raise
@@ -142,6 +141,13 @@ def refine_batch(
             progress=progress,
         )
     return parts
+
+
+def _refine_together(
+    batch: Batch, progress: Callable[[Progress], bool | None] | None
+) -> list[Refined]:
+    # A function of its own, so that a batch that did not fit is gone when it returns.
+    return batch.finish(batch.run(progress))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

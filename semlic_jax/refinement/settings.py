@@ -67,11 +67,11 @@ class Settings:
         for name in ("alpha", "gamma", "style", "learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"expected {name} from 0, found {value}")
+                raise ValueError(f"expected {name} of at least 0, found {value:g}")
         if self.alpha == 0 and self.gamma == 0:
             raise ValueError("expected alpha or gamma above 0, found both 0")
         if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"expected beta above 0, found {self.beta}")
+            raise ValueError(f"expected beta above 0, found {self.beta:g}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"expected float32 or bfloat16, found {self.dtype!r}")
         temperatures(
@@ -97,7 +97,12 @@ class Settings:
         if isinstance(self.features, FeatureNetwork):
             return self.features
         path = None if self.features is None else os.fspath(self.features)
-        return load_features(path)
+        try:
+            return load_features(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; or refine for PSNR alone, with gamma 0"
+            ) from error
 
 
 PRESETS: dict[str, Settings] = {
