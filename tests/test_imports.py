@@ -43,6 +43,7 @@ ALLOWED = {
         "model",
         "objectives",
         "refinement",
+        "training",
         "weights",
     },
 }

@@ -129,11 +129,13 @@ def test_figure6(folder, rates, tiny_model, tmp_path):
     rows = list(csv.DictReader(paths[2].read_text().splitlines()))
     assert [row["variant"] for row in rows] == [
         "not refined",
+        "refined, no region",
         "L1, foreground 0.5",
         "L1, foreground 0.9",
         "L2, foreground 0.5",
         "L2, foreground 0.9",
     ]
+    assert len(list((tmp_path / "figure6").glob("*.semlic"))) == 5
     budget = rates[2] * 64 * 64 / 8
     assert all(int(row["bytes"]) <= budget for row in rows)
     with pytest.raises(ValueError, match="foreground weights of 0 to 1, found 2"):
@@ -148,7 +150,7 @@ def test_psnr_of_regions():
     mask[:4] = 1
     decoded[:4] += 1
     decoded[4:] += 10
-    inside, outside = paper._region_psnr_db(original, decoded, mask)
+    inside, outside = paper.region_psnr_db(original, decoded, mask)
     assert inside == pytest.approx(48.1308, abs=1e-4)
     assert outside == pytest.approx(28.1308, abs=1e-4)
 

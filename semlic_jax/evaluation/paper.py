@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import os
 import sys
@@ -37,11 +38,12 @@ from semlic_jax.evaluation.entrants import (
     RefinedEntrant,
     SemlicEntrant,
     entrants,
+    model_identity,
 )
 from semlic_jax.evaluation.evaluate import Report, evaluate
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import PATCH_SIDE, Measures
-from semlic_jax.evaluation.plots import figure_bytes
+from semlic_jax.evaluation.plots import write_figure
 from semlic_jax.evaluation.results import Results
 from semlic_jax.evaluation.summary import curve
 from semlic_jax.evaluation.sweep import run_sweep
@@ -49,7 +51,8 @@ from semlic_jax.evaluation.tables import bd_table
 from semlic_jax.images import read_photograph, write_file
 
 if TYPE_CHECKING:
-    from semlic_jax.refinement import Settings
+    from semlic_jax.codec import Codec
+    from semlic_jax.refinement import Region, Settings
 
 _PAPER_METRICS = ("fid", "kid", "dists")
 _METRICS_WITHOUT_DOWNLOADS = ("frechet", "kernel", "feature_distance")
@@ -59,6 +62,8 @@ _RATES = (0.1, 0.15, 0.2, 0.3, 0.45)
 _FACTORS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Of figure 6: the weight of the foreground; that of the background is the rest.
 _FOREGROUNDS = (0.5, 0.8, 0.95)
+
+NO_REGION = "refined, no region"
 
 Progress = Callable[[str], None]
 
@@ -170,7 +175,7 @@ def figure5(
     out: Path,
     *,
     bpp: float = 0.15,
-    refine: str = "default",
+    refine: str | int = "default",
     factors: Sequence[float] = _FACTORS,
     weights: str | Path | None = None,
     patch_side: int = PATCH_SIDE,
@@ -182,7 +187,7 @@ def figure5(
       images, out, weights, patch_side, progress: see `rd`.
       model: name or path.
       bpp: rate of all files.
-      refine: preset whose weights are varied.
+      refine: preset or steps, whose weights are varied.
       factors: of alpha with gamma as it is, and of gamma with alpha as it is.
 
     Returns:
@@ -207,10 +212,11 @@ def figure5(
         [bpp],
         Measures([metric, "psnr_db"], weights, patch_side=patch_side),
         out,
+        jobs=1,  # each refinement takes all cores
         progress=progress,
     )
     figure = _draw_figure5(results, series, metric, bpp)
-    return _write_figure(figure, out / "figure5") + [out / "results.csv"]
+    return write_figure(figure, out / "figure5") + [out / "results.csv"]
 
 
 def _weight_series(
@@ -277,7 +283,7 @@ def figure6(
     *,
     region: str = "auto",
     bpp: float = 0.15,
-    refine: str = "default",
+    refine: str | int = "default",
     foregrounds: Sequence[float] = _FOREGROUNDS,
     features: str | Path | None = None,
     progress: Progress = lambda text: None,
@@ -290,7 +296,7 @@ def figure6(
       out: folder.
       region: `auto`, `x,y,width,height` or the file of a mask.
       bpp: rate of all files.
-      refine: preset.
+      refine: preset or steps.
       foregrounds: weights of the foreground, 0 to 1; the background has the rest.
       features: folder of feature weights; None: as the preset has them.
       progress: is told what is being done.
@@ -310,18 +316,21 @@ def figure6(
     settings = refinement.preset(refine)
     if features is not None:
         settings = replace(settings, features=os.fspath(features))
-    out.mkdir(parents=True, exist_ok=True)
     plain = codec.compress(pixels, bpp=bpp)
     shown = {"not refined": (plain, codec.decompress(plain))}
+    regions: dict[str, refinement.Region | None] = {NO_REGION: None}
     for variant in ("L1", "L2"):
         for weight in foregrounds:
-            name = f"{variant}, foreground {weight:g}"
-            progress(f"refining {name}")
-            weighted = refinement.Region(mask, weight, 1 - weight, variant)
-            data = codec.compress(pixels, bpp=bpp, refine=settings, roi=weighted)
-            shown[name] = data, codec.decompress(data)
+            chosen = refinement.Region(mask, weight, 1 - weight, variant)
+            regions[f"{variant}, foreground {weight:g}"] = chosen
+    for name, weighted in regions.items():
+        progress(f"refining {name}")
+        data = refined_file(
+            codec, pixels, weighted, out / "figure6", bpp=bpp, settings=settings
+        )
+        shown[name] = data, codec.decompress(data)
     rows = [
-        (name, len(data), *_region_psnr_db(pixels, decoded, mask))
+        (name, len(data), *region_psnr_db(pixels, decoded, mask))
         for name, (data, decoded) in shown.items()
     ]
     table = io.StringIO()
@@ -331,10 +340,42 @@ def figure6(
     write_file(out / "figure6.csv", table.getvalue().encode(), force=True)
     pictures = {name: decoded for name, (_, decoded) in shown.items()}
     figure = _draw_figure6(pixels, mask, pictures, rows, len(foregrounds))
-    return _write_figure(figure, out / "figure6") + [out / "figure6.csv"]
+    return write_figure(figure, out / "figure6") + [out / "figure6.csv"]
 
 
-def _region_psnr_db(
+def refined_file(
+    codec: Codec,
+    pixels: np.ndarray,
+    region: Region | None,
+    folder: Path,
+    *,
+    bpp: float,
+    settings: Settings,
+) -> bytes:
+    """A refined file, kept in a folder; made once for all that it depends on.
+
+    Args:
+      codec: the model.
+      pixels: uint8 [H, W, 3].
+      region: what matters, or None.
+      folder: of the kept files.
+      bpp: rate of the file.
+      settings: of the refinement.
+    """
+    digest = hashlib.sha256(f"{model_identity(codec)} {bpp:g} {settings}".encode())
+    digest.update(pixels.tobytes())
+    if region is not None:
+        text = f"{region.variant} {region.foreground!r} {region.background!r}"
+        digest.update(text.encode() + region.mask.tobytes())
+    path = folder / f"{digest.hexdigest()[:32]}.semlic"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        data = codec.compress(pixels, bpp=bpp, refine=settings, roi=region)
+        write_file(path, data, force=True)
+    return path.read_bytes()
+
+
+def region_psnr_db(
     original: np.ndarray, decoded: np.ndarray, mask: np.ndarray
 ) -> tuple[float, float]:
     """PSNR over the foreground and over the background, by a soft mask."""
@@ -368,8 +409,9 @@ def _draw_figure6(
         (0, original, "original"),
         (wide, np.repeat(mask[..., None], 3, axis=2), "region"),
         (1, pictures[names[0]], captions[names[0]]),
+        (wide + 1, pictures[NO_REGION], captions[NO_REGION]),
     ]
-    for index, name in enumerate(names[1:]):
+    for index, name in enumerate(names[2:]):
         row, column = divmod(index, columns)
         cells.append((row * wide + column + 2, pictures[name], captions[name]))
     for place, picture, caption in cells:
@@ -380,13 +422,9 @@ def _draw_figure6(
     return figure
 
 
-def _write_figure(figure: Figure, stem: Path) -> list[Path]:
-    paths = []
-    for kind in ("png", "svg"):
-        path = stem.with_suffix(f".{kind}")
-        write_file(path, figure_bytes(figure, kind), force=True)
-        paths.append(path)
-    return paths
+def preset_or_steps(text: str) -> str | int:
+    """What `--refine` takes."""
+    return text if text.isalpha() else int(text)
 
 
 def _numbers(text: str) -> list[float]:
@@ -432,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--foregrounds", type=_numbers, default=list(_FOREGROUNDS))
         sub.add_argument("--model", default="small")
         sub.add_argument("--bpp", type=float, default=0.15)
-        sub.add_argument("--refine", metavar="PRESET", default="default")
+        sub.add_argument("--refine", type=preset_or_steps, default="default")
     return parser
 
 

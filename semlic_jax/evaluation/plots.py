@@ -164,6 +164,16 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
+def write_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes `<stem>.png` and `<stem>.svg`, replacing older ones; returns them."""
+    paths = []
+    for kind in ("png", "svg"):
+        path = stem.with_name(f"{stem.name}.{kind}")
+        write_file(path, figure_bytes(figure, kind), force=True)
+        paths.append(path)
+    return paths
+
+
 def write_plots(
     results: Results, out: Path, published: Sequence[PublishedCurve] = ()
 ) -> list[Path]:
@@ -190,8 +200,5 @@ def write_plots(
             )
     paths = []
     for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            path = out / f"{name}.{kind}"
-            write_file(path, figure_bytes(figure, kind), force=True)
-            paths.append(path)
+        paths += write_figure(figure, out / name)
     return paths

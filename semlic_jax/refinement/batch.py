@@ -26,29 +26,23 @@ import numpy as np
 
 from semlic_jax.refinement import fit
 from semlic_jax.refinement.objective import (
-    TRUNK_SHIFTS,
     Frozen,
     Images,
     Static,
-    Terms,
     Weights,
     equal_weights,
     original_taps,
-    soft_terms,
 )
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
-from semlic_jax.refinement.sga import temperatures
+from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target
 
 Array = jax.Array
-Latents = tuple[Array, Array]  # y_scaled [B, h, w, M] and z [B, h/4, w/4, N]
 
 # The rate is steered to slightly above the budget: what little is too much can be cut
 # off well, what is missing cannot be filled up as well.
 _AIM = 1.003
 _LEVEL_PROBE = 16
-_MAX_EXCESS = 0.3
-_ADAM_EPS = 1e-8
 _MAX_LEVEL = 255
 
 
@@ -85,104 +79,6 @@ class Refined(NamedTuple):
     unrefined_value: float
     steps: int
     history: tuple[dict[str, float], ...]
-
-
-class Schedule(NamedTuple):
-    """What a chunk of K steps scans over: arrays [K], one number each in a step."""
-
-    step: Any
-    temperature: Any
-    learning_rate: Any
-    shift: Any
-
-
-class State(NamedTuple):
-    """What a step changes: latents, Adam's moments, the multiplier [B]."""
-
-    latents: Latents
-    first: Latents
-    second: Latents
-    log_beta: Array
-
-
-class Target(NamedTuple):
-    """Of the rate and the scale of each image, float32 [B], with the controller.
-
-    Attributes:
-        bpp: payload bits per pixel that the relaxed rate is steered to.
-        scale: factor of the loss.
-        integral, proportional: gains of the dual ascent, scalars.
-    """
-
-    bpp: Array
-    scale: Array
-    integral: Array
-    proportional: Array
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=6)
-def _run_steps(
-    static: Static,
-    frozen: Frozen,
-    images: Images,
-    weights: Weights,
-    target: Target,
-    rng: Array,
-    state: State,
-    schedule: Schedule,
-) -> tuple[State, Terms]:
-    """Some steps, and the mean terms of their relaxed samples."""
-
-    def step(state: State, now: Schedule) -> tuple[State, Terms]:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
-
-        def loss(latents: Latents) -> tuple[Array, tuple[Terms, Array]]:
-            terms = soft_terms(
-                static,
-                frozen,
-                images,
-                weights,
-                *latents,
-                keys,
-                now.temperature,
-                now.shift,
-            )
-            excess = jnp.log(jax.lax.stop_gradient(terms.bpp) / target.bpp)
-            excess = jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
-            beta = jnp.exp(state.log_beta + target.proportional * excess)
-            total = target.scale * (terms.value + beta * terms.bpp)
-            return jnp.sum(total), (terms, excess)
-
-        gradient, (terms, excess) = jax.grad(loss, has_aux=True)(state.latents)
-        latents, first, second = _adam(state, gradient, now)
-        log_beta = state.log_beta + target.integral * excess
-        return State(latents, first, second, log_beta), terms
-
-    if len(schedule.step) == 1:  # no loop: see `_scan_steps`
-        return step(state, jax.tree.map(lambda values: values[0], schedule))
-    state, terms = jax.lax.scan(step, state, schedule)
-    return state, jax.tree.map(lambda values: jnp.mean(values, 0), terms)
-
-
-def _adam(
-    state: State, gradient: Latents, now: Schedule
-) -> tuple[Latents, Latents, Latents]:
-    b1, b2 = 0.9, 0.999
-    time = now.step + 1
-
-    def first_moment(mean: Array, g: Array) -> Array:
-        return b1 * mean + (1 - b1) * g
-
-    def second_moment(mean: Array, g: Array) -> Array:
-        return b2 * mean + (1 - b2) * jnp.square(g)
-
-    def move(x: Array, mean: Array, square: Array) -> Array:
-        mean, square = mean / (1 - b1**time), square / (1 - b2**time)
-        return x - now.learning_rate * mean / (jnp.sqrt(square) + _ADAM_EPS)
-
-    first = jax.tree.map(first_moment, state.first, gradient)
-    second = jax.tree.map(second_moment, state.second, gradient)
-    return jax.tree.map(move, state.latents, first, second), first, second
 
 
 _original_taps = jax.jit(original_taps)
@@ -334,57 +230,24 @@ class Batch:
     def run(self, progress: Callable[[Progress], bool | None] | None) -> int:
         """Refine; returns the number of steps that were made."""
         settings, steps = self.settings, self.settings.steps
-        shifts = np.random.default_rng(settings.seed).integers(
-            len(TRUNK_SHIFTS), size=steps
-        )
-        schedule = Schedule(
-            np.arange(steps, dtype=np.int32),
-            temperatures(
-                steps,
-                settings.temperature_start,
-                settings.temperature_end,
-                settings.temperature_hold,
-            ),
-            settings.learning_rates(),
-            shifts.astype(np.int32),
-        )
-        zeros = jax.tree.map(jnp.zeros_like, self.start)
-        state = State(
-            jax.tree.map(jnp.copy, self.start),
-            zeros,
-            jax.tree.map(jnp.copy, zeros),
-            jnp.copy(self.log_beta),
-        )
+        stepper = self.stepper()
         aim = self.target
         self.best = self.start
         best_terms = self._score(self.start, self.images)
         self.history: list[dict[str, np.ndarray]] = []
         done = 0
         while done < steps:
-            end = min(done + settings.chunk_steps, steps)
-            relaxed_bpp: list[Array] = []
-            while done < end:
-                part = slice(done, min(done + self._scan_steps(), end))
-                state, soft = _run_steps(
-                    self.static,
-                    self.frozen,
-                    self.images,
-                    self.weights,
-                    aim,
-                    self.rng,
-                    state,
-                    Schedule(*(values[part] for values in schedule)),
-                )
-                done = part.stop
-                relaxed_bpp.append(soft.bpp)
+            count = min(settings.chunk_steps, steps - done)
+            relaxed_bpp = stepper(count, aim)
+            done += count
+            state = stepper.state
             hard = self._score(state.latents, self.images)
             beta = np.exp(np.asarray(state.log_beta))
             better = self._lagrangian(hard, beta) < self._lagrangian(best_terms, beta)
             self.best = _pick(better, state.latents, self.best)
             best_terms = jax.tree.map(partial(np.where, better), hard, best_terms)
             # Relaxed latents take a little more or less than rounded ones.
-            ratio = np.mean(jax.device_get(relaxed_bpp), axis=0) / hard.bpp
-            ratio = np.clip(ratio, 0.7, 1.4)
+            ratio = np.clip(relaxed_bpp / hard.bpp, 0.7, 1.4)
             aim = aim._replace(bpp=self.target.bpp * ratio)
             self.history.append({"step": np.full(len(beta), done), "beta": beta})
             self.history[-1] |= {"bpp": hard.bpp, "value": hard.value}
@@ -393,13 +256,21 @@ class Batch:
                 break
         return done
 
-    def _scan_steps(self) -> int:
-        """Steps of one compiled program.
-
-        XLA:CPU runs the input gradients of convolutions several times slower inside a
-        loop than outside (jax issue 12868), and a call costs it next to nothing.
-        """
-        return 1 if jax.default_backend() == "cpu" else self.settings.chunk_steps
+    def stepper(self) -> Stepper:
+        """The steps of this batch, from its start."""
+        return Stepper(
+            Problem(
+                self.static,
+                self.frozen,
+                self.images,
+                self.weights,
+                self.target,
+                self.rng,
+            ),
+            self.settings,
+            self.start,
+            self.log_beta,
+        )
 
     def _lagrangian(self, terms: Any, beta: np.ndarray) -> np.ndarray:
         """Value and rate in one number; what is over the budget has to be cut off."""

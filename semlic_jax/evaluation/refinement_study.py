@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What refinement gains, image by image, each study one command.
+
+    python -m semlic_jax.evaluation.refinement_study gain IMAGES --gamma 0
+    python -m semlic_jax.evaluation.refinement_study settings IMAGES --steps 100
+
+`gain` compresses every image to every rate with and without refinement, in real bytes:
+BD-rates per image under PSNR (and under the feature distance where there are weights),
+images that came out worse, and how much of each budget is used. With `--gamma 0` it is
+the study of PSNR, without it that of the eye. `settings` tries methods, learning rates
+and temperatures on crops, to choose the presets: the bits that a file without
+refinement takes for the same objective, less those of the refined one.
+
+Both go on where they stopped and write CSV, Markdown and a plot into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import semlic_jax
+from semlic_jax.evaluation.demo import psnr_db
+from semlic_jax.evaluation.entrants import (
+    Entrant,
+    RefinedEntrant,
+    SemlicEntrant,
+    model_identity,
+)
+from semlic_jax.evaluation.image_sets import list_images
+from semlic_jax.evaluation.measures import Measures
+from semlic_jax.evaluation.paper import preset_or_steps
+from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.results import Results, Row
+from semlic_jax.evaluation.sweep import Journal, run_sweep
+from semlic_jax.evaluation.tables import table
+from semlic_jax.images import read_photograph, write_file
+from semlic_jax.objectives.bd_rates import LEAST_POINTS, RateCurve, bd_rate
+
+if TYPE_CHECKING:
+    from semlic_jax.refinement import Settings
+
+Progress = Callable[[str], None]
+
+_PLAIN, _REFINED = "semlic", "refined"
+_RATES = (0.1, 0.15, 0.25, 0.4)
+# Qualities of the files without refinement that a refined one is compared with.
+_LADDER = tuple(range(0, 256, 15))
+
+
+@dataclass(frozen=True)
+class ImageGain:
+    """One image under one metric.
+
+    Attributes:
+      image, metric: names.
+      bd_rate: percent of bits at equal metric, negative where refinement saves; None
+        with a `gap`.
+      worse: rates at which the refined file is worse than the other.
+      gap: why there is no number.
+    """
+
+    image: str
+    metric: str
+    bd_rate: float | None
+    worse: tuple[float, ...]
+    gap: str = ""
+
+
+def gain(
+    images: Sequence[Path],
+    out: Path,
+    *,
+    model: str,
+    settings: Settings,
+    rates: Sequence[float] = _RATES,
+    weights: str | Path | None = None,
+    progress: Progress = lambda text: None,
+) -> list[Path]:
+    """Files with and without refinement at equal rates.
+
+    Args:
+      images: files and folders.
+      out: folder, new or of an earlier run of this study.
+      model: name or path.
+      settings: of the refinement.
+      rates: bits per pixel; BD-rates need four.
+      weights: folder of feature weights for the feature distance; None: the
+        environment's SEMLIC_FEATURES, or PSNR alone.
+      progress: is told what is being done.
+
+    Returns:
+      the tables and the plot.
+    """
+    progress(f"loading the model {model}")
+    codec = semlic_jax.load(model)
+    metrics = ["psnr_db"]
+    if weights is not None or os.environ.get("SEMLIC_FEATURES"):
+        metrics.append("feature_distance")
+    if weights is not None and settings.features is None:
+        settings = replace(settings, features=os.fspath(weights))
+    contestants: list[Entrant] = [
+        SemlicEntrant(_PLAIN, codec),
+        RefinedEntrant(_REFINED, codec, settings),
+    ]
+    results = run_sweep(
+        list_images(images),
+        contestants,
+        rates,
+        Measures(metrics, weights),
+        out,
+        jobs=1,  # each refinement takes all cores
+        progress=progress,
+    )
+    gains = [
+        image_gain(results, image.name, metric)
+        for metric in results.image_metrics
+        for image in results.images
+    ]
+    paths = [out / "gain.csv", out / "gain.md"]
+    rows = [
+        (g.image, g.metric, "" if g.bd_rate is None else f"{g.bd_rate:.3f}")
+        + (" ".join(f"{rate:g}" for rate in g.worse), g.gap)
+        for g in gains
+    ]
+    header = ("image", "metric", "bd_rate_percent", "worse_at_bpp", "gap")
+    write_file(paths[0], _csv(header, rows), force=True)
+    write_file(paths[1], _gain_text(results, gains, settings).encode(), force=True)
+    return paths + write_figure(_draw_gain(results, gains), out / "gain")
+
+
+def image_gain(results: Results, image: str, metric: str) -> ImageGain:
+    """BD-rate of one image's refined files against the others."""
+    rows = {
+        (row.codec, row.target_bpp): row
+        for row in results.rows
+        if row.image == image and row.bpp is not None and metric in row.values
+    }
+    both = [
+        rate
+        for rate in results.targets()
+        if (_PLAIN, rate) in rows and (_REFINED, rate) in rows
+    ]
+    up = results.image_metrics[metric].higher_is_better
+
+    def value(codec: str, rate: float) -> float:
+        return rows[codec, rate].values[metric]
+
+    worse = tuple(
+        rate
+        for rate in both
+        if (value(_REFINED, rate) - value(_PLAIN, rate)) * (1 if up else -1) < 0
+    )
+
+    def curve(codec: str) -> RateCurve:
+        return RateCurve(
+            bpp=[_bpp(rows[codec, rate]) for rate in both],
+            values=[value(codec, rate) for rate in both],
+            metric=metric,
+            name=codec,
+        )
+
+    try:
+        percent = bd_rate(curve(_PLAIN), curve(_REFINED))
+    except ValueError as error:
+        return ImageGain(image, metric, None, worse, " ".join(str(error).split()))
+    return ImageGain(image, metric, percent, worse)
+
+
+def _bpp(row: Row) -> float:
+    assert row.bpp is not None
+    return row.bpp
+
+
+def budget_use(results: Results, rate: float) -> tuple[int, int, float]:
+    """Files at a rate, how many of them are over it, and the mean share that is used.
+
+    The share is of the bytes of the budget that a whole file can take.
+    """
+    sizes = {image.name: image.width * image.height for image in results.images}
+    uses = []
+    for row in results.rows:
+        if row.codec == _REFINED and row.target_bpp == rate and row.file_bytes:
+            budget = semlic_jax.Codec.budget_bytes(rate, (1, sizes[row.image]))
+            uses.append(row.file_bytes / budget)
+    over = sum(use > 1 for use in uses)
+    return len(uses), over, float(np.mean(uses)) if uses else float("nan")
+
+
+def _gain_text(results: Results, gains: Sequence[ImageGain], settings: Settings) -> str:
+    lines = [
+        f"Refinement of {len(results.images)} images: {settings.steps} steps of "
+        f"`{settings.method}`, alpha {settings.alpha:g}, gamma {settings.gamma:g}. "
+        "Bits at equal metric against the same model without refinement (BD-rate per "
+        "image, negative: fewer bits), real files.",
+        "",
+    ]
+    metrics = list(results.image_metrics)
+    shown: list[list[str]] = []
+    for image in results.images:
+        own = {g.metric: g for g in gains if g.image == image.name}
+        shown.append([image.name, *(_percent(own[m].bd_rate) for m in metrics)])
+    for name, of in (("mean", np.mean), ("median", np.median), ("worst", np.max)):
+        cells = []
+        for metric in metrics:
+            found = [g.bd_rate for g in gains if g.metric == metric]
+            known = [percent for percent in found if percent is not None]
+            cells.append(_percent(float(of(known)) if known else None))
+        shown.append([name, *cells])
+    lines += table(["image", *metrics], shown)
+    lines += ["", "Files worse than without refinement:", ""]
+    for metric in metrics:
+        worse = [
+            (g.image, rate) for g in gains if g.metric == metric for rate in g.worse
+        ]
+        names = ", ".join(f"{image} at {rate:g}" for image, rate in worse)
+        lines.append(f"* {metric}: {len(worse)}{': ' if worse else ''}{names}")
+    lines += ["", "Budgets:", ""]
+    uses = []
+    for rate in results.targets():
+        files, over, mean = budget_use(results, rate)
+        uses.append([f"{rate:g} bpp", str(files), str(over), f"{100 * mean:.2f} %"])
+    lines += table(["budget", "files", "over", "mean use"], uses)
+    times = [
+        (row.encode_s or 0.0) / settings.steps
+        for row in results.rows
+        if row.codec == _REFINED and row.encode_s
+    ]
+    if times:
+        lines += ["", f"Median time of a step, all included: {np.median(times):.3f} s."]
+    gaps = {g.gap for g in gains if g.gap}
+    lines += [f"* {gap}" for gap in sorted(gaps)]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f} %"
+
+
+def _draw_gain(results: Results, gains: Sequence[ImageGain]) -> Figure:
+    """Rate against each metric, with and without; below, BD-rates of the images."""
+    metrics = list(results.image_metrics)
+    figure = Figure(figsize=(5.2 * len(metrics), 7.4), layout="constrained")
+    styles = {
+        _PLAIN: ("#56B4E9", "s", "without"),
+        _REFINED: ("#D55E00", "o", "refined"),
+    }
+    for at, metric in enumerate(metrics):
+        axes = figure.add_subplot(2, len(metrics), at + 1)
+        for codec, (colour, marker, label) in styles.items():
+            points = [
+                np.mean(
+                    [
+                        (_bpp(row), row.values[metric])
+                        for row in results.rows
+                        if row.codec == codec
+                        and row.target_bpp == rate
+                        and metric in row.values
+                    ]
+                    or [(np.nan, np.nan)],
+                    axis=0,
+                )
+                for rate in results.targets()
+            ]
+            bpp, values = np.transpose(points)
+            axes.plot(bpp, values, color=colour, marker=marker, label=label)
+        axes.set_xlabel("bits per pixel of the whole file")
+        axes.set_ylabel(results.metrics[metric].label)
+        axes.grid(color="#E4E4E4")
+        axes.legend(frameon=False)
+        axes = figure.add_subplot(2, len(metrics), len(metrics) + at + 1)
+        found = sorted(
+            g.bd_rate for g in gains if g.metric == metric and g.bd_rate is not None
+        )
+        axes.bar(range(len(found)), found, color="#D55E00")
+        axes.set_xlabel("images, in order")
+        axes.set_ylabel("BD-rate (%), lower is better")
+        axes.grid(axis="y", color="#E4E4E4")
+    return figure
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings on one crop: bits saved at equal objective, in percent, and time."""
+
+    method: str
+    learning_rate: float
+    temperature_start: float
+    steps: int
+    image: str
+    saving_percent: float
+    value_ratio: float
+    step_s: float
+
+
+def settings_study(
+    images: Sequence[Path],
+    out: Path,
+    *,
+    model: str,
+    base: Settings,
+    methods: Sequence[str],
+    learning_rates: Sequence[float],
+    temperatures: Sequence[float],
+    steps: Sequence[int],
+    crop: int = 256,
+    bpp: float = 0.2,
+    progress: Progress = lambda text: None,
+) -> list[Path]:
+    """All combinations of these settings on crops of the images.
+
+    Args:
+      images, out, model, progress: see `gain`.
+      base: the settings that are not tried.
+      methods, learning_rates, temperatures, steps: to try; temperatures to start at.
+      crop: side of the crops, from the middle of the images, in pixels.
+      bpp: rate of all files.
+
+    Returns:
+      the table of all trials, the table of their means, and a plot.
+    """
+    progress(f"loading the model {model}")
+    codec = semlic_jax.load(model)
+    crops = {path.stem: _middle(path, crop) for path in list_images(images)}
+    out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out / "trials.jsonl")
+    identity = f"{model_identity(codec)} {crop} {bpp:g} {replace(base, features=None)}"
+    combinations = list(
+        itertools.product(steps, methods, learning_rates, temperatures, crops)
+    )
+    trials = []
+    for done, (count, method, rate, start, name) in enumerate(combinations):
+        tried = replace(
+            base,
+            steps=count,
+            method=method,
+            learning_rate=rate,
+            temperature_start=start,
+            temperature_end=min(base.temperature_end, start),
+        )
+        key = f"{identity} {count} {method} {rate:g} {start:g} {name}"
+        record = journal.get(key)
+        if record is None:
+            progress(f"{done}/{len(combinations)}: {count} {method} {rate:g} {start:g}")
+            record = _try(codec, crops[name], tried, bpp)
+            journal.put(key, record)
+        facts = {k: record[k] for k in ("saving_percent", "value_ratio", "step_s")}
+        trials.append(Trial(method, rate, start, count, name, **facts))
+    header = tuple(Trial.__dataclass_fields__)
+    rows = [tuple(getattr(trial, field) for field in header) for trial in trials]
+    paths = [out / "trials.csv", out / "settings.md"]
+    write_file(paths[0], _csv(header, rows), force=True)
+    means = _means(trials)
+    text = "\n".join(
+        table(
+            ["settings", "bits saved", "objective", "s per step"],
+            [
+                [name, f"{saving:.2f} %", f"{ratio:.4f}", f"{step_s:.3f}"]
+                for name, saving, ratio, step_s in means
+            ],
+        )
+    )
+    write_file(paths[1], f"{text}\n".encode(), force=True)
+    return paths + write_figure(_draw_settings(trials), out / "settings")
+
+
+def _try(
+    codec: Any, pixels: np.ndarray, settings: Settings, bpp: float
+) -> dict[str, float]:
+    from semlic_jax import refinement
+
+    begun_s = time.perf_counter()
+    found = refinement.refine(codec, pixels, bpp=bpp, settings=settings)
+    wall_s = time.perf_counter() - begun_s
+    reached_db = psnr_db(pixels, codec.decompress(found.data))
+    # The bytes without refinement at this PSNR, between those of two qualities.
+    ladder = [codec.compress(pixels, quality=level / 255) for level in _LADDER]
+    values = [psnr_db(pixels, codec.decompress(file)) for file in ladder]
+    order = np.argsort(values)
+    log_bytes = np.interp(
+        reached_db, np.take(values, order), np.log([len(ladder[i]) for i in order])
+    )
+    return {
+        "saving_percent": float(100 * (1 - len(found.data) / np.exp(log_bytes))),
+        "value_ratio": found.value / found.unrefined_value,
+        "step_s": wall_s / settings.steps,
+    }
+
+
+def _middle(path: Path, side: int) -> np.ndarray:
+    pixels = read_photograph(path).pixels
+    height, width = pixels.shape[:2]
+    if min(height, width) < side:
+        raise ValueError(
+            f"expected images of at least {side} x {side}, found {width} x {height} "
+            f"in {path}"
+        )
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def _groups(trials: Sequence[Trial]) -> Iterator[tuple[Trial, list[Trial]]]:
+    """Trials of the same settings, over all crops."""
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in trials:
+        key = (trial.steps, trial.method, trial.learning_rate, trial.temperature_start)
+        groups.setdefault(key, []).append(trial)
+    for group in groups.values():
+        yield group[0], group
+
+
+def _means(trials: Sequence[Trial]) -> list[tuple[str, float, float, float]]:
+    """Name, saving, ratio of the objective, seconds; the best first of each length."""
+    found = [
+        (
+            first.steps,
+            -float(np.mean([trial.saving_percent for trial in group])),
+            f"{first.steps} {first.method} lr {first.learning_rate:g} "
+            f"T {first.temperature_start:g}",
+            float(np.mean([trial.value_ratio for trial in group])),
+            float(np.median([trial.step_s for trial in group])),
+        )
+        for first, group in _groups(trials)
+    ]
+    return [
+        (name, -less, ratio, step_s) for _, less, name, ratio, step_s in sorted(found)
+    ]
+
+
+def _draw_settings(trials: Sequence[Trial]) -> Figure:
+    means = _means(trials)[::-1]
+    figure = Figure(figsize=(7.0, 1.2 + 0.28 * len(means)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh([name for name, *_ in means], [m[1] for m in means], color="#D55E00")
+    axes.set_xlabel("bits saved at equal PSNR (%)")
+    axes.grid(axis="x", color="#E4E4E4")
+    return figure
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.evaluation.refinement_study",
+        description="What refinement gains, image by image.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("gain", "BD-rates, budgets and harm over images and rates"),
+        ("settings", "methods, learning rates and temperatures on crops"),
+    ):
+        sub = commands.add_parser(name, help=text, allow_abbrev=False)
+        sub.add_argument("images", type=Path, nargs="+")
+        sub.add_argument("--out", type=Path, default=Path(f"refinement_{name}"))
+        sub.add_argument("--model", default="small")
+        for weight in ("alpha", "gamma"):
+            sub.add_argument(f"--{weight}", type=float)
+        sub.add_argument("--weights", type=Path, help="folder of feature weights")
+        if name == "gain":
+            sub.add_argument("--refine", type=preset_or_steps, default="default")
+            sub.add_argument("--bpp", type=_numbers, default=list(_RATES))
+            sub.add_argument("--method")
+            continue
+        sub.add_argument("--bpp", type=float, default=0.2)
+        sub.add_argument("--crop", type=int, default=256)
+        sub.add_argument("--steps", type=_whole_numbers, default=[100])
+        sub.add_argument("--methods", default="sga,ssl")
+        sub.add_argument("--learning-rates", type=_numbers, default=[0.005, 0.01, 0.02])
+        sub.add_argument("--temperatures", type=_numbers, default=[0.25, 0.5])
+    return parser
+
+
+def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
+    from semlic_jax import refinement
+
+    changes = dict(alpha=options.alpha, gamma=options.gamma)
+    if options.command == "gain":
+        if len(options.bpp) < LEAST_POINTS:
+            print(f"note: BD-rates need {LEAST_POINTS} rates", file=sys.stderr)
+        return gain(
+            options.images,
+            options.out,
+            model=options.model,
+            settings=refinement.preset(
+                options.refine, method=options.method, **changes
+            ),
+            rates=options.bpp,
+            weights=options.weights,
+            progress=progress,
+        )
+    features = None if options.weights is None else os.fspath(options.weights)
+    return settings_study(
+        options.images,
+        options.out,
+        model=options.model,
+        base=refinement.preset("default", features=features, **changes),
+        methods=options.methods.split(","),
+        learning_rates=options.learning_rates,
+        temperatures=options.temperatures,
+        steps=options.steps,
+        crop=options.crop,
+        bpp=options.bpp,
+        progress=progress,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one study; returns the exit status, 1 for a refusal."""
+    options = _parser().parse_args(argv)
+
+    def progress(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
+
+    try:
+        paths = _run(options, progress)
+    except (ValueError, OSError) as error:
+        print(f"refinement_study: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    for path in paths:
+        if path.suffix == ".md":
+            print(path.read_text())
+    for path in paths:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

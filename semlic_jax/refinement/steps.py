@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a refinement, compiled: gradients to the latents, Adam, dual ascent.
+
+One program does a chunk of steps in one `lax.scan`. XLA:CPU runs the input gradients of
+convolutions several times slower inside a loop than outside (jax issue 12868), and a
+call costs it next to nothing, so there a program does one step.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.refinement.objective import (
+    TRUNK_SHIFTS,
+    Frozen,
+    Images,
+    Static,
+    Terms,
+    Weights,
+    soft_terms,
+)
+from semlic_jax.refinement.settings import Settings
+from semlic_jax.refinement.sga import temperatures
+
+Array = jax.Array
+Latents = tuple[Array, Array]  # y_scaled [B, h, w, M] and z [B, h/4, w/4, N]
+
+_MAX_EXCESS = 0.3
+_ADAM_EPS = 1e-8
+
+
+class Schedule(NamedTuple):
+    """What a chunk of K steps scans over: arrays [K], one number each in a step."""
+
+    step: Any
+    temperature: Any
+    learning_rate: Any
+    shift: Any
+
+
+class State(NamedTuple):
+    """What a step changes: latents, Adam's moments, the multiplier [B]."""
+
+    latents: Latents
+    first: Latents
+    second: Latents
+    log_beta: Array
+
+
+class Target(NamedTuple):
+    """Of the rate and the scale of each image, float32 [B], with the controller.
+
+    Attributes:
+        bpp: payload bits per pixel that the relaxed rate is steered to.
+        scale: factor of the loss.
+        integral, proportional: gains of the dual ascent, scalars.
+    """
+
+    bpp: Array
+    scale: Array
+    integral: Array
+    proportional: Array
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=6)
+def _run_steps(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    target: Target,
+    rng: Array,
+    state: State,
+    schedule: Schedule,
+) -> tuple[State, Terms]:
+    """Some steps, and the mean terms of their relaxed samples."""
+
+    def step(state: State, now: Schedule) -> tuple[State, Terms]:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
+
+        def loss(latents: Latents) -> tuple[Array, tuple[Terms, Array]]:
+            terms = soft_terms(
+                static,
+                frozen,
+                images,
+                weights,
+                *latents,
+                keys,
+                now.temperature,
+                now.shift,
+            )
+            excess = jnp.log(jax.lax.stop_gradient(terms.bpp) / target.bpp)
+            excess = jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
+            beta = jnp.exp(state.log_beta + target.proportional * excess)
+            total = target.scale * (terms.value + beta * terms.bpp)
+            return jnp.sum(total), (terms, excess)
+
+        gradient, (terms, excess) = jax.grad(loss, has_aux=True)(state.latents)
+        latents, first, second = _adam(state, gradient, now)
+        log_beta = state.log_beta + target.integral * excess
+        return State(latents, first, second, log_beta), terms
+
+    if len(schedule.step) == 1:  # no loop
+        return step(state, jax.tree.map(lambda values: values[0], schedule))
+    state, terms = jax.lax.scan(step, state, schedule)
+    return state, jax.tree.map(lambda values: jnp.mean(values, 0), terms)
+
+
+def _adam(
+    state: State, gradient: Latents, now: Schedule
+) -> tuple[Latents, Latents, Latents]:
+    b1, b2 = 0.9, 0.999
+    time = now.step + 1
+
+    def first_moment(mean: Array, g: Array) -> Array:
+        return b1 * mean + (1 - b1) * g
+
+    def second_moment(mean: Array, g: Array) -> Array:
+        return b2 * mean + (1 - b2) * jnp.square(g)
+
+    def move(x: Array, mean: Array, square: Array) -> Array:
+        mean, square = mean / (1 - b1**time), square / (1 - b2**time)
+        return x - now.learning_rate * mean / (jnp.sqrt(square) + _ADAM_EPS)
+
+    first = jax.tree.map(first_moment, state.first, gradient)
+    second = jax.tree.map(second_moment, state.second, gradient)
+    return jax.tree.map(move, state.latents, first, second), first, second
+
+
+class Problem(NamedTuple):
+    """What a batch's steps are given; see `_run_steps`."""
+
+    static: Static
+    frozen: Frozen
+    images: Images
+    weights: Weights
+    target: Target
+    rng: Array
+
+
+class Stepper:
+    """A refinement under way.
+
+    Attributes:
+        state: after the steps so far.
+    """
+
+    def __init__(
+        self, problem: Problem, settings: Settings, start: Latents, log_beta: Array
+    ) -> None:
+        self._problem = problem
+        steps = settings.steps
+        shifts = np.random.default_rng(settings.seed).integers(
+            len(TRUNK_SHIFTS), size=steps
+        )
+        self._schedule = Schedule(
+            np.arange(steps, dtype=np.int32),
+            temperatures(
+                steps,
+                settings.temperature_start,
+                settings.temperature_end,
+                settings.temperature_hold,
+            ),
+            settings.learning_rates(),
+            shifts.astype(np.int32),
+        )
+        self._next = 0
+        # Copies, since a step takes its state's memory.
+        zeros = jax.tree.map(jnp.zeros_like, start)
+        self.state = State(
+            jax.tree.map(jnp.copy, start),
+            zeros,
+            jax.tree.map(jnp.copy, zeros),
+            jnp.copy(log_beta),
+        )
+
+    def __call__(self, count: int, target: Target | None = None) -> np.ndarray:
+        """Makes so many steps; after the last of the schedule comes the first again.
+
+        Args:
+            count: of steps.
+            target: in the place of the problem's own.
+
+        Returns:
+            mean relaxed bits per pixel of each image, float [B].
+        """
+        problem = self._problem
+        if target is not None:
+            problem = problem._replace(target=target)
+        end, total = self._next + count, len(self._schedule.step)
+        relaxed_bpp: list[Array] = []
+        while self._next < end:
+            start = self._next % total
+            wanted = min(end - self._next, total - start)
+            part = slice(start, start + self._program_steps(wanted))
+            schedule = Schedule(*(values[part] for values in self._schedule))
+            self.state, terms = _run_steps(*problem, self.state, schedule)
+            relaxed_bpp += [terms.bpp] * len(schedule.step)
+            self._next += len(schedule.step)
+        return np.mean(jax.device_get(relaxed_bpp), axis=0)
+
+    def flops(self) -> float | None:
+        """Floating point operations of a step, as the compiler counts them."""
+        schedule = Schedule(*(values[:1] for values in self._schedule))
+        cost = _run_steps.lower(*self._problem, self.state, schedule).compile()
+        found: Any = cost.cost_analysis() or {}
+        if isinstance(found, list):
+            found = found[0]
+        return found.get("flops")
+
+    @staticmethod
+    def _program_steps(wanted: int) -> int:
+        return 1 if jax.default_backend() == "cpu" else wanted
