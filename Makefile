@@ -11,13 +11,19 @@ INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 DEMO_OUT ?= demo
 NOTEBOOKS_VENV := .venv-notebooks
 NOTEBOOKS_OUT ?= executed
+TFC_VENV := .venv-tfc
 
-.PHONY: demo test notebooks format lint types unit clean
+.PHONY: demo test test-tfc notebooks format lint types unit clean
 
 demo: $(VENV)/.core  ## compress the packaged photograph and show the result
 	$(BIN)/semlic demo --out $(DEMO_OUT) --force $(if $(IMAGE),"$(IMAGE)")
 
 test: lint types unit  ## everything that continuous integration runs
+
+# TensorFlow's import warns of what it uses itself.
+test-tfc: $(TFC_VENV)/.done  ## the codec with both coders, under the JAX that tfc allows
+	$(TFC_VENV)/bin/python -m pytest -W ignore::DeprecationWarning \
+		tests/test_tfc_coding.py tests/test_codec.py tests/test_golden.py
 
 # In an environment of their own, which has just what their extra names.
 notebooks: $(NOTEBOOKS_VENV)/.done  ## run the notebooks from start to end, shortened
@@ -61,6 +67,13 @@ $(NOTEBOOKS_VENV)/.done: pyproject.toml requirements/ci.txt
 	$(NOTEBOOKS_VENV)/bin/python -m pip install $(PIP_OPTIONS) --editable ".[notebooks]"
 	touch $@
 
+$(TFC_VENV)/.done: pyproject.toml requirements/tfc.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed" >&2; exit 1; }
+	$(PYTHON) -m venv $(TFC_VENV)
+	$(TFC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements/tfc.txt --editable ".[tfc]" pytest hypothesis
+	touch $@
+
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache \
-		$(NOTEBOOKS_VENV) $(NOTEBOOKS_OUT)
+		$(NOTEBOOKS_VENV) $(NOTEBOOKS_OUT) $(TFC_VENV)

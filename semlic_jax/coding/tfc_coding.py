@@ -13,6 +13,7 @@ for. Its own escape code is not used: on a damaged stream it has no end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,8 +196,10 @@ def tfc_ops() -> Any:
     Raises:
         ValueError: it is not installed.
     """
+    # Else its import writes a page of remarks on the error stream.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import tensorflow_compression as tfc
+        import tensorflow_compression_ops as tfc
     except ImportError as error:
         raise ValueError(
             "expected TensorFlow Compression for the coder tfc, found no package "
