@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -24,9 +24,9 @@ import jax
 import yaml
 from test_sharding import environment
 
-from launch import worker
 from launch.__main__ import main
 from launch.tasks import LOST_STATUS, worth_restarting
+from semlic_jax import cli
 from semlic_jax.training import checkpoints, sharding
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,18 @@ def test_local_dry_runs(dry):
     assert dry(*LOCAL, *REFINE) == f"{PYTHON} {WORKER} refine {staged}\n"
     out = dry(*LOCAL, "--processes", "2", "eval", "tests", "--out", "report")
     assert out == f"{SEMLIC} eval tests --out report\n"
+
+
+def test_the_commands_are_ones_that_semlic_takes(dry, capsys):
+    for task in (["refine", "launch", "out", "--bpp", "1"], ["eval", "launch"]):
+        options = ["--out", "report"] if task[0] == "eval" else []
+        out = dry(*LOCAL, "--processes", "2", *task, *options)
+        for line in out.splitlines():
+            command = shlex.split(line)
+            assert command[:3] == SEMLIC.split()
+            # Not wrong usage, which is 2: it gets as far as the images.
+            assert cli.main(command[3:]) == 1
+            assert "no image files in launch" in capsys.readouterr().err
 
 
 def test_slurm_dry_runs(dry):
@@ -317,126 +329,6 @@ def test_wrong_usage_is_one_line(arguments, capsys):
     assert error.count("\n") == 1
 
 
-# ------------------------------------------------------- clusters, with stand-ins
-
-
-def test_the_manifest_is_applied(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    stand_in(tmp_path, "kubectl", f'echo "$*" >> {tmp_path}/calls; cat > {tmp_path}/in')
-    arguments = [*GKE, *SLICE, *REFINE]
-    assert main(arguments) == 0
-    shown = capsys.readouterr().out
-    arguments.remove("--dry-run")
-    assert main(arguments) == 0
-    applied = (tmp_path / "in").read_text()
-    assert shown == f"kubectl apply -f - <<'EOF'\n{applied}EOF\n"
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[-1] == "apply -f -"
-
-
-def submit(folder: Path, step: str, **variables: str) -> tuple[int, str]:
-    """The job script, where `srun` is `step`; its status and the calls it made."""
-    stand_in(folder, "srun", f'echo "srun $*" >> {folder}/calls\n{step}')
-    stand_in(folder, "scontrol", f'echo "scontrol $*" >> {folder}/calls')
-    calls = folder / "calls"
-    calls.write_text("")
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "semlic", "a b"],
-        env=dict(
-            os.environ,
-            PATH=f"{folder}:{os.environ['PATH']}",
-            SLURM_JOB_ID="77",
-            **variables,
-        ),
-        capture_output=True,
-        timeout=60,
-    )
-    return done.returncode, calls.read_text()
-
-
-def test_the_job_script_goes_back_into_the_queue(tmp_path):
-    step = "srun --kill-on-bad-exit=1 semlic a b\n"
-    requeue = "scontrol requeue 77\n"
-    assert submit(tmp_path, "exit 0") == (0, step)
-    assert submit(tmp_path, "exit 1") == (1, step)
-    assert submit(tmp_path, f"exit {LOST_STATUS}") == (LOST_STATUS, step + requeue)
-    assert submit(tmp_path, "exit 137") == (137, step + requeue)
-    assert submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="3") == (137, step)
-    late = submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="3", SEMLIC_RESTARTS="4")
-    assert late == (137, step + requeue)
-    # The signal that the time is nearly over goes to the script.
-    assert submit(tmp_path, "kill -USR1 $PPID; sleep 1") == (0, step + requeue)
-    text = (ROOT / "launch" / "slurm.sbatch").read_text()
-    assert "#SBATCH --signal=B:USR1@" in text and "#SBATCH --requeue" in text
-
-
-# A cloud with one slice: its state is in a file; the first task on it is preempted.
-GCLOUD = """
-cd {folder}
-case "$*" in
-    *auth*) echo someone; exit ;;
-    *" describe "*)
-        if [ -e state ]; then cat state; exit; fi
-        echo "NOT_FOUND: no such resource" >&2; exit 1 ;;
-esac
-case "$*" in
-    *" create "*) echo create; echo ACTIVE > state ;;
-    *" delete "*) echo delete; rm state ;;
-    *" scp "*) echo scp ;;
-    *mkdir*) echo install ;;
-    *fuser*) echo again ;;
-    *) echo run ;;
-esac >> calls
-case "$*" in
-    *flock*) echo x >> attempts; {task} ;;
-esac
-"""
-
-
-def slice_with(folder: Path, monkeypatch, task: str) -> list[str]:
-    """Arguments for a slice on which the task is this shell line."""
-    stand_in(folder, "gcloud", GCLOUD.format(folder=folder, task=task))
-    stand_in(folder, "sh", f'echo pack >> {folder}/calls; exec bash "$@"')
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return [*TPU, "--project", "p", "--poll", "0", *TRAIN, "gs://b/x"]
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
-def test_a_preempted_slice_is_asked_for_again(tmp_path, monkeypatch, capsys):
-    preempted = (
-        "if [ $(wc -l < attempts) = 1 ]; then echo SUSPENDED > state; exit 255; fi"
-    )
-    arguments = slice_with(tmp_path, monkeypatch, preempted)
-    assert main([*arguments[:1], "--delete", *arguments[1:]]) == 0
-    once = ["create", "pack", "scp", "install", "run"]
-    calls = (tmp_path / "calls").read_text().split()
-    assert calls == [*once, "delete", *once, "delete"]
-    assert "the slice was preempted (status 255)" in capsys.readouterr().err
-    with tarfile.open(tmp_path / "run_semlic_jax.tar.gz") as archive:
-        names = archive.getnames()
-    assert {"launch/worker.py", "configs/tiny.py", "pyproject.toml"} <= set(names)
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
-def test_what_fails_on_a_slice(tmp_path, monkeypatch, capsys):
-    arguments = slice_with(tmp_path, monkeypatch, "exit 1")
-    assert main(arguments) == 1
-    assert "task ended with status 1; the slice run is still there" in (
-        capsys.readouterr().err
-    )
-    arguments = slice_with(tmp_path, monkeypatch, "exit 74")
-    assert main(arguments) == 1
-    assert "another run is on the slice run" in capsys.readouterr().err
-    # A killed process: the slice is there, what is left on it is ended.
-    (tmp_path / "calls").unlink()
-    arguments = slice_with(tmp_path, monkeypatch, f"exit {LOST_STATUS}")
-    assert main([*arguments[:1], "--restarts", "2", *arguments[1:]]) == 1
-    assert "gave up after 2 restarts" in capsys.readouterr().err
-    calls = (tmp_path / "calls").read_text().split()
-    assert calls == ["pack", "scp", "install", "run", "again", "again"]
-
-
 # ------------------------------------------------------------ processes, for real
 
 
@@ -541,17 +433,3 @@ def test_shares_are_independent(tmp_path, monkeypatch, capsys):
     assert found.err.splitlines()[-1] == "launch: process 0 ended with status 1"
     program.write_text("#!/bin/sh\nexit 4\n")  # all done, but some were skipped
     assert main(arguments) == 4
-
-
-def test_shares_from_the_environment():
-    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
-    assert worker.share_from_environment(slurm) == (5, 8, {})
-    slurm["SLURM_GPUS_ON_NODE"] = "4"
-    share = worker.share_from_environment(slurm)
-    assert share == (5, 8, {"CUDA_VISIBLE_DEVICES": "1"})
-    job = {"JOB_COMPLETION_INDEX": "2", "SEMLIC_PROCESSES": "4"}
-    assert worker.share_from_environment(job) == (2, 4, {})
-    share = worker.share_from_environment(job | {"TPU_WORKER_HOSTNAMES": "a,b,c,d"})
-    assert share[:2] == (2, 4) and share.variables["TPU_PROCESS_BOUNDS"] == "1,1,1"
-    with pytest.raises(ValueError, match="--auto needs SLURM"):
-        worker.share_from_environment({"GCE_METADATA_IP": "localhost:1"})
