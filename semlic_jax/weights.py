@@ -364,7 +364,8 @@ def check_params(
         "z_bits": (z,),
     }
     if isinstance(config, MeanScaleConfig):
-        calls["parameters"] = (z, quality)
+        inside = jax.ShapeDtypeStruct((1, 1, 1, 1), np.float32)
+        calls["parameters"] = (z, quality, inside)
     # One call for each part: tracing the whole model, whose integer networks are
     # proved elsewhere, takes a second.
     expected: dict[str, Any] = {}

@@ -43,7 +43,7 @@ Array = jax.Array
 
 @partial(jax.jit, static_argnums=0)
 def _parameters(
-    config: MeanScaleConfig, params: Any, z: Array, level: Array
+    config: MeanScaleConfig, params: Any, z: Array, level: Array, inside: Array
 ) -> tuple[Array, Array]:
     """Index uint8 and mean float32 in 1/16 steps, [h, w, M], of z int32."""
     quality = level[None].astype(jnp.float32) / (QUALITY_LEVELS - 1)
@@ -53,6 +53,7 @@ def _parameters(
             {"params": {"entropy": params}},
             z[None].astype(jnp.float32),
             quality,
+            inside[None].astype(jnp.float32),
             method="parameters",
         )
     index, mean_steps = found
@@ -78,7 +79,7 @@ class FloatEntropyModel(PassCoder):
     ) -> Symbols:
         z_symbols = _bounded_round(np.asarray(z))
         z_symbols = z_symbols * _inside(z_symbols.shape, size, HYPER_STRIDE)
-        indexes, mean_steps = self._find(z_symbols, level)
+        indexes, mean_steps = self._find(z_symbols, level, size)
         y_symbols = _bounded_round(np.asarray(y_scaled) - mean_steps / MEAN_STEPS)
         return Symbols(
             z=z_symbols,
@@ -90,7 +91,7 @@ class FloatEntropyModel(PassCoder):
     def parameters(
         self, z: np.ndarray, level: int, size: tuple[int, int], index_check: bytes
     ) -> Parameters:
-        indexes, mean_steps = self._find(z, level)
+        indexes, mean_steps = self._find(z, level, size)
         found = _checksum(indexes, size)
         if len(index_check) != INDEX_CHECK_BYTES:
             raise BitstreamError(
@@ -110,8 +111,11 @@ class FloatEntropyModel(PassCoder):
         """The checksum over the table indexes inside the image."""
         return _checksum(symbols.indexes, size)
 
-    def _find(self, z: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
-        found = _parameters(self.config, self._params, z, jnp.int32(level))
+    def _find(
+        self, z: np.ndarray, level: int, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        inside = _inside(z.shape, size, HYPER_STRIDE)
+        found = _parameters(self.config, self._params, z, jnp.int32(level), inside)
         return np.asarray(found[0]), np.asarray(found[1])
 
 

@@ -118,17 +118,22 @@ class HyperSynthesis(nn.Module):
             setattr(self, f"{head}_1", ConvTranspose(self.hyper_channels, 5))
             setattr(self, f"{head}_2", Conv(self.latent_channels))
 
-    def __call__(self, z_symbols: Array) -> tuple[Array, Array]:
+    def __call__(self, z_symbols: Array, inside: Array) -> tuple[Array, Array]:
         """Mean and scale of y, float32 [B, 4h, 4w, M] each, scale at least 0.11.
 
         Args:
             z_symbols: float32 [B, h, w, N], z_hat counted from its median.
+            inside: float32 [B, h, w, 1], 1 at the positions of the image. Beyond them
+                every layer sees zeros, as it does beyond a grid without padding.
         """
-        z_hat = z_symbols + self.median
+        z_hat = (z_symbols + self.median) * inside
 
         def stack(head: str) -> Array:
-            h = nn.relu(getattr(self, f"{head}_0")(z_hat))
-            h = nn.relu(getattr(self, f"{head}_1")(h))
+            h = z_hat
+            for layer in ("0", "1"):
+                h = nn.relu(getattr(self, f"{head}_{layer}")(h))
+                scale = h.shape[1] // inside.shape[1]
+                h = h * jnp.repeat(jnp.repeat(inside, scale, 1), scale, 2)
             out: Array = getattr(self, f"{head}_2")(h)
             return out
 
@@ -178,7 +183,7 @@ class MeanScaleModel(nn.Module):
         y = self.g_a(x)
         z = self.h_a(y)
         z_symbols = jnp.round(z - self.entropy.median)
-        mean, scale = self.entropy(z_symbols)
+        mean, scale = self.entropy(z_symbols, jnp.ones_like(z[..., :1]))
         residual = jnp.round(y - mean)
         quality = jnp.full(x.shape[0], PUBLISHED_LEVEL / (QUALITY_LEVELS - 1))
         return Published(
@@ -218,19 +223,22 @@ class MeanScaleModel(nn.Module):
         """Probability of the unit bin around each element of z, as in `z_bits`."""
         return self.prior.probability(z + self.entropy.median)
 
-    def parameters(self, z_symbols: Array, quality: Array) -> tuple[Array, Array]:
+    def parameters(
+        self, z_symbols: Array, quality: Array, inside: Array
+    ) -> tuple[Array, Array]:
         """Table index and mean of y_scaled, [B, h, w, M] each, in 1/16 steps.
 
         Args:
             z_symbols: whole numbers, float32 [B, h/4, w/4, N].
             quality: [B] in [0, 1].
+            inside: see `HyperSynthesis`.
 
         Returns:
             index, whole numbers in 0..63 (nearest scale in log, with the identity as
             gradient), and mean * 16, any number.
         """
         gain = self.gain(quality)
-        mean, scale = self.entropy(z_symbols)
+        mean, scale = self.entropy(z_symbols, inside)
         per_step = (NUM_SCALES - 1) / math.log(SCALE_MAX / SCALE_MIN)
         index = per_step * jnp.log(scale * gain / SCALE_MIN)
         index = jnp.clip(round_straight_through(index), 0, NUM_SCALES - 1)
@@ -244,7 +252,7 @@ class MeanScaleModel(nn.Module):
         visit: Callable[[Pass, Array, Array], Array],
     ) -> Array:
         """`CompressionModel.traverse_latents`; z_hat is counted from the median."""
-        found = self.parameters(z_hat * masks.z, quality)
+        found = self.parameters(z_hat, quality, masks.z)
         (y_hat,) = traverse(
             self.config.groups,
             (found[0].shape[1], found[0].shape[2]),
