@@ -25,13 +25,17 @@ test-tfc: $(TFC_VENV)/.done  ## the codec with both coders, under the JAX that t
 	$(TFC_VENV)/bin/python -m pytest -W ignore::DeprecationWarning \
 		tests/test_tfc_coding.py tests/test_codec.py tests/test_golden.py
 
-# In an environment of their own, which has just what their extra names.
+# In an environment of their own, which has just what their extra names. Nearly all of
+# their time is compilation, so LLVM optimises little.
+notebooks: export XLA_FLAGS = --xla_backend_optimization_level=0 \
+	--xla_llvm_disable_expensive_passes=true
+notebooks: export SEMLIC_NOTEBOOK_QUICK = 1
 notebooks: $(NOTEBOOKS_VENV)/.done  ## run the notebooks from start to end, shortened
 	rm -rf $(NOTEBOOKS_OUT)
 	mkdir -p $(NOTEBOOKS_OUT)
 	cp colab/*.ipynb $(NOTEBOOKS_OUT)
 	cd $(NOTEBOOKS_OUT) && for notebook in *.ipynb; do \
-		SEMLIC_NOTEBOOK_QUICK=1 $(CURDIR)/$(NOTEBOOKS_VENV)/bin/jupyter-execute \
+		$(CURDIR)/$(NOTEBOOKS_VENV)/bin/jupyter-execute \
 			--inplace --timeout=1800 $$notebook || exit 1; \
 	done
 
