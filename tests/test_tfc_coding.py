@@ -130,4 +130,5 @@ def test_both_coders_give_the_same_image(codec, tiny_model, photograph, size):
         images = [codec.decompress(data) for data in files]
         np.testing.assert_array_equal(*images)
         sizes = [len(data) for data in files]
-        assert abs(sizes[1] - sizes[0]) <= max(8, 0.005 * sizes[0])
+        # Smaller where symbols lie in the tails: 16 bits cannot say how rare they are.
+        assert 0.9 * sizes[0] <= sizes[1] <= 1.005 * sizes[0] + 8
