@@ -278,3 +278,18 @@ def test_ensemble_refuses_what_is_missing(pair):
         LossWeights(style=-1.0)
     with pytest.raises(ValueError, match="every weight"):
         losses.weighted_sum({}, LossWeights(charbonnier=0.0))
+
+
+def test_a_step_takes_only_the_trunks_terms_from_the_shifted_window(network, pair):
+    from semlic_jax.training.steps import Trunk, _reconstruction_terms
+
+    x, x_hat = pair
+    weights = LossWeights(charbonnier=1.0, squared_error=1.0, perceptual=1.0)
+    terms = _reconstruction_terms(
+        jnp.asarray(x), jnp.asarray(x_hat), weights, Trunk(network), jax.random.key(0)
+    )
+    assert set(terms) == {"charbonnier", "squared_error", "perceptual"}
+    expected = ((x.astype(np.float64) - x_hat) ** 2).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(terms["squared_error"], expected, rtol=1e-5)
+    whole = losses.perceptual(network.apply(x), network.apply(x_hat))
+    assert not np.allclose(terms["perceptual"], whole, rtol=1e-4)

@@ -161,8 +161,11 @@ def _reconstruction_terms(
     **adversarial: Array | None,
 ) -> Metrics:
     """All terms with a weight, [B] each; the trunk's on a shifted window."""
-    deep = dataclasses.replace(
-        weights, charbonnier=0.0, structural=0.0, adversarial=0.0
+    deep = LossWeights(
+        charbonnier=0.0,
+        perceptual=weights.perceptual,
+        style=weights.style,
+        local_style=weights.local_style,
     )
     rest = dataclasses.replace(weights, perceptual=0.0, style=0.0, local_style=0.0)
     terms = ensemble_terms(images, x_hat, rest, **adversarial)
