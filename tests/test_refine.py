@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refinement: budgets, the guard, gradients, limits, seeds, interruption, folders."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from small_trunk import load_small_trunk
+
+from semlic_jax import cli, refinement
+from semlic_jax.refinement import fit
+from semlic_jax.refinement import folder as folder_module
+from semlic_jax.refinement import steps as steps_module
+from semlic_jax.refinement.batch import Batch
+from semlic_jax.refinement.objective import hard_terms, soft_terms
+from semlic_jax.refinement.steps import Schedule, State
+
+# One size for all: an image that does not fill its bucket, so that masks matter.
+SIZE = (56, 64)
+SETTINGS = refinement.preset(40, gamma=0.0, chunk_steps=10)
+
+
+@pytest.fixture(scope="module")
+def image(photograph):
+    return photograph(*SIZE, seed=3)
+
+
+@pytest.fixture(scope="module")
+def refined(mini_codec, image):
+    """A refinement that others are compared with."""
+    return refinement.refine(mini_codec, image, quality=0.5, settings=SETTINGS)
+
+
+def new_batch(codec, image, quality=0.5, settings=SETTINGS):
+    unrefined = codec.compress(image, quality=quality)
+    return Batch(
+        codec, settings, [image], [len(unrefined)], [None], [None], [unrefined]
+    )
+
+
+def squared_error(codec, data, image):
+    return np.mean((codec.decompress(data).astype(float) - image) ** 2)
+
+
+def test_files_are_better_at_no_more_bytes(mini_codec, image, refined):
+    assert len(refined.data) <= len(refined.unrefined)
+    assert refined.value < 0.99 * refined.unrefined_value
+    for data, value in (
+        (refined.data, refined.value),
+        (refined.unrefined, refined.unrefined_value),
+    ):
+        mse = squared_error(mini_codec, data, image)
+        assert SETTINGS.alpha * mse == pytest.approx(value, rel=1e-4)
+
+
+def test_they_are_ordinary_files(mini_codec, refined):
+    info = mini_codec.info(refined.data)
+    assert (info["height"], info["width"]) == SIZE
+    assert info["model"] == mini_codec.name
+
+
+@pytest.mark.parametrize("share", [0.6, 0.85, 1.0, 1.5])
+def test_never_over_budget_and_never_worse(mini_codec, image, share):
+    """Also where the budget is not what a quality gives, and with hardly any steps."""
+    smallest = len(mini_codec.compress(image, quality=0))
+    largest = len(mini_codec.compress(image, quality=1))
+    budget = round(smallest + share * (largest - smallest))
+    settings = dataclasses.replace(SETTINGS, steps=3)
+    found = refinement.refine(mini_codec, image, max_bytes=budget, settings=settings)
+    assert len(found.data) <= budget
+    assert found.value <= found.unrefined_value
+
+
+def test_harm_is_not_passed_on(mini_codec, image):
+    """Steps that ruin the latents leave the file without refinement."""
+    ruinous = dataclasses.replace(SETTINGS, steps=10, learning_rate=30.0)
+    found = refinement.refine(mini_codec, image, quality=0.5, settings=ruinous)
+    assert found.value <= found.unrefined_value
+    assert len(found.data) <= len(found.unrefined)
+
+
+def test_the_same_seed_gives_the_same_file(mini_codec, image, refined):
+    again = refinement.refine(mini_codec, image, quality=0.5, settings=SETTINGS)
+    assert again.data == refined.data
+    other = dataclasses.replace(SETTINGS, seed=1)
+    found = refinement.refine(mini_codec, image, quality=0.5, settings=other)
+    assert found.history != refined.history
+
+
+def test_stopping_keeps_the_best_so_far(mini_codec, image, refined):
+    seen = []
+
+    def stop(now):
+        seen.append(now)
+        return False
+
+    found = refinement.refine(
+        mini_codec, image, quality=0.5, settings=SETTINGS, progress=stop
+    )
+    assert [now.step for now in seen] == [10] and seen[0].steps == 40
+    assert found.steps == 10 and refined.steps == 40
+    assert found.value <= found.unrefined_value
+    assert len(found.data) <= len(found.unrefined)
+    # What was shown is what the rounded latents cost and give.
+    assert found.history == refined.history[:1]
+    assert found.history[0]["bpp"] == pytest.approx(seen[0].bpp[0])
+
+
+def test_the_front_door(mini_codec, image):
+    data = mini_codec.compress(image, quality=0.5, refine=SETTINGS, roi=None)
+    assert data == mini_codec.compress(image, quality=0.5, refine=SETTINGS)
+    with pytest.raises(ValueError, match="expected refine with a region"):
+        mini_codec.compress(image, quality=0.5, roi="auto")
+    with pytest.raises(ValueError, match="uint8"):
+        mini_codec.compress(image / 255, quality=0.5, refine=SETTINGS, roi="auto")
+
+
+def test_rates_in_the_scan_are_those_of_the_coder(codec, photograph):
+    """With every context network, on latents that were moved off their places."""
+    image = photograph(120, 128)
+    settings = refinement.preset(1, gamma=0.0)
+    unrefined = codec.compress(image, quality=0.9)
+    made = Batch(
+        codec, settings, [image], [len(unrefined)], [None], [None], [unrefined]
+    )
+    rng = np.random.default_rng(0)
+    y_scaled, z = (
+        x + 0.4 * rng.standard_normal(x.shape).astype(np.float32) for x in made.start
+    )
+    terms, y_hat = jax.jit(hard_terms, static_argnums=0)(
+        made.static, made.frozen, made.images, made.weights, y_scaled, z, jnp.zeros(1)
+    )
+    bits = float(terms.bpp[0]) * image.shape[0] * image.shape[1]
+    level, size = made.levels[0], made.sizes[0]
+    symbols = codec.entropy.symbols(
+        np.asarray(y_hat[0]), np.round(np.asarray(z[0])), level, size
+    )
+    assert bits == pytest.approx(codec.entropy.ideal_bits(symbols, size), rel=1e-5)
+    payload = codec.entropy.encode(symbols, size)
+    assert 8 * len(payload) == pytest.approx(bits, rel=0.005)
+
+
+@pytest.fixture(scope="module")
+def settled(mini_codec, image):
+    """A batch with its rounded latents and their terms."""
+    made = new_batch(mini_codec, image)
+    terms, y_hat = fit.score(
+        made.static,
+        made.frozen,
+        made.images,
+        made.weights,
+        *made.start,
+        jnp.zeros(1),
+    )
+    return made, jnp.asarray(y_hat), jnp.round(made.start[1]), terms
+
+
+def test_low_temperatures_recover_hard_rounding(settled):
+    """At 0.2 from their values, latents settle on them; the density is the table."""
+    made, y_hat, z_hat, hard = settled
+    soft = jax.jit(soft_terms, static_argnums=0)(
+        made.static,
+        made.frozen,
+        made.images,
+        made.weights,
+        y_hat + 0.2,
+        z_hat - 0.2,
+        made.rng,
+        jnp.float32(0.01),
+        jnp.int32(0),
+    )
+    np.testing.assert_allclose(soft.mse, hard.mse, rtol=1e-4)
+    np.testing.assert_allclose(soft.bpp, hard.bpp, rtol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_gradients_are_finite_on_the_grid(settled, temperature):
+    """One real step from latents that are where the coder would put them."""
+    made, y_hat, z_hat, _ = settled
+    schedule = Schedule(
+        np.zeros(1, np.int32),
+        np.full(1, temperature, np.float32),
+        np.full(1, 0.01, np.float32),
+        np.zeros(1, np.int32),
+    )
+    gradients = []
+    for offset in (0.0, 0.4):
+        latents = (y_hat + offset, z_hat + offset)
+        zeros = [jax.tree.map(jnp.zeros_like, latents) for _ in range(2)]
+        state, terms = steps_module._run_steps(
+            made.static,
+            made.frozen,
+            made.images,
+            made.weights,
+            made.target,
+            made.rng,
+            State(latents, *zeros, jnp.copy(made.log_beta)),
+            schedule,
+        )
+        for leaf in jax.tree.leaves((state, terms)):
+            assert np.isfinite(np.asarray(leaf)).all()
+        gradients.append(max(np.abs(leaf).max() for leaf in state.first))
+    # On the grid itself hardly anything moves, between its points everything does.
+    assert gradients[1] > gradients[0]
+
+
+def test_perceptual_terms_count(mini_codec, image):
+    settings = refinement.preset(
+        20, alpha=0.0, gamma=1.0, style=0.1, features=load_small_trunk()
+    )
+    found = refinement.refine(mini_codec, image, quality=0.5, settings=settings)
+    assert found.value < found.unrefined_value
+    assert len(found.data) <= len(found.unrefined)
+
+
+@pytest.mark.slow
+def test_batches_have_budgets_of_their_own(mini_codec, photograph):
+    images = [photograph(*SIZE, seed=3), photograph(64, 50, seed=4)]
+    starts = [mini_codec.compress(images[0], quality=0.4)]
+    starts += [mini_codec.compress(images[1], quality=0.8)]
+    budgets = [len(start) for start in starts]
+    found = refinement.refine_batch(
+        mini_codec, images, max_bytes=budgets, settings=SETTINGS
+    )
+    for image, start, budget, each in zip(images, starts, budgets, found, strict=True):
+        assert len(each.data) <= budget
+        assert each.value < each.unrefined_value
+        own = squared_error(mini_codec, each.data, image)
+        assert own < squared_error(mini_codec, start, image)
+
+
+def test_too_large_batches_are_halved(mini_codec, image, monkeypatch):
+    """A device without room for more than one image at a time."""
+
+    class Narrow(Batch):
+        def __init__(self, codec, settings, pixels, *rest):
+            if len(pixels) > 1:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            super().__init__(codec, settings, pixels, *rest)
+
+    # By its name: `refinement.refine` is the function.
+    monkeypatch.setattr(sys.modules["semlic_jax.refinement.refine"], "Batch", Narrow)
+    budgets = [len(mini_codec.compress(image, quality=q)) for q in (0.4, 0.5, 0.6)]
+    settings = dataclasses.replace(SETTINGS, steps=2)
+    with pytest.warns(refinement.RefinementWarning) as noted:
+        found = refinement.refine_batch(
+            mini_codec, [image] * 3, max_bytes=budgets, settings=settings
+        )
+    assert [str(note.message).partition("for ")[2] for note in noted] == [
+        "a batch of 3: going on with 2",
+        "a batch of 2: going on with 1",
+    ]
+    assert len(found) == 3
+    assert all(len(f.data) <= b for f, b in zip(found, budgets, strict=True))
+
+
+def test_batches_are_of_one_bucket(mini_codec, image, photograph):
+    with pytest.raises(ValueError, match="one bucket"):
+        refinement.refine_batch(
+            mini_codec,
+            [image, photograph(64, 100)],
+            max_bytes=[200, 300],
+            settings=SETTINGS,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=0), "steps of at least 1, found 0"),
+        (dict(alpha=-1.0), "alpha of at least 0, found -1"),
+        (dict(gamma=-0.5), "gamma of at least 0, found -0.5"),
+        (dict(gamma=float("nan")), "gamma of at least 0, found nan"),
+        (dict(beta=0.0), "beta above 0"),
+        (dict(alpha=0.0, gamma=0.0), "alpha or gamma above 0"),
+        (dict(method="magic"), "unknown rounding method 'magic'"),
+        (dict(dtype="int8"), "float32 or bfloat16"),
+        (dict(temperature_end=0.0), "above 0"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        refinement.preset("default", **changes)
+
+
+def test_presets():
+    steps = [refinement.preset(name).steps for name in ("fast", "default", "best")]
+    assert steps == sorted(steps) and len(set(steps)) == 3
+    assert refinement.preset(7).steps == 7
+    assert refinement.preset("fast", alpha=None) == refinement.preset("fast")
+    with pytest.raises(ValueError, match=r"preset \(fast, default, best\).*'slow'"):
+        refinement.preset("slow")
+
+
+def test_unreachable_budgets_are_refused(mini_codec, image):
+    with pytest.raises(ValueError, match="expected a budget from .* found 20 bytes"):
+        refinement.refine(mini_codec, image, max_bytes=20, settings=SETTINGS)
+
+
+def test_missing_feature_weights_are_refused(mini_codec, image, tmp_path):
+    settings = refinement.preset(5, gamma=1.0, features=str(tmp_path))
+    with pytest.raises(ValueError, match="feature weights.*gamma 0"):
+        refinement.refine(mini_codec, image, quality=0.5, settings=settings)
+
+
+# The command line.
+
+
+@pytest.fixture
+def semlic(capsys, mini_model):
+    """Runs a command with the mini model; gives status, output and errors."""
+
+    def run(*argv):
+        argv = [str(arg) for arg in argv]
+        if argv[0] in ("compress", "refine"):
+            argv += ["--model", str(mini_model)]
+        try:
+            status = cli.main(argv)
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch, image):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(image).save("photo.png")
+    return tmp_path
+
+
+STEPS = ("--refine", 40, "--gamma", 0)
+
+
+def test_compress_refines(semlic, photo, mini_codec, mini_model, image):
+    plain = mini_codec.compress(image, quality=0.5)
+    bpp = 8 * len(plain) / image.size * 3
+    status, out, err = semlic("compress", "photo.png", "--bpp", bpp, *STEPS)
+    assert (status, err) == (0, "") and "40 steps" in out
+    with open("photo.semlic", "rb") as stream:
+        data = stream.read()
+    assert len(data) <= len(plain)
+    better = squared_error(mini_codec, data, image)
+    assert better < squared_error(mini_codec, plain, image)
+    back_again = ("decompress", "photo.semlic", "back.png", "--model", mini_model)
+    assert semlic(*back_again)[0] == 0
+    with Image.open("back.png") as back:
+        assert back.size == (64, 56)
+
+
+def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
+    score = Batch._score
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the first look after steps
+            signal.raise_signal(signal.SIGINT)
+        return score(*args)
+
+    monkeypatch.setattr(Batch, "_score", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    status, out, err = semlic(
+        "compress", "photo.png", "--quality", 0.5, "--refine", 60, "--gamma", 0
+    )
+    assert status == 130 and "stopping with the best so far" in err
+    assert "20 steps" in out and os.path.exists("photo.semlic")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("--refine", 0, "--gamma", 0), 1, "steps of at least 1"),
+        (("--refine", "slow"), 1, "expected a preset"),
+        (("--refine", "1.5"), 2, "preset or number of steps"),
+        (("--refine", 5, "--alpha", -1), 1, "alpha of at least 0"),
+        (("--refine", 5, "--method", "magic"), 1, "unknown rounding method"),
+        (("--alpha", 1), 1, "expected --refine with --alpha"),
+        (("--roi", "auto"), 1, "expected --refine with --roi"),
+        ((*STEPS, "--roi", "no.png"), 1, "found nothing at no.png"),
+        ((*STEPS, "--roi", "1,2,3"), 1, "x,y,width,height"),
+        ((*STEPS, "--roi-weight", 2, "--roi", "auto"), 2, "expected 0 to 1"),
+        ((*STEPS, "--roi-variant", "L3", "--roi", "auto"), 1, "L1"),
+        ((*STEPS, "--max-bytes", 20), 2, "not allowed with"),
+    ],
+)
+def test_refusals(semlic, photo, options, status, words):
+    found, out, err = semlic("compress", "photo.png", "--quality", 0.5, *options)
+    assert (found, out) == (status, "") and words in err
+    assert err.startswith("semlic: ") and err.count("\n") == 1
+    assert os.listdir() == ["photo.png"]
+
+
+def test_masks_of_another_size(semlic, photo):
+    Image.new("L", (32, 28), 255).save("mask.png")
+    call = ("compress", "photo.png", "--quality", 0.5, *STEPS[:1], 2, *STEPS[2:])
+    status, out, err = semlic(*call, "--roi", "mask.png")
+    assert status == 1 and "64 x 56" in err and "32 x 28" in err
+    status, out, err = semlic(*call, "--roi", "mask.png", "--roi-resize")
+    assert status == 0
+    assert err == "note: the region covers the whole image: refining without one\n"
+
+
+# Folders.
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch, photograph):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("in")
+    for name, seed in (("a", 3), ("b", 4), ("c", 5)):
+        Image.fromarray(photograph(*SIZE, seed=seed)).save(f"in/{name}.png")
+    return tmp_path
+
+
+BPP = 0.42  # within what the model reaches on these images
+REFINE = ("refine", "in", "out", "--bpp", BPP, "--steps", 4, "--gamma", 0)
+
+
+def rows_of(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def counted(monkeypatch, fail_at=None):
+    """Counts the images that are refined; breaks off at one of them."""
+    refine, names = refinement.refine_batch, []
+
+    def counting(codec, images, **options):
+        names.extend(images)
+        if fail_at is not None and len(names) >= fail_at:
+            raise KeyboardInterrupt
+        return refine(codec, images, **options)
+
+    monkeypatch.setattr(folder_module, "refine_batch", counting)
+    return names
+
+
+def test_a_folder_resumes_after_a_kill(semlic, album, monkeypatch):
+    with monkeypatch.context() as patched:
+        counted(patched, fail_at=3)
+        assert semlic(*REFINE)[0] == 130
+    assert sorted(os.listdir("out")) == ["a.semlic", "b.semlic", "refine.csv"]
+    before = {name: os.stat(f"out/{name}.semlic").st_mtime_ns for name in "ab"}
+    seen = counted(monkeypatch)
+    status, out, err = semlic(*REFINE)
+    assert (status, err) == (0, "") and len(seen) == 1
+    for name, time_ns in before.items():
+        assert os.stat(f"out/{name}.semlic").st_mtime_ns == time_ns
+    rows = rows_of("out/refine.csv")
+    assert [row["image"] for row in rows] == ["a.png", "b.png", "c.png"]
+    for row in rows:
+        size = os.path.getsize(f"out/{row['file']}")
+        assert int(row["bytes"]) == size <= int(row["budget_bytes"])
+        assert float(row["bpp"]) <= BPP
+        assert float(row["value"]) <= float(row["unrefined_value"])
+    assert semlic(*REFINE)[0] == 0 and len(seen) == 1
+    # A file that was lost or damaged is made again.
+    with open("out/b.semlic", "ab") as stream:
+        stream.write(b"?")
+    status, _, err = semlic(*REFINE)
+    assert status == 1 and "b.semlic was not made from this image" in err
+    os.remove("out/b.semlic")
+    assert semlic(*REFINE)[0] == 0 and len(seen) == 2
+
+
+def test_other_settings_do_not_replace_files(semlic, album, monkeypatch):
+    assert semlic(*REFINE)[0] == 0
+    seen = counted(monkeypatch)
+    status, _, err = semlic(*REFINE, "--seed", 5)
+    assert status == 1 and "out/a.semlic was not made" in err and not seen
+    assert semlic(*REFINE, "--seed", 5, "--force")[0] == 0 and len(seen) == 3
+
+
+def test_processes_share_a_folder(semlic, album, monkeypatch):
+    seen = counted(monkeypatch)
+    for process, count in ((0, 2), (1, 3)):
+        status, _, _ = semlic(*REFINE, "--processes", 2, "--process", process)
+        assert status == 0 and len(seen) == count
+    names = [
+        row["image"] for i in (0, 1) for row in rows_of(f"out/refine.{i}-of-2.csv")
+    ]
+    assert names == ["a.png", "c.png", "b.png"]
+    # What two have done, one need not do again.
+    assert semlic(*REFINE)[0] == 0 and len(seen) == 3
+    assert len(rows_of("out/refine.csv")) == 3
+
+
+def test_images_that_fail_do_not_end_the_run(semlic, album):
+    with open("in/b.png", "wb") as stream:
+        stream.write(b"no image")
+    Image.new("RGB", (8, 8)).save("in/c.png")  # too few pixels for the rate
+    status, out, err = semlic(*REFINE)
+    assert status == 4 and out.startswith("a.semlic: ")
+    assert "skipped b.png: " in err and "skipped c.png: expected a budget" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--processes", 2), "--process=0..N-1"),
+        (("--process", 0), "--process=0..N-1"),
+        (("--steps", 0), "steps of at least 1"),
+        (("--distributed", "maybe"), "none, auto or explicit"),
+    ],
+)
+def test_refusals_of_folders(semlic, album, options, words):
+    status, out, err = semlic(*REFINE, *options)
+    assert (status, out) == (1, "") and words in err and not os.path.exists("out")
+
+
+def test_names_that_collide_are_refused(semlic, album):
+    Image.new("RGB", (64, 56)).save("in/a.bmp")
+    status, _, err = semlic(*REFINE)
+    assert status == 1 and "a.bmp" in err and "a.png" in err

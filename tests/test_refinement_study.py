@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies of refinement and its benchmark, on small images and hardly any steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semlic_jax.evaluation import (
+    refinement_benchmark,
+    refinement_study,
+    roi_study,
+)
+from semlic_jax.evaluation.results import (
+    CodecFacts,
+    ImageFacts,
+    MetricFacts,
+    Results,
+    Row,
+    read_results,
+)
+from semlic_jax.refinement import Settings
+
+SIZE = (56, 64)
+QUICK = Settings(steps=2, gamma=0.0, chunk_steps=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photograph):
+    path = tmp_path_factory.mktemp("images")
+    for seed in (3, 4):
+        Image.fromarray(photograph(*SIZE, seed)).save(path / f"photo{seed}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rates(mini_codec, photograph):
+    """Four rates that the model reaches on both images."""
+    sizes = [
+        [8 * len(mini_codec.compress(photograph(*SIZE, seed), quality=q)) / 56 / 64]
+        for seed in (3, 4)
+        for q in (0.0, 1.0)
+    ]
+    ends = np.reshape(sizes, (2, 2))
+    low, high = ends[:, 0].max(), ends[:, 1].min()
+    return [round(low + part * (high - low), 3) for part in (0.15, 0.4, 0.65, 0.9)]
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_gain(folder, rates, mini_model, tmp_path):
+    def run(say=lambda text: None):
+        return refinement_study.gain(
+            [folder],
+            tmp_path,
+            model=str(mini_model),
+            settings=QUICK,
+            rates=rates,
+            progress=say,
+        )
+
+    paths = run()
+    assert [path.name for path in paths] == [
+        *("gain.csv", "gain.md", "gain.png", "gain.svg")
+    ]
+    rows = [row for row in rows_of(paths[0]) if row["metric"] == "psnr_db"]
+    assert [row["image"] for row in rows] == ["photo3.png", "photo4.png"]
+    # Never worse under PSNR, which is what was refined for.
+    assert all(row["worse_at_bpp"] == "" for row in rows)
+    results = read_results(tmp_path)
+    for rate in rates:
+        files, over, use = refinement_study.budget_use(results, rate)
+        assert (files, over) == (2, 0) and 0.9 < use <= 1
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.semlic")}
+    assert len(made) == 16
+    run()  # goes on where it stopped: nothing is encoded again
+    assert made == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.semlic")}
+
+
+def results_of(refined_db, *, bpp=0.2):
+    """One image, one rate up to four, with PSNRs that are known."""
+    rows = []
+    for codec, values in (("semlic", (25, 27, 29, 31)), ("refined", refined_db)):
+        for step, value in enumerate(values):
+            rate = bpp * 2**step
+            found = {"psnr_db": float(value)}
+            rows.append(Row("a", codec, rate, rate, int(rate * 125), values=found))
+    return Results(
+        images=(ImageFacts("a", "0", 100, 10),),
+        skipped=(),
+        codecs={name: CodecFacts(name, "") for name in ("semlic", "refined")},
+        image_metrics={"psnr_db": MetricFacts("PSNR", True)},
+        set_metrics={},
+        rows=tuple(rows),
+    )
+
+
+def test_gains_of_known_curves():
+    """2 dB more at each rate, where 2 dB are a doubling: half the bits."""
+    found = refinement_study.image_gain(results_of((27, 29, 31, 33)), "a", "psnr_db")
+    assert found.bd_rate == pytest.approx(-50, abs=0.01) and found.worse == ()
+    found = refinement_study.image_gain(
+        results_of((25, 26.9, 29, 31.5)), "a", "psnr_db"
+    )
+    assert found.worse == (0.4,)
+    found = refinement_study.image_gain(results_of((27,)), "a", "psnr_db")
+    assert found.bd_rate is None and "at least 4 points" in found.gap
+
+
+def test_settings(folder, rates, mini_model, tmp_path, capsys):
+    command = ["settings", str(folder / "photo3.png"), "--out", str(tmp_path / "out")]
+    command += ["--model", str(mini_model), "--gamma", "0", "--crop", "56"]
+    command += ["--steps", "2", "--methods", "sga", "--temperatures", "0.5"]
+    command += ["--learning-rates", "0.01,0.02", "--bpp", str(rates[2])]
+    assert refinement_study.main(command) == 0
+    assert "2 sga lr 0.02 T 0.5" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "out" / "trials.csv")
+    assert [row["learning_rate"] for row in rows] == ["0.01", "0.02"]
+    for row in rows:
+        assert float(row["value_ratio"]) <= 1 and float(row["step_s"]) > 0
+    # What was tried is not tried again.
+    assert refinement_study.main(command) == 0
+    assert rows_of(tmp_path / "out" / "trials.csv") == rows
+    command[command.index("56")] = "100"
+    assert refinement_study.main(command) == 1
+    assert "at least 100 x 100, found 64 x 56" in capsys.readouterr().err
+
+
+def test_regions(folder, rates, mini_model, tmp_path):
+    paths = roi_study.roi_study(
+        [folder / "photo3.png"],
+        tmp_path,
+        model=str(mini_model),
+        settings=QUICK,
+        region="0,0,32,56",
+        bpp=rates[2],
+        foregrounds=(0.9,),
+        variants=("L1",),
+    )
+    rows = rows_of(paths[0])
+    assert [row["variant"] for row in rows] == ["refined, no region", "L1"]
+    assert float(rows[0]["inside_gain_db"]) == 0
+    gain = float(rows[1]["inside_db"]) - float(rows[0]["inside_db"])
+    assert float(rows[1]["inside_gain_db"]) == pytest.approx(gain)
+    assert "L1" in paths[1].read_text() and paths[2].stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_benchmark(mini_model, tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    command = ["--model", str(mini_model), "--side", "64", "--steps", "1"]
+    command += ["--repeats", "1", "--json", str(tmp_path / "facts.json")]
+    assert refinement_benchmark.main(command) == 0
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["jax_step_s"] > 0 and facts["torch_step_s"] > 0
+    ratio = facts["torch_step_s"] / facts["jax_step_s"]
+    assert facts["jax_speed_up"] == pytest.approx(ratio)

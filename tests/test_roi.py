@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regions of interest: masks from files, boxes and saliency, and what they do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from semlic_jax import refinement
+from semlic_jax.refinement import (
+    Region,
+    RegionWarning,
+    as_region,
+    box_mask,
+    parse_region,
+    read_mask,
+    salient_mask,
+)
+from semlic_jax.refinement.roi import soften
+
+SIZE = (56, 64)
+
+
+def half_mask():
+    mask = np.zeros(SIZE, np.float32)
+    mask[:, :32] = 1
+    return mask
+
+
+def test_weights_are_means_over_their_own_pixels():
+    """With D = sum of weights * error / pixels, whatever the size of the region."""
+    rng = np.random.default_rng(0)
+    error = rng.uniform(size=SIZE)
+    for columns in (4, 50):
+        mask = np.zeros(SIZE, np.float32)
+        mask[:, :columns] = 1
+        weights = Region(mask, 0.7, 0.3).pixel_weights(SIZE)
+        found = (weights * error).mean()
+        wanted = 0.7 * error[:, :columns].mean() + 0.3 * error[:, columns:].mean()
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_mean_weight_is_that_of_no_region():
+    assert Region(half_mask(), 0.8, 0.2).pixel_weights(SIZE).mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("value", "words"), [(0, "is empty"), (1, "covers the whole")])
+def test_regions_without_a_border_say_so(value, words):
+    mask = np.full(SIZE, value, np.float32)
+    with pytest.warns(RegionWarning, match=words):
+        weights = Region(mask).pixel_weights(SIZE)
+    np.testing.assert_allclose(weights, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((4, 4, 3)),), r"mask of numbers \[H, W\]"),
+        ((np.full((4, 4), 2.0),), "from 0 to 1"),
+        ((half_mask(), -0.1, 0.2), "foreground"),
+        ((half_mask(), 0.1, -0.2), "background"),
+        ((half_mask(), 0.0, 0.0), "0"),
+        ((half_mask(), 0.5, 0.5, "L3"), "L1"),
+    ],
+)
+def test_bad_regions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Region(*arguments)
+
+
+def test_a_mask_of_another_size_names_both():
+    with pytest.raises(ValueError, match="size 100 x 80, found 64 x 56"):
+        Region(half_mask()).pixel_weights((80, 100))
+
+
+def test_masks_from_files(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.fromarray((half_mask() * 255).astype(np.uint8)).save(path)
+    mask = read_mask(path, SIZE, edge_pixels=0)
+    np.testing.assert_array_equal(mask, half_mask())
+    with pytest.raises(ValueError, match="size 128 x 112, found 64 x 56"):
+        read_mask(path, (112, 128))
+    resized = read_mask(path, (112, 128), resize=True, edge_pixels=0)
+    assert resized.shape == (112, 128)
+    assert resized[:, :60].min() > 0.99 and resized[:, 68:].max() < 0.01
+
+
+def test_masks_that_are_no_images(tmp_path):
+    path = tmp_path / "mask.png"
+    with pytest.raises(ValueError, match="found nothing at"):
+        read_mask(path, SIZE)
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="is not an image"):
+        read_mask(path, SIZE)
+
+
+def test_boxes():
+    image = np.zeros((40, 60, 3), np.uint8)
+    mask = parse_region("10,5,20,15", image)
+    inside = box_mask((40, 60), [(10, 5, 20, 15)], edge_pixels=0)
+    assert inside[5:20, 10:30].all() and inside.sum() == 300
+    np.testing.assert_allclose(mask, soften(inside, 8.0))
+    both = box_mask((40, 60), [(0, 0, 10, 10), (-5, 30, 10, 100)], edge_pixels=0)
+    assert both[:10, :10].all() and both[30:, :5].all() and both.sum() == 150
+    two = parse_region("0,0,9,9;20,20,9,9", image)
+    assert two[4, 4] > 0.1 and two[24, 24] > 0.1 and two[4, 50] < 0.01
+    with pytest.raises(ValueError, match="a box of area"):
+        parse_region("1,1,0,5", image)
+    with pytest.raises(ValueError, match="x,y,width,height"):
+        parse_region("1,1,5", image)
+
+
+def test_soft_edges_keep_the_middle_and_the_mass():
+    soft = soften(half_mask(), 3.0)
+    assert soft[:, :16].min() > 0.99 and soft[:, 48:].max() < 0.01
+    assert (np.diff(soft[20]) <= 1e-6).all()
+    assert soft.mean() == pytest.approx(0.5, abs=0.01)
+    assert soft[20, 28] == pytest.approx(1 - soft[20, 35], abs=1e-5)
+
+
+def test_what_stands_out_is_found():
+    """A bright disc before a cluttered, darker background."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(40, 90, (90, 120, 3)).astype(np.uint8)
+    rows, columns = np.ogrid[:90, :120]
+    disc = (rows - 45) ** 2 + (columns - 65) ** 2 < 22**2
+    image[disc] = (230, 120, 40)
+    mask = salient_mask(image)
+    assert mask.dtype == np.float32 and mask.shape == (90, 120)
+    assert 0 <= mask.min() and mask.max() <= 1
+    assert mask[disc].mean() > 0.8 and mask[~disc].mean() < 0.2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (3, 2), (300, 20)])
+def test_saliency_of_any_size(size):
+    mask = salient_mask(np.full((*size, 3), 128, np.uint8))
+    assert mask.shape == size and np.isfinite(mask).all()
+
+
+def test_regions_in_any_form():
+    image = np.zeros((*SIZE, 3), np.uint8)
+    region = Region(half_mask())
+    assert as_region(None, image) is None
+    assert as_region(region, image) is region
+    np.testing.assert_array_equal(as_region(half_mask(), image).mask, half_mask())
+    np.testing.assert_array_equal(
+        as_region((half_mask() * 255).astype(np.uint8), image).mask, half_mask()
+    )
+    assert as_region("0,0,8,8", image).mask[0, 0] > 0.3
+
+
+def psnr_db_where(chosen, codec, data, image):
+    error = (codec.decompress(data).astype(float) - image) ** 2
+    return 10 * np.log10(255**2 / error[chosen].mean())
+
+
+def test_weights_raise_the_foreground(mini_codec, photograph):
+    """At equal bytes, and the more the larger they are; the background pays."""
+    image = photograph(*SIZE, seed=3)
+    budget = len(mini_codec.compress(image, quality=0.5))
+    settings = refinement.preset(40, gamma=0.0, chunk_steps=10)
+    inside, outside = [], []
+    for weight in (0.5, 0.8, 0.98):
+        region = Region(half_mask(), weight, 1 - weight)
+        refined = refinement.refine(
+            mini_codec, image, max_bytes=budget, settings=settings, region=region
+        )
+        assert len(refined.data) <= budget
+        assert refined.value <= refined.unrefined_value
+        inside.append(psnr_db_where(half_mask() > 0.5, mini_codec, refined.data, image))
+        outside.append(
+            psnr_db_where(half_mask() < 0.5, mini_codec, refined.data, image)
+        )
+    assert inside == sorted(inside) and inside[2] - inside[0] > 0.1
+    assert outside == sorted(outside)[::-1] and outside[0] - outside[2] > 0.1
