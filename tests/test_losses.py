@@ -293,3 +293,28 @@ def test_a_step_takes_only_the_trunks_terms_from_the_shifted_window(network, pai
     np.testing.assert_allclose(terms["squared_error"], expected, rtol=1e-5)
     whole = losses.perceptual(network, x, x_hat)
     assert not np.allclose(terms["perceptual"], whole, rtol=1e-4)
+
+
+def test_zoom_takes_a_share_of_the_perceptual_term_from_an_enlarged_part(network, pair):
+    from semlic_jax.training.stages import Stage
+    from semlic_jax.training.steps import Trunk, _enlarged, _reconstruction_terms
+
+    x, x_hat = map(jnp.asarray, pair)
+    rng, trunk = jax.random.key(0), Trunk(network)
+    near, far, both = (
+        _reconstruction_terms(
+            x, x_hat, LossWeights(perceptual=1.0), trunk, rng, zoom=zoom
+        )["perceptual"]
+        for zoom in (1.0, 0.0, 0.25)
+    )
+    np.testing.assert_allclose(both, 0.25 * near + 0.75 * far, rtol=1e-5)
+    # The same part of both images, twice as large.
+    real, made = _enlarged(rng, x, x_hat)
+    assert real.shape == x.shape
+    np.testing.assert_allclose(near, losses.perceptual(network, real, made), rtol=1e-5)
+    np.testing.assert_array_equal(*_enlarged(rng, x, x))
+    ramp = jnp.broadcast_to(jnp.arange(40.0)[None, None, :, None], (1, 32, 40, 3))
+    (part,) = _enlarged(rng, ramp)
+    np.testing.assert_allclose(np.diff(part[0, 8, 4:-4, 0]), 0.5, atol=1e-4)
+    with pytest.raises(ValueError, match="a.zoom must be from 0 to 1, found 2"):
+        Stage(name="a", steps=1, zoom=2.0)

@@ -114,6 +114,9 @@ class Stage:
             most of the gradient; 0.5 evens it out.
         rate_target: instead of these, a two-sided switch around one bpp.
         weights: of the terms of the loss; 0 leaves a term out.
+        zoom: share of the perceptual term that is measured on a quarter of the crop
+            enlarged twice. Trunks start with a stride of 2 and hardly see patterns of
+            two pixels, which a decoder then leaves as a fine grid on smooth skin.
         adversary: needed where `weights.adversarial` is not 0.
         quality_low, quality_high: the range of qualities that training draws from.
     """
@@ -128,6 +131,7 @@ class Stage:
     balance: float = 0.0
     rate_target: RateTarget | None = None
     weights: LossWeights = LossWeights()
+    zoom: float = 0.0
     adversary: Adversary = Adversary()
     quality_low: float = 0.0
     quality_high: float = 1.0
@@ -144,6 +148,8 @@ class Stage:
                 f"{self.name}.trained must be of {', '.join(PARTS)}, found "
                 f"{', '.join(unknown) or 'none'}"
             )
+        if not 0 <= self.zoom <= 1:
+            raise ValueError(f"{self.name}.zoom must be from 0 to 1, found {self.zoom}")
         if not 0 <= self.quality_low <= self.quality_high <= 1:
             raise ValueError(
                 f"{self.name} needs 0 <= quality_low <= quality_high <= 1, found "

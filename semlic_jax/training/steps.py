@@ -35,6 +35,7 @@ from semlic_jax.objectives.losses import (
     LossWeights,
     adversarial_discriminator,
     ensemble_terms,
+    perceptual,
     quality_lmbda,
     weighted_sum,
 )
@@ -152,15 +153,37 @@ def _shifted(rng: Array, *images: Array) -> list[Array]:
     return [jax.lax.dynamic_slice(x, start, size) for x in images]
 
 
+def _enlarged(rng: Array, *images: Array) -> list[Array]:
+    """The same random quarter of each, enlarged to the whole size."""
+    batch, height, width, channels = images[0].shape
+    corner = [
+        jax.random.randint(key, (), 0, side - side // 2 + 1)
+        for key, side in zip(jax.random.split(rng), (height, width), strict=True)
+    ]
+    size = (batch, height // 2, width // 2, channels)
+    return [
+        jax.image.resize(
+            jax.lax.dynamic_slice(x, (0, *corner, 0), size), x.shape, "cubic"
+        )
+        for x in images
+    ]
+
+
 def _reconstruction_terms(
     images: Array,
     x_hat: Array,
     weights: LossWeights,
     trunk: Trunk | None,
     rng: Array,
+    zoom: float = 0.0,
     **adversarial: Array | None,
 ) -> Metrics:
-    """All terms with a weight, [B] each; the trunk's on a shifted window."""
+    """All terms with a weight, [B] each; the trunk's on a shifted window.
+
+    Args:
+        zoom: share of the perceptual term that is taken on an enlarged part, see
+            `Stage`.
+    """
     deep = LossWeights(
         charbonnier=0.0,
         perceptual=weights.perceptual,
@@ -180,6 +203,10 @@ def _reconstruction_terms(
             heads=heads,
             style_map=normalise_channels,
         )
+    if zoom and weights.perceptual and trunk is not None:
+        real, made = _enlarged(rng, images, x_hat)
+        near = perceptual(trunk.network, real, made, heads=trunk.heads)
+        terms["perceptual"] = (1 - zoom) * terms["perceptual"] + zoom * near
     return terms
 
 
@@ -228,6 +255,7 @@ def codec_update(
                 stage.weights,
                 trunk,
                 shift_rng,
+                stage.zoom,
                 logits_fake=logits,
                 labels=labels,
             )
