@@ -254,10 +254,10 @@ def test_another_codec_of_that_name_makes_its_own_files(folder, tmp_path):
     sweep(folder, tmp_path, [Counting("jpeg")])
     newer = Counting("jpeg")
     newer.identity += " of tomorrow"
-    sweep(folder, tmp_path, [newer])
+    found = sweep(folder, tmp_path, [newer])
     assert newer.fits == 9
-    # The files are the same bytes, so their metrics are known.
-    assert newer.decodes == 0
+    # The files are the same bytes, but its decoder may make other pictures of them.
+    assert newer.decodes == sum(row.bpp is not None for row in found.rows) > 0
 
 
 def test_new_metrics_and_rates_take_only_their_own_work(folder, tmp_path):
