@@ -55,7 +55,6 @@ def get_config() -> ConfigDict:
         steps=12000,
         optimizer=dict(lr=8e-4, clip_norm=2.0),
         weights=terms,
-        zoom=0.5,
         **rate,
     )
     config.integer = stage_config(
@@ -71,7 +70,6 @@ def get_config() -> ConfigDict:
             clip_norm=2.0,
         ),
         weights=terms,
-        zoom=0.5,
         **rate,
     )
     config.perceptual = stage_config(
@@ -83,7 +81,6 @@ def get_config() -> ConfigDict:
             lr=2e-4, beta1=0.5, beta2=0.9, decay_steps=1000, final_rate=0.05
         ),
         weights=terms | dict(style=3000.0, local_style=3000.0, adversarial=0.015),
-        zoom=0.5,
         adversary=dict(optimizer=dict(lr=4e-4), split_batch=True),
     )
     return config
