@@ -268,7 +268,7 @@ def test_unknown_model_is_refused(folder, semlic):
 
 
 def test_errors_of_ours_are_told_apart(folder, semlic, monkeypatch):
-    def broken(name):
+    def broken(name, **options):
         raise KeyError("inside")
 
     monkeypatch.setattr(semlic_jax, "load", broken)
@@ -279,7 +279,7 @@ def test_errors_of_ours_are_told_apart(folder, semlic, monkeypatch):
 
 
 def test_interrupt(folder, semlic, monkeypatch):
-    def interrupted(name):
+    def interrupted(name, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(semlic_jax, "load", interrupted)
