@@ -4,8 +4,7 @@
 semlic train --config configs/small.py --workdir runs/small \
     --config.data.train='("photos/train", "photos/more")'
 
-The recipe is for SqueezeNet 1.0's features (SEMLIC_FEATURES or --config.features);
-without them the packaged feature network takes their place.
+Needs the SqueezeNet 1.0 feature weights (SEMLIC_FEATURES or --config.features).
 Expected: about 5 hours on 2 CPU cores for all stages.
 """
 
