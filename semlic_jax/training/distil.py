@@ -87,11 +87,11 @@ class Recipe:
 
     tiles: int = 2000
     tile: int = 192
-    steps: int = 4000
-    photographs: int = 8
+    steps: int = 10_000
+    photographs: int = 2
     versions: int = 3
-    crop: int = 128
-    lr: float = 2e-3
+    crop: int = 96
+    lr: float = 1.5e-3
     seed: int = 0
 
     def learning_rate(self, step: int) -> float:
