@@ -5,8 +5,9 @@ semlic train --config configs/base.py --workdir runs/base \
     --config.data.train='("photos.array_record",)' \
     --config.labeller_from=runs/labeller/labeller
 
-Needs feature weights (SEMLIC_FEATURES or --config.features) and a labeller
-(configs/labeller.py). Expected: about 3 days on one GPU of 80 GB for all stages.
+Needs a labeller (configs/labeller.py) and takes feature weights (SEMLIC_FEATURES or
+--config.features; else the packaged ones). Expected: about 3 days on one GPU of 80 GB
+for all stages.
 """
 
 from ml_collections import ConfigDict

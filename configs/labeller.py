@@ -5,8 +5,9 @@ semlic train --config configs/labeller.py --workdir runs/labeller \
     --config.data.train='("tfds:imagenet2012/train",)' --distributed=auto
 
 18.1 million parameters, 1024 codes, crops of 256. The reference's recipe is not
-published; this one is ours. Needs feature weights (SEMLIC_FEATURES or
---config.features). Expected: about a day on 8 GPUs of 80 GB or on a v4-8.
+published; this one is ours. Takes feature weights (SEMLIC_FEATURES or
+--config.features; else the packaged ones). Expected: about a day on 8 GPUs of 80 GB or
+on a v4-8.
 """
 
 from ml_collections import ConfigDict

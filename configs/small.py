@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     """Four stages; a duration ends in `_steps`."""
     config = base_config()
     config.model = "small"
+    config.trunk = "squeezenet1_0"
     # On crops of 128 pixels, 8 x 8 latents, the entropy networks learn the borders by
     # heart: whole photographs then took up to 30 % more bits than their tiles
     # (semlic_jax.evaluation.crop_cost).

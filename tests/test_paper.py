@@ -49,7 +49,10 @@ def small_distances(monkeypatch):
 
 def test_without_weights_other_distances_take_their_place(monkeypatch, tmp_path):
     monkeypatch.undo()
+    monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
     assert paper.paper_metrics(tmp_path) == ("frechet", "kernel", "feature_distance")
+    packaged = ("compact_frechet", "compact_kernel", "compact_distance")
+    assert paper.paper_metrics(None) == packaged
 
 
 def test_main_figure(folder, rates, tiny_model, tmp_path):

@@ -141,7 +141,10 @@ def test_refusals_that_need_the_devices_or_the_disk(tmp_path, monkeypatch):
         ({"data.train": (str(tmp_path),)}, "expected photographs in"),
         ({"mesh.data": 64}, r"asks for 64 devices \(64 data x 1 model\), found"),
         ({"mesh.model": 7}, "config.mesh asks for 7 devices"),
-        ({"perceptual.weights.style": 1.0}, "config.features: .* SEMLIC_FEATURES"),
+        (
+            {"perceptual.weights.style": 1.0, "trunk": "squeezenet1_0"},
+            "config.features: .* SEMLIC_FEATURES",
+        ),
         ({"init_from": str(tmp_path)}, "expected a checkpoint in"),
     ]
     for change, message in cases:

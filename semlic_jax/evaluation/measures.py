@@ -5,10 +5,14 @@ Those of an image come from `objectives.metrics`. Those of the set compare the f
 of patches (`objectives.distribution_metrics`): one small array of features for each
 image is what a sweep keeps, so that they are computed once and any part of the set can
 be put together from them.
+
+Distances of features carry their network in their name: those of two networks are never
+in one column.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import math
@@ -28,7 +32,12 @@ from semlic_jax.objectives.distribution_metrics import (
     kernel_distance,
     patch_grids,
 )
-from semlic_jax.objectives.features import FeatureNetwork, load_features
+from semlic_jax.objectives.features import (
+    PACKAGED,
+    PACKAGED_FILE,
+    FeatureNetwork,
+    load_features,
+)
 from semlic_jax.objectives.metrics import IMAGE_METRICS, ImageMetrics
 
 _SUBSET_SIZE = 1000  # of the kernel distance, as in the field
@@ -49,20 +58,29 @@ SET_METRICS = {
         "patch Fréchet distance, SqueezeNet", "squeezenet1_0", "frechet"
     ),
     "kernel": SetMetric("patch kernel distance, SqueezeNet", "squeezenet1_0", "kernel"),
+    "compact_frechet": SetMetric(
+        "patch Fréchet distance, compact trunk", PACKAGED, "frechet"
+    ),
+    "compact_kernel": SetMetric(
+        "patch kernel distance, compact trunk", PACKAGED, "kernel"
+    ),
     "fid": SetMetric("patch FID", "inception_v3", "frechet"),
     "kid": SetMetric("patch KID", "inception_v3", "kernel"),
 }
 
-# In the order of tables; those that this machine cannot compute are left out.
-DEFAULT_METRICS = (
-    "psnr_db",
-    "ms_ssim",
-    "ssimulacra2",
-    "feature_distance",
-    "frechet",
-    "kernel",
-)
-_WITHOUT_WEIGHTS = ("psnr_db", "ms_ssim", "ssimulacra2")
+_WITHOUT_NETWORKS = ("psnr_db", "ms_ssim", "ssimulacra2")
+_OF_SQUEEZENET = ("feature_distance", "frechet", "kernel")
+_OF_PACKAGED = ("compact_distance", "compact_frechet", "compact_kernel")
+
+
+def feature_metrics(weights: str | Path | None = None) -> tuple[str, ...]:
+    """Distances of features: of the packaged network where no other is given.
+
+    Args:
+      weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
+    """
+    given = weights is not None or os.environ.get("SEMLIC_FEATURES")
+    return _OF_SQUEEZENET if given else _OF_PACKAGED
 
 
 def default_metrics(weights: str | Path | None = None) -> tuple[list[str], list[str]]:
@@ -71,17 +89,11 @@ def default_metrics(weights: str | Path | None = None) -> tuple[list[str], list[
     Args:
       weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
     """
-    names, notes = list(DEFAULT_METRICS), []
+    names, notes = [*_WITHOUT_NETWORKS, *feature_metrics(weights)], []
     if importlib.util.find_spec("ssimulacra2") is None:
         names.remove("ssimulacra2")
         notes.append(
             "SSIMULACRA2 is left out: its package ssimulacra2 is not installed"
-        )
-    if weights is None and not os.environ.get("SEMLIC_FEATURES"):
-        names = [name for name in names if name in _WITHOUT_WEIGHTS]
-        notes.append(
-            "distances of features are left out: no --weights, and SEMLIC_FEATURES "
-            "is not set"
         )
     return names, notes
 
@@ -124,7 +136,10 @@ class Measures:
             name: SET_METRICS[name] for name in names if name in SET_METRICS
         }
         trunks = dict.fromkeys(metric.trunk for metric in self._of_sets.values())
-        self._networks = {trunk: load_features(weights, trunk) for trunk in trunks}
+        self._networks = {
+            trunk: load_features(None if trunk == PACKAGED else weights, trunk)
+            for trunk in trunks
+        }
         self._weights = _weights_digest(weights)
 
     @property
@@ -149,12 +164,16 @@ class Measures:
     def trunks(self) -> dict[str, str]:
         """Networks whose features the metrics of sets need: name to identity."""
         return {
-            name: f"{name}-{self.patch_side}-{self._weights}" for name in self._networks
+            name: f"{name}-{self.patch_side}-"
+            + (_packaged_digest() if name == PACKAGED else self._weights)
+            for name in self._networks
         }
 
     def identity(self, metric: str) -> str:
         """Changes when the values of a metric of images would."""
-        return self._weights if metric not in _WITHOUT_WEIGHTS else ""
+        if metric in _WITHOUT_NETWORKS:
+            return ""
+        return _packaged_digest() if metric in _OF_PACKAGED else self._weights
 
     def measure(
         self, original: np.ndarray, decoded: np.ndarray, names: Sequence[str]
@@ -236,6 +255,12 @@ def _statistics(features: Sequence[np.ndarray]) -> FeatureStatistics:
     statistics = FeatureStatistics(rows.shape[1])
     statistics.update(rows, range(len(rows)))
     return statistics
+
+
+@functools.cache
+def _packaged_digest() -> str:
+    """Names the packaged weights by their content."""
+    return hashlib.sha256(PACKAGED_FILE.read_bytes()).hexdigest()[:12]
 
 
 def _weights_digest(weights: str | Path | None) -> str:

@@ -12,8 +12,9 @@ weights of the distortion (alpha) and of the perceptual terms (gamma) and draws 
 against the Fréchet distance. `figure6` refines with a region of interest, by both
 variants of the loss and several weights of the foreground.
 
-All run on any images; the paper's set is CLIC 2024's validation images. SqueezeNet's
-distances take the place of FID, KID and DISTS where their weights are not there.
+All run on any images; the paper's set is CLIC 2024's validation images. Where the
+weights of FID, KID and DISTS are not there, distances of SqueezeNet take their place,
+or of the packaged trunk where no weights are given at all.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from semlic_jax.evaluation.entrants import (
 )
 from semlic_jax.evaluation.evaluate import Report, evaluate
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.measures import PATCH_SIDE, Measures
+from semlic_jax.evaluation.measures import PATCH_SIDE, Measures, feature_metrics
 from semlic_jax.evaluation.plots import write_figure
 from semlic_jax.evaluation.results import Results
 from semlic_jax.evaluation.summary import curve
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from semlic_jax.refinement import Region, Settings
 
 _PAPER_METRICS = ("fid", "kid", "dists")
-_METRICS_WITHOUT_DOWNLOADS = ("frechet", "kernel", "feature_distance")
 _RIVALS = ("avif", "webp", "jpeg")
 _RATES = (0.1, 0.15, 0.2, 0.3, 0.45)
 # Of figure 5, as factors of the preset's weights.
@@ -69,11 +69,12 @@ Progress = Callable[[str], None]
 
 
 def paper_metrics(weights: str | Path | None) -> tuple[str, ...]:
-    """FID, KID and DISTS where their weights are, else SqueezeNet's distances."""
+    """FID, KID and DISTS where their weights are, else distances of what there is."""
     try:
         Measures(_PAPER_METRICS, weights)
     except ValueError:
-        return _METRICS_WITHOUT_DOWNLOADS
+        distance, *of_sets = feature_metrics(weights)
+        return *of_sets, distance
     return _PAPER_METRICS
 
 

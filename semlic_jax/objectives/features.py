@@ -10,6 +10,7 @@ channel-normalised distance of two sets of feature maps. Out: the networks thems
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -36,14 +37,18 @@ from semlic_jax.objectives.trunks import (
     SQUEEZENET1_0_TAPS,
     VGG16,
     AlexNet,
+    CompactTrunk,
     SqueezeNet,
 )
 
 __all__ = [
     "NETWORKS",
+    "PACKAGED",
+    "PACKAGED_FILE",
     "SQUEEZENET1_0_TAPS",
     "VGG16",
     "AlexNet",
+    "CompactTrunk",
     "FeatureNetwork",
     "InceptionV3",
     "SqueezeNet",
@@ -60,7 +65,12 @@ NETWORKS: dict[str, nn.Module] = {
     "vgg16": VGG16(),
     "alexnet": AlexNet(),
     "inception_v3": InceptionV3(),
+    "compact": CompactTrunk(),
 }
+# Whose weights the package brings: what there is where a user names none.
+PACKAGED = "compact"
+PACKAGED_FILE = Path(__file__).parents[1] / "pretrained" / "features" / "compact.npz"
+_USUAL = "squeezenet1_0"  # taken from weights that are given without a name
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +88,16 @@ class FeatureNetwork:
 
     params: Mapping[str, Any]
     module: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def name(self) -> str:
+        """Which of `NETWORKS` it is: distances of two networks are not to be mixed."""
+
+        def kind(module: Any) -> tuple[type, str]:
+            return type(module), getattr(module, "version", "")
+
+        names = {kind(module): name for name, module in NETWORKS.items()}
+        return names.get(kind(self.module), type(self.module).__name__)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -100,36 +120,46 @@ class FeatureNetwork:
 
 def load_features(
     path: str | Path | None = None,
-    name: str = "squeezenet1_0",
+    name: str | None = None,
     *,
     taps: Sequence[str] | None = None,
     dtype: Any = None,
 ) -> FeatureNetwork:
     """Load a feature network from an .npz file; no pickle is ever executed.
 
+    Without any argument it is the packaged one, unless the environment variable
+    SEMLIC_FEATURES names a folder of others.
+
     Args:
-        path: the file, or a folder that holds `<name>*.npz`; None takes the folder
-            from the environment variable SEMLIC_FEATURES.
-        name: one of `NETWORKS`.
+        path: the file, or a folder that holds `<name>*.npz`; None takes the packaged
+            file for the packaged network, else SEMLIC_FEATURES.
+        name: one of `NETWORKS`; None takes the network that the file says it is of,
+            SqueezeNet 1.0 from a folder.
         taps: layers to return; None takes the network's own choice.
         dtype: compute type, such as jnp.bfloat16; None computes in float32.
 
     Raises:
         ValueError: unknown name or tap, no such file, or weights that do not fit.
     """
-    if name not in NETWORKS:
+    if name is not None and name not in NETWORKS:
         raise ValueError(
             f"unknown feature network {name!r}, known: {', '.join(sorted(NETWORKS))}"
         )
+    if path is None and name != PACKAGED:
+        path = os.environ.get("SEMLIC_FEATURES") or None
     if path is None:
-        path = os.environ.get("SEMLIC_FEATURES")
-        if not path:
+        if name not in (None, PACKAGED):
             raise ValueError(
                 f"no weights given for the feature network {name}: pass a path, or "
                 "set SEMLIC_FEATURES to the folder that holds them"
             )
-    file = find_weights(path, name)
+        path, name = PACKAGED_FILE, PACKAGED
+    file = find_weights(path, name or _USUAL)
     arrays = read_arrays(file)
+    if name is None:
+        name = str(arrays.get("network", _USUAL))
+        if name not in NETWORKS:
+            raise ValueError(f"{file.name} holds weights of {name}, an unknown network")
     if "network" not in arrays:
         arrays = convert_network(arrays, name)
     params, preprocessing = parameter_tree(arrays, name, file.name)
@@ -138,7 +168,8 @@ def load_features(
         settings["taps"] = tuple(taps)
     module = NETWORKS[name].clone(**settings)
     _check_params(params, module, file)
-    return FeatureNetwork(jax.tree.map(jnp.asarray, params), module)
+    as_float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    return FeatureNetwork(jax.tree.map(as_float32, params), module)
 
 
 def _check_params(params: Mapping[str, Any], module: nn.Module, file: Path) -> None:

@@ -31,6 +31,7 @@ from semlic_jax.objectives.feature_weights import (
     load_lpips_heads,
 )
 from semlic_jax.objectives.features import (
+    PACKAGED,
     FeatureNetwork,
     feature_distance,
     load_features,
@@ -347,6 +348,7 @@ IMAGE_METRICS = {
     "psnr_db": MetricInfo("PSNR (dB)", True),
     "ms_ssim": MetricInfo("MS-SSIM", True, MS_SSIM_LEAST_SIDE),
     "feature_distance": MetricInfo("SqueezeNet feature distance", False, 7),
+    "compact_distance": MetricInfo("compact feature distance", False, 7),
     "lpips_alex": MetricInfo("LPIPS (AlexNet)", False, 31),
     "lpips_vgg": MetricInfo("LPIPS (VGG-16)", False, 16),
     "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 3),
@@ -388,6 +390,8 @@ class ImageMetrics:
             return plain[name]
         if name == "feature_distance":
             return FeatureDistance(load_features(weights, "squeezenet1_0"))
+        if name == "compact_distance":  # always of the packaged weights
+            return FeatureDistance(load_features(None, PACKAGED))
         folder = weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
         if not folder:
             raise ValueError(

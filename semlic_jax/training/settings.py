@@ -83,7 +83,8 @@ class Settings:
             entropy model are float32 always.
         remat: recompute residual blocks in the backward pass, which saves memory.
         features: file or folder of the trunk's weights; "" takes SEMLIC_FEATURES.
-        trunk: name of the feature network.
+        trunk: name of the feature network; "" takes SqueezeNet 1.0 where weights are
+            given, the packaged network where none are.
         learnt_heads: weigh its channels as LPIPS does; needs `lpips_v0.1_*.npz` beside
             its weights.
         init_from: folder of a stage's checkpoints to start the codec from.
@@ -104,7 +105,7 @@ class Settings:
     dtype: str = "float32"
     remat: bool = False
     features: str = ""
-    trunk: str = "squeezenet1_0"
+    trunk: str = ""
     learnt_heads: bool = False
     init_from: str = ""
     labeller_from: str = ""
@@ -211,7 +212,8 @@ def _check(settings: Settings) -> None:
 
     choose("model", settings.model, SIZES)
     choose("dtype", settings.dtype, _DTYPES)
-    choose("trunk", settings.trunk, NETWORKS)
+    if settings.trunk:
+        choose("trunk", settings.trunk, NETWORKS)
     if settings.learnt_heads:
         choose("trunk (with learnt_heads)", settings.trunk, LPIPS_NAMES)
     fields = {field.name for field in dataclasses.fields(ModelConfig)}

@@ -91,7 +91,8 @@ def _trunk(settings: Settings) -> Trunk | None:
     dtype = None if settings.dtype == "float32" else jnp.dtype(settings.dtype)
     heads = None
     try:
-        network = load_features(path, settings.trunk, dtype=dtype)
+        network = load_features(path or None, settings.trunk or None, dtype=dtype)
+        logging.info("feature network: %s", network.name)
         if settings.learnt_heads:
             found = load_lpips_heads(str(path), LPIPS_NAMES[settings.trunk])
             heads = tuple(map(jnp.asarray, found))
