@@ -58,6 +58,44 @@ def test_charbonnier_equals_its_equation(pair):
     np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
 
+def test_lattice_equals_its_equation():
+    rng = np.random.default_rng(3)
+    x = rng.random((2, 70, 64, 3)).astype(np.float32)
+    x_hat = (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32)
+    expected = np.zeros(2)
+    for image in range(2):
+        values = []
+        for top in range(0, 64 - 48 + 1, 16):
+            for left in range(0, 64 - 48 + 1, 16):
+                window = np.s_[image, top : top + 48, left : left + 48]
+                real = x[window].astype(np.float64)
+                error = (x_hat[window] - real).reshape(3, 16, 3, 16, 3).mean((0, 2))
+                error -= error.mean((0, 1))
+                variance = real.var((0, 1)).mean()
+                values.append((error**2).mean() / (variance + (4 / 255) ** 2))
+        expected[image] = np.mean(values)
+    np.testing.assert_allclose(losses.lattice(x, x_hat), expected, rtol=1e-4)
+
+
+def test_lattice_sees_what_repeats_and_little_else():
+    rng = np.random.default_rng(4)
+    x = np.full((1, 96, 96, 3), 0.5, np.float32)
+    cell = rng.normal(size=(16, 16, 3)) / 100
+    weave = np.tile(cell - cell.mean((0, 1)), (6, 6, 1)).astype(np.float32)
+    grain = (rng.normal(size=x.shape) * weave.std()).astype(np.float32)
+    seen = float(losses.lattice(x, x + weave)[0])
+    assert seen == pytest.approx(weave.var() / (4 / 255) ** 2, rel=1e-3)
+    assert float(losses.lattice(x, x + grain)[0]) < 0.15 * seen
+    assert float(losses.lattice(x, x + 0.1)[0]) < 1e-6 * seen
+    textured = np.random.default_rng(5).random(x.shape).astype(np.float32)
+    assert float(losses.lattice(textured, textured + weave)[0]) < 0.01 * seen
+
+
+def test_lattice_refuses_images_under_a_window(pair):
+    with pytest.raises(ValueError, match="48 pixels, found 32 x 40"):
+        losses.lattice(*pair)
+
+
 def test_charbonnier_with_pixel_weights_is_the_weighted_mean(pair):
     x, x_hat = pair
     weights = np.random.default_rng(1).random(x.shape[:3]).astype(np.float32)
