@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `semlic compress | decompress | refine | info | demo | models |
+bench | eval | compare | convert | train | pack`.
+
+Each command imports what it needs when it runs, so that `semlic --help` and `semlic
+info` answer at once. A refusal is one sentence on the error stream and exit status 1;
+wrong usage is status 2; an error of ours is status 3 (`--debug` shows the traceback);
+status 4 says that the work is done, but for some inputs that were skipped.
+Results go to the standard output; notes and progress to the error stream, progress only
+where that is a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import semlic_jax
+from semlic_jax.cli import files, measure, models, refine
+from semlic_jax.cli.terminal import INTERNAL, INTERRUPTED, REFUSED, USAGE, say
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if "program" in options:
+        options.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        # The reader went away. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return REFUSED
+    except KeyboardInterrupt:
+        say("semlic: interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        message, status = _explain(error)
+        say(f"semlic: {message}")
+        return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One sentence for people, and the exit status."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", REFUSED
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory: {text}", REFUSED
+    if isinstance(error, ValueError | OSError):
+        return text, REFUSED
+    kind = type(error).__name__
+    return f"internal error, {kind}: {text} (--debug shows where)", INTERNAL
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"semlic: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="semlic",
+        description="A perceptual image codec: small files that look real.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"semlic_jax {semlic_jax.__version__}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        files.add_compress,
+        files.add_decompress,
+        refine.add_refine,
+        files.add_info,
+        measure.add_demo,
+        models.add_models,
+        measure.add_bench,
+        models.add_programs,
+        measure.add_eval,
+        measure.add_compare,
+        models.add_convert,
+    ):
+        add(commands)
+    return parser

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`semlic models | train | pack | convert`: models, and where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import semlic_jax
+from semlic_jax.cli.options import Commands, add_command, add_force, add_json
+from semlic_jax.cli.terminal import progress_line, say
+
+
+def add_models(commands: Commands) -> None:
+    sub = add_command(commands, "models", _models, "list the packaged models")
+    add_json(sub)
+
+
+def _models(options: argparse.Namespace) -> None:
+    models = semlic_jax.pretrained_models()
+    if options.json:
+        print(json.dumps(models, indent=2, default=str))
+        return
+    for name, card in models.items():
+        print(name)
+        for fact, value in card.items():
+            print(f"  {fact.replace('_', ' '):<18}{value}")
+
+
+def add_programs(commands: Commands) -> None:
+    # These two read their own options, `--help` too.
+    for name, run, text in (
+        ("train", _train, "train a model (needs the extra `train`)"),
+        ("pack", _pack, "turn photographs into array_record files, for training"),
+    ):
+        sub = commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+        sub.set_defaults(run=run, program=name)
+        sub.add_argument("--debug", action="store_true")
+
+
+def _train(options: argparse.Namespace) -> None:
+    try:
+        from semlic_jax.training import train
+    except ImportError as error:
+        raise ValueError(
+            f"training needs the package {error.name}: pip install 'semlic_jax[train]'"
+        ) from error
+    train.main(options.rest)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from semlic_jax.training import pack
+
+    pack.main(options.rest)
+
+
+def add_convert(commands: Commands) -> None:
+    sub = add_command(
+        commands,
+        "convert",
+        _convert_features,
+        "turn files of others into files of ours",
+    )
+    kinds = sub.add_subparsers(metavar="WHAT", required=True)
+
+    def convert(
+        name: str, run: Callable[[Any], int | None], text: str
+    ) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        kind.set_defaults(run=run)
+        kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        return kind
+
+    kind = convert(
+        "features",
+        _convert_features,
+        "weights of feature networks, LPIPS heads, DISTS, as published",
+    )
+    kind.add_argument("inputs", metavar="SRC", type=Path, nargs="+")
+    kind.add_argument(
+        "output", metavar="OUT", type=Path, help="a folder; for one SRC also an .npz"
+    )
+    kind.add_argument(
+        "--network", metavar="N", help="what SRC is; recognised if not given"
+    )
+    add_force(kind)
+
+    kind = convert(
+        "neuralcompression",
+        _convert_neuralcompression,
+        "an MS-ILLM or No-GAN checkpoint; its files decode only on one machine",
+    )
+    kind.add_argument("input", metavar="CKPT", type=Path)
+    kind.add_argument("output", metavar="OUT", type=Path, help="a model file, .npz")
+    add_force(kind)
+
+
+def _convert_features(options: argparse.Namespace) -> None:
+    from semlic_jax.converters.features import convert_feature_files
+
+    paths = convert_feature_files(
+        options.inputs, options.output, network=options.network, force=options.force
+    )
+    for path in paths:
+        print(path)
+
+
+def _convert_neuralcompression(options: argparse.Namespace) -> None:
+    from semlic_jax.converters.neuralcompression import convert_neuralcompression
+
+    with progress_line() as progress:
+        progress(f"converting {options.input.name}")
+        model = convert_neuralcompression(
+            options.input, options.output, force=options.force
+        )
+    config = model.config
+    print(
+        f"{options.output}: widths {', '.join(map(str, config.widths))}, "
+        f"{config.blocks} blocks, {config.latent_channels} latents, "
+        f"{config.hyper_channels} hyper-latents, fingerprint "
+        f"{model.fingerprint().hex()[:8]}"
+    )
+    say(
+        "note: its entropy networks work in floats, so its files decode only on the "
+        "machine that made them"
+    )

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands say and ask on the terminal, and their exit statuses."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+REFUSED, USAGE, INTERNAL, SKIPPED, INTERRUPTED = 1, 2, 3, 4, 130
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """One line on the terminal that says what is being done; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+
+    def show(text: str) -> None:
+        print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stops_when_asked() -> Iterator[Callable[[], bool]]:
+    """Makes the first Ctrl-C a question that the caller asks; a second one interrupts.
+
+    Yields a function that says whether there was one.
+    """
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say("\nstopping with the best so far; once more to stop at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def warnings_are_notes() -> Iterator[None]:
+    """Shows warnings of refinement as notes, as they come."""
+    from semlic_jax.refinement import RefinementWarning, RegionWarning
+
+    with warnings.catch_warnings():
+        for kind in (RefinementWarning, RegionWarning):
+            warnings.simplefilter("always", kind)
+
+        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            say(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
