@@ -1,30 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a training checkpoint into a model file.
 
-python -m semlic_jax.training.export RUN/STAGE MODEL.npz [--size small] [--step N]
+    python -m semlic_jax.training.export RUN/STAGE MODEL.npz --size small \
+        --fit-tables photos/train
+
+The stage is the last one: `integer`, or the one after it. Without photographs the
+tables of y are those of the model's Gaussians, and files are about two percent larger.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
 
 from semlic_jax.model.compression import SIZES
 from semlic_jax.training.checkpoints import read_params
+from semlic_jax.training.fit_tables import report, with_fitted_tables
+from semlic_jax.training.sources import open_sources
 from semlic_jax.weights import export_model, save_model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", type=epath.Path)
-    parser.add_argument("model", type=Path)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", type=epath.Path, help="folder of its checkpoints")
+    parser.add_argument("model", type=Path, help="file to write")
     parser.add_argument("--size", default="small", choices=sorted(SIZES))
-    parser.add_argument("--step", type=int)
-    arguments = parser.parse_args()
-    params = read_params(arguments.stage, arguments.step)
-    save_model(arguments.model, export_model(SIZES[arguments.size], params))
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: last")
+    parser.add_argument(
+        "--fit-tables",
+        nargs="+",
+        metavar="PHOTOGRAPHS",
+        help="count the tables of y on photographs: folders, globs, array_record files "
+        "or data sets of the training, never those that are evaluated on",
+    )
+    options = parser.parse_args(argv)
+    source = open_sources(options.fit_tables) if options.fit_tables else None
+    params = read_params(options.stage, options.step)
+    model = export_model(SIZES[options.size], params)
+    if source is not None:
+        model, found, saved_percent = with_fitted_tables(model, source)
+        print(report(found, saved_percent))
+    save_model(options.model, model)
 
 
 if __name__ == "__main__":
