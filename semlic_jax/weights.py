@@ -175,6 +175,8 @@ def _table_arrays(
 def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
     """Turn trained parameters into a model file's content.
 
+    The tables of y are those of Gaussians; `training.fit_tables` counts better ones.
+
     Args:
         config: the architecture.
         params: the parameter tree of `CompressionModel`.

@@ -5,8 +5,9 @@ It takes the calls of `SymbolEncoder` and `SymbolDecoder` and codes the same sym
 the same order; only the words differ, and `bitstream` has a flag for it. Its tables
 have 16 bits where ours have 24: they are made from ours by whole numbers alone, so that
 every machine finds the same, and cost less than half a percent where the symbols follow
-the tables. Where latents have heavier tails than their Gaussians its files are smaller:
-16 bits cannot make a symbol as rare as 24 bits do.
+the tables, as they do where these were fitted at export (`training.fit_tables`). Where
+latents have heavier tails than the Gaussians of a model its files are smaller: 16 bits
+cannot make a symbol as rare as 24 bits do.
 
 TensorFlow Compression is in maintenance mode and holds TensorFlow and JAX back, so it
 lives in an environment of its own (the extra `tfc`) and is imported when it is asked

@@ -5,7 +5,9 @@
 
 The float side has everything that the coder does not: unrounded weights, activations
 and means, a continuous scale for each latent, the density of z instead of its tables.
-Both sides code the same latents.
+Both sides code the same latents. Tables that were fitted at export know more than the
+Gaussians of the float side and can make the cost negative: export without
+`--fit-tables` to see what the integers alone cost.
 """
 
 from __future__ import annotations

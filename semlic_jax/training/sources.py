@@ -64,9 +64,7 @@ def open_sources(patterns: Sequence[str]) -> Source:
             if records:
                 parts.append(RecordSource(records))
             if not records and not images:
-                raise ValueError(
-                    f"config.data.train: expected photographs in {pattern}, found none"
-                )
+                raise ValueError(f"expected photographs in {pattern}, found none")
             files += images
     if files:
         parts.insert(0, FileSource(sorted(set(files))))
