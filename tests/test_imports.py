@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "semlic_jax"
 ALLOWED = {
     "": {"codec", "coding", "weights"},  # the lazy names of __init__.py
     "images": set(),
+    "terminal": set(),
     "model": set(),
     "coding": {"model"},
     "objectives": {"model"},
@@ -43,6 +44,7 @@ ALLOWED = {
         "model",
         "objectives",
         "refinement",
+        "terminal",
         "training",
         "weights",
     },

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from small_trunk import load_small_trunk
 
-from semlic_jax.evaluation import measures, paper
+from semlic_jax.evaluation import measures, paper, region_figure
 from semlic_jax.evaluation.results import read_results
 from semlic_jax.refinement import Settings
 
@@ -153,7 +153,7 @@ def test_psnr_of_regions():
     mask[:4] = 1
     decoded[:4] += 1
     decoded[4:] += 10
-    inside, outside = paper.region_psnr_db(original, decoded, mask)
+    inside, outside = region_figure.region_psnr_db(original, decoded, mask)
     assert inside == pytest.approx(48.1308, abs=1e-4)
     assert outside == pytest.approx(28.1308, abs=1e-4)
 

@@ -27,7 +27,8 @@ from semlic_jax.cli.refine import (
     refine_image,
     settings_of,
 )
-from semlic_jax.cli.terminal import INTERRUPTED, progress_line
+from semlic_jax.cli.terminal import INTERRUPTED
+from semlic_jax.terminal import progress_line
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec

@@ -24,7 +24,8 @@ from semlic_jax.cli.options import (
     read_input,
     unit_float,
 )
-from semlic_jax.cli.terminal import SKIPPED, progress_line, say
+from semlic_jax.cli.terminal import SKIPPED, say
+from semlic_jax.terminal import progress_line
 
 
 def add_demo(commands: Commands) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import semlic_jax
 from semlic_jax.cli.options import Commands, add_command, add_force, add_json
-from semlic_jax.cli.terminal import progress_line, say
+from semlic_jax.cli.terminal import say
+from semlic_jax.terminal import progress_line
 
 
 def add_models(commands: Commands) -> None:

@@ -24,11 +24,11 @@ from semlic_jax.cli.options import (
 from semlic_jax.cli.terminal import (
     INTERRUPTED,
     SKIPPED,
-    progress_line,
     say,
     stops_when_asked,
     warnings_are_notes,
 )
+from semlic_jax.terminal import progress_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,22 +18,6 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[str], None]]:
-    """One line on the terminal that says what is being done; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-
-    def show(text: str) -> None:
-        print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
 def stops_when_asked() -> Iterator[Callable[[], bool]]:
     """Makes the first Ctrl-C a question that the caller asks; a second one interrupts.
 

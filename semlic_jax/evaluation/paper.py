@@ -20,17 +20,14 @@ or of the packaged trunk where no weights are given at all.
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from matplotlib.figure import Figure
 
 import semlic_jax
@@ -39,33 +36,32 @@ from semlic_jax.evaluation.entrants import (
     RefinedEntrant,
     SemlicEntrant,
     entrants,
-    model_identity,
 )
 from semlic_jax.evaluation.evaluate import Report, evaluate
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import PATCH_SIDE, Measures, feature_metrics
 from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.region_figure import FOREGROUNDS, figure6
 from semlic_jax.evaluation.results import Results
+from semlic_jax.evaluation.studies import (
+    Progress,
+    numbers,
+    preset_or_steps,
+    run_study,
+)
 from semlic_jax.evaluation.summary import curve
 from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import bd_table
-from semlic_jax.images import read_photograph, write_file
+from semlic_jax.images import write_file
 
 if TYPE_CHECKING:
-    from semlic_jax.codec import Codec
-    from semlic_jax.refinement import Region, Settings
+    from semlic_jax.refinement import Settings
 
 _PAPER_METRICS = ("fid", "kid", "dists")
 _RIVALS = ("avif", "webp", "jpeg")
 _RATES = (0.1, 0.15, 0.2, 0.3, 0.45)
 # Of figure 5, as factors of the preset's weights.
 _FACTORS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-# Of figure 6: the weight of the foreground; that of the background is the rest.
-_FOREGROUNDS = (0.5, 0.8, 0.95)
-
-NO_REGION = "refined, no region"
-
-Progress = Callable[[str], None]
 
 
 def paper_metrics(weights: str | Path | None) -> tuple[str, ...]:
@@ -277,161 +273,6 @@ def _draw_figure5(
     return figure
 
 
-def figure6(
-    image: Path,
-    model: str,
-    out: Path,
-    *,
-    region: str = "auto",
-    bpp: float = 0.15,
-    refine: str | int = "default",
-    foregrounds: Sequence[float] = _FOREGROUNDS,
-    features: str | Path | None = None,
-    progress: Progress = lambda text: None,
-) -> list[Path]:
-    """Refinement with a region of interest, by both variants and several weights.
-
-    Args:
-      image: file.
-      model: name or path.
-      out: folder.
-      region: `auto`, `x,y,width,height` or the file of a mask.
-      bpp: rate of all files.
-      refine: preset or steps.
-      foregrounds: weights of the foreground, 0 to 1; the background has the rest.
-      features: folder of feature weights; None: as the preset has them.
-      progress: is told what is being done.
-
-    Returns:
-      the picture as PNG and SVG, and its numbers.
-    """
-    from semlic_jax import refinement
-
-    for weight in foregrounds:
-        if not 0 <= weight <= 1:
-            raise ValueError(f"expected foreground weights of 0 to 1, found {weight:g}")
-    pixels = read_photograph(image).pixels
-    mask = refinement.parse_region(region, pixels)
-    progress(f"loading the model {model}")
-    codec = semlic_jax.load(model)
-    settings = refinement.preset(refine)
-    if features is not None:
-        settings = replace(settings, features=os.fspath(features))
-    plain = codec.compress(pixels, bpp=bpp)
-    shown = {"not refined": (plain, codec.decompress(plain))}
-    regions: dict[str, refinement.Region | None] = {NO_REGION: None}
-    for variant in ("L1", "L2"):
-        for weight in foregrounds:
-            chosen = refinement.Region(mask, weight, 1 - weight, variant)
-            regions[f"{variant}, foreground {weight:g}"] = chosen
-    for name, weighted in regions.items():
-        progress(f"refining {name}")
-        data = refined_file(
-            codec, pixels, weighted, out / "figure6", bpp=bpp, settings=settings
-        )
-        shown[name] = data, codec.decompress(data)
-    rows = [
-        (name, len(data), *region_psnr_db(pixels, decoded, mask))
-        for name, (data, decoded) in shown.items()
-    ]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["variant", "bytes", "foreground_psnr_db", "background_psnr_db"])
-    writer.writerows(rows)
-    write_file(out / "figure6.csv", table.getvalue().encode(), force=True)
-    pictures = {name: decoded for name, (_, decoded) in shown.items()}
-    figure = _draw_figure6(pixels, mask, pictures, rows, len(foregrounds))
-    return write_figure(figure, out / "figure6") + [out / "figure6.csv"]
-
-
-def refined_file(
-    codec: Codec,
-    pixels: np.ndarray,
-    region: Region | None,
-    folder: Path,
-    *,
-    bpp: float,
-    settings: Settings,
-) -> bytes:
-    """A refined file, kept in a folder; made once for all that it depends on.
-
-    Args:
-      codec: the model.
-      pixels: uint8 [H, W, 3].
-      region: what matters, or None.
-      folder: of the kept files.
-      bpp: rate of the file.
-      settings: of the refinement.
-    """
-    digest = hashlib.sha256(f"{model_identity(codec)} {bpp:g} {settings}".encode())
-    digest.update(pixels.tobytes())
-    if region is not None:
-        text = f"{region.variant} {region.foreground!r} {region.background!r}"
-        digest.update(text.encode() + region.mask.tobytes())
-    path = folder / f"{digest.hexdigest()[:32]}.semlic"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        data = codec.compress(pixels, bpp=bpp, refine=settings, roi=region)
-        write_file(path, data, force=True)
-    return path.read_bytes()
-
-
-def region_psnr_db(
-    original: np.ndarray, decoded: np.ndarray, mask: np.ndarray
-) -> tuple[float, float]:
-    """PSNR over the foreground and over the background, by a soft mask."""
-    error = (original.astype(np.float64) - decoded) ** 2
-    found = []
-    for weights in (mask, 1 - mask):
-        mse = np.average(error.mean(axis=2), weights=np.maximum(weights, 1e-9))
-        found.append(10 * float(np.log10(255**2 / max(mse, 1e-9))))
-    return found[0], found[1]
-
-
-def _draw_figure6(
-    original: np.ndarray,
-    mask: np.ndarray,
-    pictures: dict[str, np.ndarray],
-    rows: Sequence[tuple[str, int, float, float]],
-    columns: int,
-) -> Figure:
-    """First column: original and mask; then a row for each variant of the loss."""
-    height, width = original.shape[:2]
-    side = 3.4
-    wide = columns + 2
-    size = (side * wide, 2 * (side * height / width + 0.55))
-    figure = Figure(figsize=size, layout="constrained")
-    names = list(pictures)
-    captions = {
-        name: f"{name}\n{size_bytes:,} bytes, {fg:.2f} dB inside, {bg:.2f} dB outside"
-        for name, size_bytes, fg, bg in rows
-    }
-    cells: list[tuple[int, np.ndarray, str]] = [
-        (0, original, "original"),
-        (wide, np.repeat(mask[..., None], 3, axis=2), "region"),
-        (1, pictures[names[0]], captions[names[0]]),
-        (wide + 1, pictures[NO_REGION], captions[NO_REGION]),
-    ]
-    for index, name in enumerate(names[2:]):
-        row, column = divmod(index, columns)
-        cells.append((row * wide + column + 2, pictures[name], captions[name]))
-    for place, picture, caption in cells:
-        axes = figure.add_subplot(2, wide, place + 1)
-        axes.imshow(picture, interpolation="lanczos", vmin=0, vmax=1)
-        axes.set_title(caption, fontsize=8)
-        axes.set_axis_off()
-    return figure
-
-
-def preset_or_steps(text: str) -> str | int:
-    """What `--refine` takes."""
-    return text if text.isalpha() else int(text)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.paper",
@@ -452,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, text)
         sub.add_argument("images", type=Path, nargs="+")
         sub.add_argument("--models", nargs="+", default=["small"])
-        sub.add_argument("--bpp", type=_numbers, default=list(_RATES))
+        sub.add_argument("--bpp", type=numbers, default=list(_RATES))
         sub.add_argument("--patch", type=int, default=PATCH_SIDE)
         if name == "rd":
             sub.add_argument("--refine", metavar="PRESET")
@@ -464,11 +305,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "figure5":
             sub.add_argument("images", type=Path, nargs="+")
             sub.add_argument("--patch", type=int, default=PATCH_SIDE)
-            sub.add_argument("--factors", type=_numbers, default=list(_FACTORS))
+            sub.add_argument("--factors", type=numbers, default=list(_FACTORS))
         else:
             sub.add_argument("image", type=Path)
             sub.add_argument("--region", default="auto")
-            sub.add_argument("--foregrounds", type=_numbers, default=list(_FOREGROUNDS))
+            sub.add_argument("--foregrounds", type=numbers, default=list(FOREGROUNDS))
         sub.add_argument("--model", default="small")
         sub.add_argument("--bpp", type=float, default=0.15)
         sub.add_argument("--refine", type=preset_or_steps, default="default")
@@ -498,7 +339,6 @@ def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
             patch_side=options.patch,
             progress=progress,
         )
-        print(table.read_text())
         return [table]
     if options.command == "figure5":
         return figure5(
@@ -528,19 +368,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 1 for a refusal."""
     options = _parser().parse_args(argv)
-
-    def progress(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
-
-    try:
-        paths = _run(options, progress)
-    except (ValueError, OSError) as error:
-        print(f"\npaper: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    for path in paths:
-        print(path)
-    return 0
+    return run_study("paper", partial(_run, options), shown=["ablation.md"])
 
 
 if __name__ == "__main__":

@@ -17,47 +17,46 @@ Both go on where they stopped and write CSV, Markdown and a plot into `--out`.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import itertools
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
 import semlic_jax
-from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import (
     Entrant,
     RefinedEntrant,
     SemlicEntrant,
-    model_identity,
 )
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
-from semlic_jax.evaluation.paper import preset_or_steps
 from semlic_jax.evaluation.plots import write_figure
 from semlic_jax.evaluation.results import Results, Row
-from semlic_jax.evaluation.sweep import Journal, run_sweep
+from semlic_jax.evaluation.settings_study import settings_study
+from semlic_jax.evaluation.studies import (
+    Progress,
+    csv_table,
+    numbers,
+    preset_or_steps,
+    run_study,
+    whole_numbers,
+)
+from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import table
-from semlic_jax.images import read_photograph, write_file
+from semlic_jax.images import write_file
 from semlic_jax.objectives.bd_rates import LEAST_POINTS, RateCurve, bd_rate
 
 if TYPE_CHECKING:
     from semlic_jax.refinement import Settings
 
-Progress = Callable[[str], None]
-
 _PLAIN, _REFINED = "semlic", "refined"
 _RATES = (0.1, 0.15, 0.25, 0.4)
-# Qualities of the files without refinement that a refined one is compared with.
-_LADDER = tuple(range(0, 256, 15))
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def gain(
         for g in gains
     ]
     header = ("image", "metric", "bd_rate_percent", "worse_at_bpp", "gap")
-    write_file(paths[0], _csv(header, rows), force=True)
+    write_file(paths[0], csv_table(header, rows), force=True)
     write_file(paths[1], _gain_text(results, gains, settings).encode(), force=True)
     return paths + write_figure(_draw_gain(results, gains), out / "gain")
 
@@ -291,180 +290,6 @@ def _draw_gain(results: Results, gains: Sequence[ImageGain]) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Settings on one crop: bits saved at equal objective, in percent, and time."""
-
-    method: str
-    learning_rate: float
-    temperature_start: float
-    steps: int
-    image: str
-    saving_percent: float
-    value_ratio: float
-    step_s: float
-
-
-def settings_study(
-    images: Sequence[Path],
-    out: Path,
-    *,
-    model: str,
-    base: Settings,
-    methods: Sequence[str],
-    learning_rates: Sequence[float],
-    temperatures: Sequence[float],
-    steps: Sequence[int],
-    crop: int = 256,
-    bpp: float = 0.2,
-    progress: Progress = lambda text: None,
-) -> list[Path]:
-    """All combinations of these settings on crops of the images.
-
-    Args:
-      images, out, model, progress: see `gain`.
-      base: the settings that are not tried.
-      methods, learning_rates, temperatures, steps: to try; temperatures to start at.
-      crop: side of the crops, from the middle of the images, in pixels.
-      bpp: rate of all files.
-
-    Returns:
-      the table of all trials, the table of their means, and a plot.
-    """
-    progress(f"loading the model {model}")
-    codec = semlic_jax.load(model)
-    crops = {path.stem: _middle(path, crop) for path in list_images(images)}
-    out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out / "trials.jsonl")
-    identity = f"{model_identity(codec)} {crop} {bpp:g} {replace(base, features=None)}"
-    combinations = list(
-        itertools.product(steps, methods, learning_rates, temperatures, crops)
-    )
-    trials = []
-    for done, (count, method, rate, start, name) in enumerate(combinations):
-        tried = replace(
-            base,
-            steps=count,
-            method=method,
-            learning_rate=rate,
-            temperature_start=start,
-            temperature_end=min(base.temperature_end, start),
-        )
-        key = f"{identity} {count} {method} {rate:g} {start:g} {name}"
-        record = journal.get(key)
-        if record is None:
-            progress(f"{done}/{len(combinations)}: {count} {method} {rate:g} {start:g}")
-            record = _try(codec, crops[name], tried, bpp)
-            journal.put(key, record)
-        facts = {k: record[k] for k in ("saving_percent", "value_ratio", "step_s")}
-        trials.append(Trial(method, rate, start, count, name, **facts))
-    header = tuple(Trial.__dataclass_fields__)
-    rows = [tuple(getattr(trial, field) for field in header) for trial in trials]
-    paths = [out / "trials.csv", out / "settings.md"]
-    write_file(paths[0], _csv(header, rows), force=True)
-    means = _means(trials)
-    text = "\n".join(
-        table(
-            ["settings", "bits saved", "objective", "s per step"],
-            [
-                [name, f"{saving:.2f} %", f"{ratio:.4f}", f"{step_s:.3f}"]
-                for name, saving, ratio, step_s in means
-            ],
-        )
-    )
-    write_file(paths[1], f"{text}\n".encode(), force=True)
-    return paths + write_figure(_draw_settings(trials), out / "settings")
-
-
-def _try(
-    codec: Any, pixels: np.ndarray, settings: Settings, bpp: float
-) -> dict[str, float]:
-    from semlic_jax import refinement
-
-    begun_s = time.perf_counter()
-    found = refinement.refine(codec, pixels, bpp=bpp, settings=settings)
-    wall_s = time.perf_counter() - begun_s
-    reached_db = psnr_db(pixels, codec.decompress(found.data))
-    # The bytes without refinement at this PSNR, between those of two qualities.
-    ladder = [codec.compress(pixels, quality=level / 255) for level in _LADDER]
-    values = [psnr_db(pixels, codec.decompress(file)) for file in ladder]
-    order = np.argsort(values)
-    log_bytes = np.interp(
-        reached_db, np.take(values, order), np.log([len(ladder[i]) for i in order])
-    )
-    return {
-        "saving_percent": float(100 * (1 - len(found.data) / np.exp(log_bytes))),
-        "value_ratio": found.value / found.unrefined_value,
-        "step_s": wall_s / settings.steps,
-    }
-
-
-def _middle(path: Path, side: int) -> np.ndarray:
-    pixels = read_photograph(path).pixels
-    height, width = pixels.shape[:2]
-    if min(height, width) < side:
-        raise ValueError(
-            f"expected images of at least {side} x {side}, found {width} x {height} "
-            f"in {path}"
-        )
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
-
-
-def _groups(trials: Sequence[Trial]) -> Iterator[tuple[Trial, list[Trial]]]:
-    """Trials of the same settings, over all crops."""
-    groups: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in trials:
-        key = (trial.steps, trial.method, trial.learning_rate, trial.temperature_start)
-        groups.setdefault(key, []).append(trial)
-    for group in groups.values():
-        yield group[0], group
-
-
-def _means(trials: Sequence[Trial]) -> list[tuple[str, float, float, float]]:
-    """Name, saving, ratio of the objective, seconds; the best first of each length."""
-    found = [
-        (
-            first.steps,
-            -float(np.mean([trial.saving_percent for trial in group])),
-            f"{first.steps} {first.method} lr {first.learning_rate:g} "
-            f"T {first.temperature_start:g}",
-            float(np.mean([trial.value_ratio for trial in group])),
-            float(np.median([trial.step_s for trial in group])),
-        )
-        for first, group in _groups(trials)
-    ]
-    return [
-        (name, -less, ratio, step_s) for _, less, name, ratio, step_s in sorted(found)
-    ]
-
-
-def _draw_settings(trials: Sequence[Trial]) -> Figure:
-    means = _means(trials)[::-1]
-    figure = Figure(figsize=(7.0, 1.2 + 0.28 * len(means)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh([name for name, *_ in means], [m[1] for m in means], color="#D55E00")
-    axes.set_xlabel("bits saved at equal PSNR (%)")
-    axes.grid(axis="x", color="#E4E4E4")
-    return figure
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue().encode()
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
-def _whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.refinement_study",
@@ -484,15 +309,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--weights", type=Path, help="folder of feature weights")
         if name == "gain":
             sub.add_argument("--refine", type=preset_or_steps, default="default")
-            sub.add_argument("--bpp", type=_numbers, default=list(_RATES))
+            sub.add_argument("--bpp", type=numbers, default=list(_RATES))
             sub.add_argument("--method")
             continue
         sub.add_argument("--bpp", type=float, default=0.2)
         sub.add_argument("--crop", type=int, default=256)
-        sub.add_argument("--steps", type=_whole_numbers, default=[100])
+        sub.add_argument("--steps", type=whole_numbers, default=[100])
         sub.add_argument("--methods", default="sga,ssl")
-        sub.add_argument("--learning-rates", type=_numbers, default=[0.005, 0.01, 0.02])
-        sub.add_argument("--temperatures", type=_numbers, default=[0.25, 0.5])
+        sub.add_argument("--learning-rates", type=numbers, default=[0.005, 0.01, 0.02])
+        sub.add_argument("--temperatures", type=numbers, default=[0.25, 0.5])
     return parser
 
 
@@ -533,22 +358,8 @@ def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one study; returns the exit status, 1 for a refusal."""
     options = _parser().parse_args(argv)
-
-    def progress(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
-
-    try:
-        paths = _run(options, progress)
-    except (ValueError, OSError) as error:
-        print(f"refinement_study: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    for path in paths:
-        if path.suffix == ".md":
-            print(path.read_text())
-    for path in paths:
-        print(path)
-    return 0
+    tables = ["gain.md", "settings.md"]
+    return run_study("refinement_study", partial(_run, options), shown=tables)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ of the loss and several weights of the foreground. Goes on where it stopped; wri
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +23,20 @@ from matplotlib.figure import Figure
 
 import semlic_jax
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.paper import (
+from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.region_figure import (
+    FOREGROUNDS,
     NO_REGION,
-    preset_or_steps,
     refined_file,
     region_psnr_db,
 )
-from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.studies import (
+    Progress,
+    csv_table,
+    numbers,
+    preset_or_steps,
+    run_study,
+)
 from semlic_jax.evaluation.tables import table
 from semlic_jax.images import read_photograph, write_file
 
@@ -69,9 +74,9 @@ def roi_study(
     settings: Settings,
     region: str = "auto",
     bpp: float = 0.15,
-    foregrounds: Sequence[float] = (0.5, 0.8, 0.95),
+    foregrounds: Sequence[float] = FOREGROUNDS,
     variants: Sequence[str] = ("L1", "L2"),
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> list[Path]:
     """Refines every image without and with a region.
 
@@ -122,12 +127,9 @@ def roi_study(
             gains = inside - base[0], outside - base[1]
             row = Row(path.name, variant, weight, len(data), inside, outside, *gains)
             rows.append(row)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    writer.writerows(astuple(row) for row in rows)
+    header = [field.name for field in fields(Row)]
     paths = [out / "roi.csv", out / "roi.md"]
-    write_file(paths[0], stream.getvalue().encode(), force=True)
+    write_file(paths[0], csv_table(header, map(astuple, rows)), force=True)
     means = _means(rows)
     lines = table(
         ["variant", "foreground", "inside, dB", "outside, dB", "bytes"],
@@ -188,10 +190,6 @@ def _draw(means: Means) -> Figure:
     return figure
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit status, 1 for a refusal."""
     from semlic_jax import refinement
@@ -208,17 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="folder of feature weights")
     parser.add_argument("--region", default="auto")
     parser.add_argument("--bpp", type=float, default=0.15)
-    parser.add_argument("--foregrounds", type=_numbers, default=[0.5, 0.8, 0.95])
+    parser.add_argument("--foregrounds", type=numbers, default=list(FOREGROUNDS))
     parser.add_argument("--variants", default="L1,L2")
     options = parser.parse_args(argv)
-
-    def progress(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
-
     features = None if options.weights is None else os.fspath(options.weights)
-    try:
-        paths = roi_study(
+
+    def work(progress: Progress) -> list[Path]:
+        return roi_study(
             options.images,
             options.out,
             model=options.model,
@@ -231,13 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             variants=options.variants.split(","),
             progress=progress,
         )
-    except (ValueError, OSError) as error:
-        print(f"roi_study: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    print(paths[1].read_text())
-    for path in paths:
-        print(path)
-    return 0
+
+    return run_study("roi_study", work, shown=["roi.md"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the programs that make tables and figures share: arguments, CSV, the frame."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from semlic_jax.terminal import progress_line
+
+Progress = Callable[[str], None]
+
+
+def preset_or_steps(text: str) -> str | int:
+    """What `--refine` takes."""
+    return text if text.isalpha() else int(text)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """A CSV file of a header and rows."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def run_study(
+    name: str, work: Callable[[Progress], Sequence[Path]], *, shown: Sequence[str] = ()
+) -> int:
+    """Runs a study from its command line.
+
+    Args:
+      name: of the program, for refusals.
+      work: is given what to tell its progress to; returns the files that it made.
+      shown: names of files that are also printed.
+
+    Returns:
+      the exit status, 1 for a refusal.
+    """
+    try:
+        with progress_line() as progress:
+            paths = work(progress)
+    except (ValueError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    for path in paths:
+        if path.name in shown:
+            print(path.read_text())
+    for path in paths:
+        print(path)
+    return 0
