@@ -104,6 +104,23 @@ def test_conv_transpose_in_bfloat16(transposed):
     assert {a.dtype for a in (out, *vjp(cotangent))} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_channel_norm_gradients_equal_the_automatic_ones():
+    rng = np.random.default_rng(5)
+    shapes = ((2, 3, 4, 6), (6,), (6,), (2, 3, 4, 6))
+    *values, cotangent = (rng.standard_normal(s).astype(np.float32) for s in shapes)
+
+    def formula(x, gamma, beta):
+        deviation = x - jnp.mean(x, -1, keepdims=True)
+        variance = jnp.sum(deviation**2, -1, keepdims=True) / 5
+        return gamma * deviation / jnp.sqrt(variance + 1e-3) + beta
+
+    wanted, automatic = jax.vjp(formula, *values)
+    found, ours = jax.vjp(layers.channel_norm, *values)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    for mine, theirs in zip(ours(cotangent), automatic(cotangent), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv_pads_as_torch_does(stride):
     rng = np.random.default_rng(3)

@@ -62,6 +62,53 @@ def round_straight_through(x: Array) -> Array:
     return x + lax.stop_gradient(jnp.round(x) - x)
 
 
+def _standardise(x: Array) -> tuple[Array, Array]:
+    """Deviations from the mean over channels, and one over their deviation."""
+    deviation = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.sum(deviation**2, axis=-1, keepdims=True) / (x.shape[-1] - 1)
+    return deviation, lax.rsqrt(variance + CHANNEL_NORM_EPS)
+
+
+@jax.custom_vjp
+def channel_norm(x: Array, gamma: Array, beta: Array) -> Array:
+    """`gamma * (x - m) / sqrt(v + 1e-3) + beta` with gradients fast on CPU.
+
+    XLA:CPU fuses the products of the automatic gradient into its sums over channels
+    and then adds number by number, 5 to 10 times slower than contractions.
+
+    Args:
+        x: float32 [..., C].
+        gamma, beta: float32 [C].
+
+    Returns:
+        float32 [..., C].
+    """
+    deviation, scale = _standardise(x)
+    return deviation * scale * gamma + beta
+
+
+def _channel_norm_forward(x: Array, gamma: Array, beta: Array) -> tuple[Array, Any]:
+    return channel_norm(x, gamma, beta), (x, gamma)
+
+
+def _channel_norm_backward(residual: Any, gradient: Array) -> tuple[Array, ...]:
+    x, gamma = residual
+    deviation, scale = _standardise(x)
+    contract = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    weighted = gradient * gamma
+    mean = contract("...c,c->...", gradient, gamma / x.shape[-1])[..., None]
+    slope = contract("...c,...c->...", weighted, deviation)[..., None]
+    slope = slope * scale**2 / (x.shape[-1] - 1)
+    return (
+        scale * (weighted - mean - slope * deviation),
+        contract("...c,...c->c", gradient, deviation * scale),
+        contract("...c->c", gradient),
+    )
+
+
+channel_norm.defvjp(_channel_norm_forward, _channel_norm_backward)
+
+
 class ChannelNorm(nn.Module):
     """HiFiC's ChannelNorm: per pixel, over channels, with unbiased variance.
 
@@ -77,10 +124,7 @@ class ChannelNorm(nn.Module):
         gamma = self.param("gamma", nn.initializers.ones, (channels,))
         beta = self.param("beta", nn.initializers.zeros, (channels,))
         # The statistics are taken in float32 even where the network runs in bfloat16.
-        x32 = x.astype(jnp.float32)
-        deviation = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.sum(deviation**2, axis=-1, keepdims=True) / (channels - 1)
-        y = deviation * lax.rsqrt(variance + CHANNEL_NORM_EPS) * gamma + beta
+        y = channel_norm(x.astype(jnp.float32), gamma, beta)
         return y.astype(x.dtype)
 
 
