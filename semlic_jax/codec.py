@@ -260,7 +260,7 @@ class Codec:
         return unpack(data)[0].chunks.get(_ICC_CHUNK)
 
     def twin_params(self) -> dict[str, Any]:
-        """Parameters of `network_of(config, "fake")`, the differentiable twin.
+        """Parameters of `network_of(config, "twin")`, the differentiable twin.
 
         Its entropy networks give the same values as the exact ones.
         """

@@ -17,7 +17,9 @@ from semlic_jax.model.context import (
     Pass,
     checkerboard,
     coding_order,
+    pack_colour,
     traverse,
+    unpack_colour,
     weight_shift,
 )
 
@@ -37,6 +39,16 @@ def test_checkerboard():
     anchors = checkerboard(2, 3, 0)[..., 0]
     np.testing.assert_array_equal(anchors, [[1, 0, 1], [0, 1, 0]])
     np.testing.assert_array_equal(checkerboard(2, 3, 1)[..., 0], ~anchors)
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_packing_keeps_the_positions_of_a_colour(parity):
+    x = np.arange(2 * 3 * 4 * 2).reshape(2, 3, 4, 2)
+    ours = checkerboard(3, 4, parity)[..., 0]
+    packed = pack_colour(jnp.asarray(x), parity)
+    assert packed.shape == (2, 3, 2, 2)
+    np.testing.assert_array_equal(packed.reshape(2, 6, 2), x[:, ours])
+    np.testing.assert_array_equal(unpack_colour(packed)[:, ours], x[:, ours])
 
 
 @pytest.mark.parametrize("groups", LAYOUTS)

@@ -272,10 +272,10 @@ def test_both_convolutions_are_exact(signed):
 
 
 @functools.cache
-def fake_walker(config):
+def rounded_walker(config, arithmetic):
     """Function (params, y, z, level, size) -> z_hat and, by pass, symbols, indexes and
-    means of the `fake` arithmetic."""
-    network = entropy_model(config, "fake")
+    means of the `fake` or the `twin` arithmetic."""
+    network = entropy_model(config, arithmetic)
 
     @jax.jit
     def walk(params, y, z, level, size):
@@ -301,9 +301,9 @@ def fake_walker(config):
     return walk
 
 
-def fake_walk(config, params, y, z, level, size):
-    """z_hat, symbols, index and mean of the `fake` arithmetic."""
-    walk = fake_walker(config)
+def rounded_walk(config, arithmetic, params, y, z, level, size):
+    """z_hat, symbols, index and mean of the `fake` or the `twin` arithmetic."""
+    walk = rounded_walker(config, arithmetic)
     z_hat, fields = walk(params, y, z, np.int32(level), np.array(size))
     out = np.zeros((3, *y.shape), np.float32)
     rows, columns = np.mgrid[: y.shape[0], : y.shape[1]]
@@ -314,12 +314,12 @@ def fake_walk(config, params, y, z, level, size):
     return z_hat, *out
 
 
-def assert_fake_equals_exact(model, params, y, z, level, size):
-    found = fake_walk(model.config, params, y, z, level, size)
+def assert_equals_exact(model, arithmetic, params, y, z, level, size):
+    found = rounded_walk(model.config, arithmetic, params, y, z, level, size)
     wanted = model.symbols(jnp.asarray(y), jnp.asarray(z), level, size)
-    for fake, exact, stride in zip(found, wanted, (64, 16, 16, 16), strict=True):
+    for rounded, exact, stride in zip(found, wanted, (64, 16, 16, 16), strict=True):
         np.testing.assert_array_equal(
-            cropped(fake, size, stride), cropped(exact, size, stride)
+            cropped(rounded, size, stride), cropped(exact, size, stride)
         )
 
 
@@ -327,8 +327,8 @@ def test_fake_quantisation_equals_the_integers(tiny, tiny_params, tiny_file):
     """What the training sees of the trained parameters, and of the twin."""
     y, z = latents(tiny.config, 5)
     twin = float_twin(tiny_file.integers, tiny.config)
-    for params in (tiny_params["entropy"], twin):
-        assert_fake_equals_exact(tiny, params, y, z, 200, SIZES[2])
+    for arithmetic, params in (("fake", tiny_params["entropy"]), ("twin", twin)):
+        assert_equals_exact(tiny, arithmetic, params, y, z, 200, SIZES[2])
 
 
 def test_float_twin_gives_the_integers_back(tiny_file, tiny_config):
@@ -345,8 +345,9 @@ def test_float_twin_where_the_bound_on_sums_limits(tiny_file, wide_config, wide_
     assert (largest < 64).any()  # a bit more would fit, but for the sum
     model = with_integers(tiny_file, wide_config, integers)
     y, z = latents(wide_config, 1, grid=(4, 4))
-    for params in (wide_params, float_twin(integers, wide_config)):
-        assert_fake_equals_exact(model, params, y, z, 60, (64, 40))
+    twin = float_twin(integers, wide_config)
+    for arithmetic, params in (("fake", wide_params), ("fake", twin), ("twin", twin)):
+        assert_equals_exact(model, arithmetic, params, y, z, 60, (64, 40))
 
 
 def broken(tree, name, part, change):

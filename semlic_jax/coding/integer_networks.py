@@ -82,7 +82,7 @@ def _rounded(name: str, array: np.ndarray, dtype: type[np.signedinteger]) -> np.
 
 
 def float_twin(integers: IntegerTree, config: ModelConfig) -> dict[str, Any]:
-    """Float parameters whose `fake` arithmetic gives the same values as the integers.
+    """Float parameters whose `twin` arithmetic gives the same values as the integers.
 
     What refinement differentiates through, when only the integers were kept.
     """

@@ -268,7 +268,7 @@ class CompressionModel(nn.Module):
 
     Attributes:
         config: the architecture.
-        arithmetic: of the entropy networks, `float` or `fake` (see `model.context`).
+        arithmetic: of the entropy networks, in floats (see `model.context`).
         dtype: of g_a and g_s.
         remat: recompute the residual blocks of g_s in the backward pass.
     """

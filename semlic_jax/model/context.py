@@ -16,8 +16,9 @@ weight is an integer in -127..127 times a power of two. The same Linen modules r
 three arithmetics:
 
 * `float`: nothing is rounded (first part of the training),
-* `fake`: rounded forward, straight-through backward (end of the training,
-  refinement); the values equal those of `exact`,
+* `fake`: rounded forward, straight-through backward (end of the training); the values
+  equal those of `exact`,
+* `twin`: `fake` of weights that are rounded already (refinement),
 * `exact`: the parameters are the exported integers (`coding.integer_networks`).
 
 Every sum of products stays below 2**24, so float32 holds it exactly in any order of
@@ -49,7 +50,8 @@ from semlic_jax.model.priors import NUM_SCALES
 
 Array = jax.Array
 
-ARITHMETICS = ("float", "fake", "exact")
+ARITHMETICS = ("float", "fake", "twin", "exact")
+_ROUNDED = ("fake", "twin")  # in floats
 MEAN_STEPS = 16  # means are multiples of 1/16
 MEAN_LIMIT = 4095  # in 1/16 steps
 ACTIVATION_MAX = 255
@@ -85,6 +87,20 @@ def checkerboard(height: int, width: int, parity: int) -> np.ndarray:
     """bool [height, width, 1], true where (row + column) % 2 == parity."""
     rows, columns = np.ogrid[:height, :width]
     return ((rows + columns) % 2 == parity)[..., None]
+
+
+def pack_colour(x: Array, parity: int) -> Array:
+    """The positions of one colour of the checkerboard, [B, h, w, C] with an even w ->
+    [B, h, w/2, C]."""
+    batch, height, width, channels = x.shape
+    pairs = x.reshape(batch, height, width // 2, 2, channels)
+    second = ((np.arange(height) + parity) % 2 == 1)[:, None, None]
+    return jnp.where(second, pairs[..., 1, :], pairs[..., 0, :])
+
+
+def unpack_colour(x: Array) -> Array:
+    """Undoes `pack_colour`; each other position has the value of the one beside it."""
+    return jnp.repeat(x, 2, axis=2)
 
 
 def traverse(
@@ -277,6 +293,7 @@ class IntegerConv(nn.Module):
             )
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", zeros, (spec.features,))
+        rounded = self.arithmetic in _ROUNDED
         if self.arithmetic == "fake":
             # Not exp2, which is off by a bit for some whole numbers.
             scale = jnp.ldexp(jnp.float32(1), weight_shift(kernel, spec.input_max))
@@ -289,10 +306,10 @@ class IntegerConv(nn.Module):
             (1, 1),
             ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=lax.Precision.HIGHEST if self.arithmetic == "fake" else None,
+            precision=lax.Precision.HIGHEST if rounded else None,
         )
         y = (y + UNIT * bias) * 2.0**-spec.right
-        return _round_half_up(y) if self.arithmetic == "fake" else y
+        return _round_half_up(y) if rounded else y
 
 
 def _clip(x: Array, low: int, high: int) -> Array:
@@ -387,7 +404,7 @@ class EntropyModel(nn.Module):
             )
         else:
             y = y_hat * 2.0**-shift
-            y = _round_half_up(y) if self.arithmetic == "fake" else y
+            y = _round_half_up(y) if self.arithmetic in _ROUNDED else y
         return _clip(y, -128, 127)
 
     def hyper_synthesis(self, z_hat: Array, quality: Array, masks: Masks) -> Array:
@@ -430,7 +447,8 @@ class EntropyModel(nn.Module):
 
         Returns:
             index [B, h, w, C] in 0..63 and mean [B, h, w, C] in 1/16 steps within
-            +-4095, for all positions.
+            +-4095 at the positions of the pass; at the others what the one beside them
+            has.
         """
         k = pass_.group
         context = [
@@ -448,10 +466,13 @@ class EntropyModel(nn.Module):
             features.append(_activation(layers[f"g_sp_{k}"](context[k]), masks.y))
         else:
             features.append(nothing)
+        # From here on position by position: those of the pass suffice.
+        features = [pack_colour(part, pass_.parity) for part in features]
+        mask = pack_colour(masks.y, pass_.parity)
         h = layers[f"g_ep_{k}_0"](jnp.concatenate(features, -1))
-        h = layers[f"g_ep_{k}_1"](_activation(h, masks.y))
+        h = layers[f"g_ep_{k}_1"](_activation(h, mask))
         # The quality also goes straight to the output: scales follow it closely.
-        h = jnp.concatenate([_activation(h, masks.y), features[1]], -1)
+        h = jnp.concatenate([_activation(h, mask), features[1]], -1)
         index = _clip(layers[f"g_ep_{k}_index"](h), 0, NUM_SCALES - 1)
         mean = _clip(layers[f"g_ep_{k}_mean"](h), -MEAN_LIMIT, MEAN_LIMIT)
-        return index, mean
+        return unpack_colour(index), unpack_colour(mean)

@@ -135,7 +135,7 @@ class Terms(NamedTuple):
 
 def twin(static: Static) -> Network:
     """The differentiable model of a refinement."""
-    return network_of(static.config, "fake", jnp.dtype(static.dtype))
+    return network_of(static.config, "twin", jnp.dtype(static.dtype))
 
 
 def soft_terms(
