@@ -86,6 +86,6 @@ def get_config() -> ConfigDict:
             lr=2e-4, beta1=0.5, beta2=0.9, decay_steps=1000, final_rate=0.05
         ),
         weights=plain | dict(style=3000.0, local_style=3000.0, adversarial=0.004),
-        adversary=dict(optimizer=dict(lr=1e-4, clip_norm=1.0), split_batch=True),
+        adversary=dict(optimizer=dict(lr=1e-4), split_batch=True),
     )
     return config
