@@ -57,8 +57,8 @@ def get_config() -> ConfigDict:
         weights=terms,
         **rate,
     )
-    # Without the lattice term a weave of 16 pixels stays on plain surfaces. It came late
-    # in the run of the packaged model, and costs feature distance at low rates.
+    # Without the lattice term a weave of 16 pixels stays on plain surfaces. It came
+    # late in the run of the packaged model, and costs feature distance at low rates.
     plain = terms | dict(lattice=4.0)
     config.integer = stage_config(
         "integer",
