@@ -20,11 +20,23 @@ from semlic_jax.training import distil, distil_report, distortions  # noqa: E402
 
 
 def made(module, seed=0):
-    """A network with random weights."""
-    images = jnp.zeros((1, 32, 32, 3))
-    return FeatureNetwork(
-        jax.jit(module.init)(jax.random.key(seed), images)["params"], module
-    )
+    """A network with random weights, by NumPy: compiling `module.init` takes longer."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+
+    def numbers(leaf):
+        deviation = 1 / np.sqrt(np.prod(leaf.shape[:-1]))
+        return jnp.asarray(deviation * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return FeatureNetwork(jax.tree.map(numbers, shapes), module)
+
+
+# Called as they are, each of their operations would be compiled on its own.
+unit_taps = jax.jit(distil._unit_taps)
+terms = jax.jit(distil.terms)
+along_gradient = jax.jit(distil._along_gradient)
+apply = jax.jit(FeatureNetwork.apply)
 
 
 @pytest.mark.parametrize("name", sorted(distortions.DISTORTIONS))
@@ -82,15 +94,15 @@ def test_examples_are_functions_of_their_numbers(tiles):
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     network = made(trunks.CompactTrunk())
     images = np.random.default_rng(0).random((2, 3, 32, 32, 3), np.float32)
-    taps = distil._unit_taps(network, images)
+    taps = unit_taps(network, images)
     same = [np.eye(tap.shape[-1], dtype=np.float32) for tap in taps]
-    terms = distil.terms(network, taps, same, images)
-    assert set(terms) == set(distil.WEIGHTS)
-    for name, term in terms.items():
+    found = terms(network, taps, same, images)
+    assert set(found) == set(distil.WEIGHTS)
+    for name, term in found.items():
         assert float(term) < 1e-8, name
-    other = distil._unit_taps(made(trunks.CompactTrunk(), seed=1), images)
-    terms = distil.terms(network, other, same, images)
-    assert min(map(float, terms.values())) > 0.1
+    other = unit_taps(made(trunks.CompactTrunk(), seed=1), images)
+    found = terms(network, other, same, images)
+    assert min(map(float, found.values())) > 0.1
 
 
 def test_projections_hold_the_largest_directions(tiles):
@@ -126,7 +138,7 @@ def test_images_move_along_the_gradient(tiles):
     recipe, paths = tiles
     student = made(trunks.CompactTrunk())
     images = next(distil.batches(paths, recipe, 0, 1)) / np.float32(255)
-    moved = distil._along_gradient(student, images, jax.random.key(0))
+    moved = along_gradient(student, images, jax.random.key(0))
     np.testing.assert_array_equal(moved[:, :-1], images[:, :-1])
     step = np.asarray(moved[:, -1] - images[:, -1])
     levels = 255 * np.sqrt(np.square(step).mean(axis=(1, 2, 3)))
@@ -142,11 +154,21 @@ def test_a_killed_run_ends_as_an_unbroken_one(tiles, tmp_path, monkeypatch):
     recipe, paths = tiles
     teacher = made(trunks.SqueezeNet())
     monkeypatch.setattr(distil, "load_features", lambda *_: teacher)
+    params = made(trunks.CompactTrunk()).params
+    first = {"params": params, "optimizer": distil._OPTIMIZER.init(params)}
+    assert jax.eval_shape(lambda: first) == jax.eval_shape(
+        lambda: distil.initial_state(0)
+    )
+    first = jax.device_get(first)
+    # On a device by name, as what comes from a checkpoint: one program for all runs.
+    monkeypatch.setattr(
+        distil, "initial_state", lambda seed: jax.device_put(first, jax.devices()[0])
+    )
     whole = distil.distil(tmp_path, [], tmp_path, recipe, log_steps=2).read_bytes()
     network = load_features(tmp_path / "compact.npz")
     assert network.name == "compact"
     images = np.random.default_rng(0).random((1, 32, 32, 3), np.float32)
-    assert all(np.isfinite(tap).all() for tap in network.apply(images))
+    assert all(np.isfinite(tap).all() for tap in apply(network, images))
 
     broken = tmp_path / "broken"
     broken.mkdir()
