@@ -21,7 +21,7 @@ import pytest
 from mini_config import get_config
 
 from semlic_jax import cli
-from semlic_jax.objectives.losses import RateTarget
+from semlic_jax.objectives.losses import LossWeights, RateTarget
 from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.loop import NotFiniteError, run_program
@@ -35,7 +35,12 @@ from semlic_jax.training.settings import read_settings
 from semlic_jax.training.sharding import make_mesh
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import PARTS, Optimizer, Stage
-from semlic_jax.training.steps import sample_quality
+from semlic_jax.training.steps import (
+    Learner,
+    codec_update,
+    limited_sum,
+    sample_quality,
+)
 from semlic_jax.training.train import initial_params, load_config, train
 from semlic_jax.training.writers import Writer
 
@@ -233,7 +238,8 @@ def adversarial():
     images = next(photographs(settings).batches(0, 1, seed=0, examples=range(4)))
     before = jax.tree.map(np.array, program.start())
     after, metrics = program.update(program.start(), 0, jnp.asarray(images))
-    return stage, before, jax.tree.map(np.array, after), metrics, (program, images)
+    made = (program, images, run, labeller)
+    return stage, before, jax.tree.map(np.array, after), metrics, made
 
 
 def differs(a, b) -> bool:
@@ -251,6 +257,57 @@ def test_only_the_chosen_parts_learn(adversarial):
         changed = differs(before["average"][part], after["average"][part])
         assert changed == (part == "g_s"), part
     assert differs(before["discriminator"]["params"], after["discriminator"]["params"])
+
+
+def test_the_discriminator_cannot_tell_by_quality(adversarial):
+    """Qualities rise along a batch; each half of what it is left has seen all of it."""
+    stage, before, _, _, (_, images, run, labeller) = adversarial
+    update = jax.jit(codec_update(run.networks, stage, 0))
+    state = jax.tree.map(jnp.asarray, dict(before))
+    others = (run.trunk, state.pop("discriminator")["params"], labeller)
+    first_half = set()
+    for step in range(16):
+        _, _, fakes = update(Learner(**state), step, images, *others)
+        order = [
+            int(np.argmin(np.abs(images - image).sum((1, 2, 3))))
+            for image in np.asarray(fakes.images)
+        ]
+        assert sorted(order) == list(range(len(images)))
+        np.testing.assert_array_equal(fakes.images, images[np.array(order)])
+        first_half |= set(order[: len(order) // 2])
+    assert first_half == set(range(len(images)))
+
+
+@pytest.mark.parametrize("share", [0.25, 50.0])
+def test_the_adversary_pulls_no_harder_than_its_share(share):
+    rng = np.random.default_rng(0)
+    x_hat, image, slope = (
+        rng.standard_normal((2, 4, 4, 3)).astype(np.float32) for _ in range(3)
+    )
+    slope[1] *= 1e-3  # well below any share
+    weights = LossWeights(charbonnier=2.0, adversarial=3.0)
+
+    def closeness(x):
+        return {"charbonnier": jnp.sum(jnp.square(x - image), (1, 2, 3))}
+
+    def realism(x):
+        return {"adversarial": jnp.sum(slope * x, (1, 2, 3))}
+
+    def total(x):
+        value, terms, kept = limited_sum(closeness, realism, weights, x, share)
+        return jnp.sum(value), (value, terms, kept)
+
+    gradient, (value, terms, kept) = jax.grad(total, has_aux=True)(x_hat)
+    close, real = 2 * 2 * (x_hat - image), 3 * slope
+    expected = 2 * closeness(x_hat)["charbonnier"] + 3 * realism(x_hat)["adversarial"]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert set(terms) == {"charbonnier", "adversarial"}
+    for i in range(2):
+        bound = share * np.linalg.norm(close[i]) / np.linalg.norm(real[i])
+        assert kept[i] == pytest.approx(min(bound, 1), rel=1e-5)
+        pull = gradient[i] - close[i]
+        np.testing.assert_allclose(pull, min(bound, 1) * real[i], atol=2e-5)
+    assert (kept < 1).tolist() == [share < 1, False]
 
 
 def test_averages_follow_by_their_decay(adversarial):
@@ -283,7 +340,7 @@ def test_metrics_are_the_terms_with_a_weight(adversarial):
 
 
 def test_a_step_repeats_exactly_and_steps_differ(adversarial):
-    _, _, after, _, (program, images) = adversarial
+    _, _, after, _, (program, images, *_) = adversarial
     again, _ = program.update(program.start(), 0, jnp.asarray(images))
     assert not differs(after, jax.tree.map(np.array, again))
     other, _ = program.update(program.start(), 1, jnp.asarray(images))
@@ -291,7 +348,7 @@ def test_a_step_repeats_exactly_and_steps_differ(adversarial):
 
 
 def test_pictures_are_of_each_quality(adversarial):
-    _, _, _, _, (program, images) = adversarial
+    _, _, _, _, (program, images, *_) = adversarial
     shown = program.show(program.start(), jnp.asarray(images))
     assert [picture.shape for picture in shown] == [(4, 64, 64, 3)] * 3
     assert differs(shown[0], shown[2])

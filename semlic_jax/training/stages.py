@@ -19,6 +19,7 @@ stage               what it is for
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -90,11 +91,21 @@ class Adversary:
         binary: real or fake instead of the labeller's codes (an ablation).
         split_batch: originals and reconstructions of one update are of different
             images, half of the batch each (MS-ILLM); otherwise of the same.
+        largest_share: bound of the length of the adversary's gradient to an image,
+            relative to that of the other terms; 0 for none.
     """
 
     optimizer: Optimizer = Optimizer(lr=4e-4, beta1=0.5, beta2=0.9)
     binary: bool = False
     split_batch: bool = False
+    largest_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.largest_share < math.inf:
+            raise ValueError(
+                "adversary.largest_share must be finite and at least 0, found "
+                f"{self.largest_share}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

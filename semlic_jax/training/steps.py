@@ -34,6 +34,7 @@ from semlic_jax.objectives.features import FeatureNetwork, normalise_channels
 from semlic_jax.objectives.losses import (
     LossWeights,
     adversarial_discriminator,
+    adversarial_generator,
     ensemble_terms,
     perceptual,
     quality_lmbda,
@@ -176,7 +177,6 @@ def _reconstruction_terms(
     trunk: Trunk | None,
     rng: Array,
     zoom: float = 0.0,
-    **adversarial: Array | None,
 ) -> Metrics:
     """All terms with a weight, [B] each; the trunk's on a shifted window.
 
@@ -191,7 +191,7 @@ def _reconstruction_terms(
         local_style=weights.local_style,
     )
     rest = dataclasses.replace(weights, perceptual=0.0, style=0.0, local_style=0.0)
-    terms = ensemble_terms(images, x_hat, rest, **adversarial)
+    terms = ensemble_terms(images, x_hat, rest)
     if deep != LossWeights(charbonnier=0.0):
         real, made = _shifted(rng, images, x_hat)
         network, heads = trunk or (None, None)
@@ -208,6 +208,48 @@ def _reconstruction_terms(
         near = perceptual(trunk.network, real, made, heads=trunk.heads)
         terms["perceptual"] = (1 - zoom) * terms["perceptual"] + zoom * near
     return terms
+
+
+def limited_sum(
+    closeness: Callable[[Array], Metrics],
+    realism: Callable[[Array], Metrics],
+    weights: LossWeights,
+    x_hat: Array,
+    largest_share: float,
+) -> tuple[Array, Metrics, Array]:
+    """The weighted sum, the pull of the adversary on each image bounded.
+
+    Where its gradient to the image is longer than `largest_share` of that of the other
+    terms it is shortened to that. A discriminator that wins has steep gradients, which
+    drown the other terms under any fixed weight. (Esser et al. 2021, arXiv:2012.09841,
+    equation 7, balances the two at the last layer, in both directions.)
+
+    Returns:
+        float32 [B], whose gradient is the limited one; the terms; and the part of the
+        adversary's gradient that was kept, [B].
+    """
+
+    def gradient(
+        terms_of: Callable[[Array], Metrics],
+    ) -> tuple[Array, tuple[Metrics, Array]]:
+        def total(x: Array) -> tuple[Array, tuple[Metrics, Array]]:
+            terms = terms_of(x)
+            value = weighted_sum(terms, weights)
+            return jnp.sum(value), (terms, value)
+
+        return jax.grad(total, has_aux=True)(jax.lax.stop_gradient(x_hat))
+
+    def length(g: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(g), (1, 2, 3)))
+
+    close_gradient, (close, close_value) = gradient(closeness)
+    real_gradient, (real, real_value) = gradient(realism)
+    most = largest_share * length(close_gradient)
+    share = jnp.minimum(1.0, most / jnp.maximum(length(real_gradient), 1e-30))
+    combined = close_gradient + share[:, None, None, None] * real_gradient
+    pull = jnp.sum(x_hat * jax.lax.stop_gradient(combined), (1, 2, 3))
+    value = close_value + real_value + pull - jax.lax.stop_gradient(pull)
+    return value, close | real, share
 
 
 def codec_update(
@@ -235,6 +277,7 @@ def codec_update(
     ) -> tuple[Learner, Metrics, Fakes | None]:
         rng = jax.random.fold_in(jax.random.key(seed), step)
         quality_rng, noise_rng, shift_rng = jax.random.split(rng, 3)
+        order_rng = jax.random.fold_in(rng, 3)
         batch, height, width, _ = images.shape
         quality = sample_quality(stage, quality_rng, batch)
         labels = None
@@ -244,23 +287,34 @@ def codec_update(
         def loss(trained: Tree) -> tuple[Array, tuple[Metrics, Array, Array]]:
             params = {**learner.params, **trained}
             forward = model.apply({"params": params}, images, quality, noise_rng)
-            logits = None
-            if adversarial:
-                logits = networks.discriminator.apply(
-                    {"params": discriminator}, forward.x_hat, forward.y_hat
+
+            def closeness(x_hat: Array) -> Metrics:
+                weights = dataclasses.replace(stage.weights, adversarial=0.0)
+                return _reconstruction_terms(
+                    images, x_hat, weights, trunk, shift_rng, stage.zoom
                 )
-            terms = _reconstruction_terms(
-                images,
-                forward.x_hat,
-                stage.weights,
-                trunk,
-                shift_rng,
-                stage.zoom,
-                logits_fake=logits,
-                labels=labels,
-            )
-            total = weighted_sum(terms, stage.weights)
-            metrics = {name: jnp.mean(term) for name, term in terms.items()}
+
+            def realism(x_hat: Array) -> Metrics:
+                logits = networks.discriminator.apply(
+                    {"params": discriminator}, x_hat, forward.y_hat
+                )
+                return {"adversarial": adversarial_generator(logits, labels)}
+
+            if adversarial and stage.adversary.largest_share:
+                total, terms, share = limited_sum(
+                    closeness,
+                    realism,
+                    stage.weights,
+                    forward.x_hat,
+                    stage.adversary.largest_share,
+                )
+                metrics = {"adversarial_share": jnp.mean(share)}
+            else:
+                terms = closeness(forward.x_hat)
+                terms |= realism(forward.x_hat) if adversarial else {}
+                total = weighted_sum(terms, stage.weights)
+                metrics = {}
+            metrics |= {name: jnp.mean(term) for name, term in terms.items()}
             pixels = height * width
             if stage.trains_rate:
                 lmbda = _lmbda(stage, quality, forward, pixels, step)
@@ -279,7 +333,11 @@ def codec_update(
         learner = _apply(learner, gradients, stage.optimizer, stage.steps)
         fakes = None
         if adversarial:
+            # Qualities rise along the batch, and the discriminator sees the latents:
+            # halves of a batch in that order would tell it real from fake.
+            order = jax.random.permutation(order_rng, batch)
             fakes = Fakes(images, x_hat, y_hat, labels)
+            fakes = jax.tree.map(lambda values: values[order], fakes)
         return learner, metrics, fakes
 
     return update
