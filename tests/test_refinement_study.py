@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -111,6 +112,32 @@ def test_gains_of_known_curves():
     assert found.worse == (0.4,)
     found = refinement_study.image_gain(results_of((27,)), "a", "psnr_db")
     assert found.bd_rate is None and "at least 4 points" in found.gap
+
+
+def test_the_objective_is_measured_as_it_is_refined_for():
+    """Without perceptual terms it is PSNR, with them their weighted sum."""
+    plain = results_of((27, 29, 31, 33))
+    found = refinement_study.with_objective(plain, Settings(gamma=0.0))
+    for metric in ("objective_db", "psnr_db"):
+        gain = refinement_study.image_gain(found, "a", metric)
+        assert gain.bd_rate == pytest.approx(-50, abs=0.01)
+    assert list(found.image_metrics) == ["objective_db", "psnr_db"]
+    settings = Settings(alpha=0.02, gamma=3.0)
+    # Not where its perceptual part was not measured, or cannot be.
+    found = refinement_study.with_objective(plain, settings)
+    assert all("objective_db" not in row.values for row in found.rows)
+    styled = dataclasses.replace(settings, style=1.0)
+    assert refinement_study.with_objective(plain, styled) is plain
+    rows = [
+        dataclasses.replace(row, values=row.values | {"compact_distance": 0.5})
+        for row in plain.rows
+    ]
+    found = refinement_study.with_objective(
+        dataclasses.replace(plain, rows=tuple(rows)), settings
+    )
+    mse = 255**2 / 10**2.5
+    expected = -10 * np.log10(0.02 * mse + 3 * 0.5)
+    assert found.rows[0].values["objective_db"] == pytest.approx(expected)
 
 
 def test_settings(folder, rates, mini_model, tmp_path, capsys):

@@ -5,11 +5,11 @@
     python -m semlic_jax.evaluation.refinement_study settings IMAGES --steps 100
 
 `gain` compresses every image to every rate with and without refinement, in real bytes:
-BD-rates per image under PSNR (and under the feature distance where there are weights),
-images that came out worse, and how much of each budget is used. With `--gamma 0` it is
-the study of PSNR, without it that of the eye. `settings` tries methods, learning rates
-and temperatures on crops, to choose the presets: the bits that a file without
-refinement takes for the same objective, less those of the refined one.
+BD-rates per image under the objective that is refined for, under PSNR and under feature
+distances, images that came out worse, and how much of each budget is used. With
+`--gamma 0` it is the study of PSNR, without it that of the eye. `settings` tries
+methods, learning rates and temperatures on crops, to choose the presets: the bits that
+a file without refinement takes for the same objective, less those of the refined one.
 
 Both go on where they stopped and write CSV, Markdown and a plot into `--out`.
 """
@@ -17,6 +17,7 @@ Both go on where they stopped and write CSV, Markdown and a plot into `--out`.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from semlic_jax.evaluation.entrants import (
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.plots import write_figure
-from semlic_jax.evaluation.results import Results, Row
+from semlic_jax.evaluation.results import MetricFacts, Results, Row
 from semlic_jax.evaluation.settings_study import settings_study
 from semlic_jax.evaluation.studies import (
     Progress,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from semlic_jax.refinement import Settings
 
 _PLAIN, _REFINED = "semlic", "refined"
+_OBJECTIVE = "objective_db"
 _RATES = (0.1, 0.15, 0.25, 0.4)
 
 
@@ -96,8 +98,8 @@ def gain(
       model: name or path.
       settings: of the refinement.
       rates: bits per pixel; BD-rates need four.
-      weights: folder of feature weights for the feature distance; None: the
-        environment's SEMLIC_FEATURES, or PSNR alone.
+      weights: folder of feature weights for SqueezeNet's feature distance; None: the
+        environment's SEMLIC_FEATURES, or none.
       progress: is told what is being done.
 
     Returns:
@@ -106,10 +108,10 @@ def gain(
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
     metrics = ["psnr_db"]
+    if settings.gamma and settings.features is None:
+        metrics.append("compact_distance")
     if weights is not None or os.environ.get("SEMLIC_FEATURES"):
         metrics.append("feature_distance")
-    if weights is not None and settings.features is None:
-        settings = replace(settings, features=os.fspath(weights))
     contestants: list[Entrant] = [
         SemlicEntrant(_PLAIN, codec),
         RefinedEntrant(_REFINED, codec, settings),
@@ -123,6 +125,7 @@ def gain(
         jobs=1,  # each refinement takes all cores
         progress=progress,
     )
+    results = with_objective(results, settings)
     gains = [
         image_gain(results, image.name, metric)
         for metric in results.image_metrics
@@ -138,6 +141,36 @@ def gain(
     write_file(paths[0], csv_table(header, rows), force=True)
     write_file(paths[1], _gain_text(results, gains, settings).encode(), force=True)
     return paths + write_figure(_draw_gain(results, gains), out / "gain")
+
+
+def with_objective(results: Results, settings: Settings) -> Results:
+    """Adds `objective_db`: what the files were refined for, on the scale of PSNR.
+
+    It is -10 log10(alpha * D + gamma * P) and differs from PSNR by a constant where
+    gamma is 0. It is left out where P is not of the packaged feature network, or where
+    there is a style term, which no metric measures.
+    """
+    perceptual = bool(settings.gamma)
+    if perceptual and (settings.features is not None or settings.style):
+        return results
+
+    needed = {"psnr_db", "compact_distance"} if perceptual else {"psnr_db"}
+
+    def with_value(row: Row) -> Row:
+        if not needed <= set(row.values):
+            return row
+        value = settings.alpha * 255**2 * 10 ** (-row.values["psnr_db"] / 10)
+        if perceptual:
+            value += settings.gamma * row.values["compact_distance"]
+        objective = {_OBJECTIVE: -10 * math.log10(max(value, 1e-9))}
+        return replace(row, values=row.values | objective)
+
+    facts = {_OBJECTIVE: MetricFacts("objective (dB)", True)}
+    return replace(
+        results,
+        image_metrics=facts | results.image_metrics,
+        rows=tuple(with_value(row) for row in results.rows),
+    )
 
 
 def image_gain(results: Results, image: str, metric: str) -> ImageGain:
