@@ -21,12 +21,13 @@ from semlic_jax.refinement import fit
 from semlic_jax.refinement import folder as folder_module
 from semlic_jax.refinement import steps as steps_module
 from semlic_jax.refinement.batch import Batch
-from semlic_jax.refinement.objective import hard_terms, soft_terms
+from semlic_jax.refinement.objective import Rounding, hard_terms, soft_terms
 from semlic_jax.refinement.steps import Schedule, State
 
 # One size for all: an image that does not fill its bucket, so that masks matter.
 SIZE = (56, 64)
-SETTINGS = refinement.preset(40, gamma=0.0, chunk_steps=10)
+SETTINGS = refinement.preset(40, gamma=0.0, method="sga", chunk_steps=10)
+PLAIN = Rounding(np.zeros(1, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_rates_in_the_scan_are_those_of_the_coder(codec, photograph):
         x + 0.4 * rng.standard_normal(x.shape).astype(np.float32) for x in made.start
     )
     terms, y_hat = jax.jit(hard_terms, static_argnums=0)(
-        made.static, made.frozen, made.images, made.weights, y_scaled, z, jnp.zeros(1)
+        made.static, made.frozen, made.images, made.weights, PLAIN, y_scaled, z
     )
     bits = float(terms.bpp[0]) * image.shape[0] * image.shape[1]
     level, size = made.levels[0], made.sizes[0]
@@ -158,8 +159,8 @@ def settled(mini_codec, image):
         made.frozen,
         made.images,
         made.weights,
+        PLAIN,
         *made.start,
-        jnp.zeros(1),
     )
     return made, jnp.asarray(y_hat), jnp.round(made.start[1]), terms
 
@@ -196,7 +197,7 @@ def test_gradients_are_finite_on_the_grid(settled, temperature):
     for offset in (0.0, 0.4):
         latents = (y_hat + offset, z_hat + offset)
         zeros = [jax.tree.map(jnp.zeros_like, latents) for _ in range(2)]
-        state, terms = steps_module._run_steps(
+        state, terms = steps_module.run_steps(
             made.static,
             made.frozen,
             made.images,
@@ -282,9 +283,17 @@ def test_batches_are_of_one_bucket(mini_codec, image, photograph):
         (dict(gamma=float("nan")), "gamma of at least 0, found nan"),
         (dict(beta=0.0), "beta above 0"),
         (dict(alpha=0.0, gamma=0.0), "alpha or gamma above 0"),
-        (dict(method="magic"), "unknown rounding method 'magic'"),
+        (dict(method="magic"), "unknown rounding method 'magic', known: .*newton"),
         (dict(dtype="int8"), "float32 or bfloat16"),
         (dict(temperature_end=0.0), "above 0"),
+        (dict(probes=0), "probes of at least 1, found 0"),
+        (dict(kappa=0.0), "kappa above 0, found 0"),
+        (dict(kappa=float("inf")), "kappa above 0, found inf"),
+        (dict(trust_start=0.0), "trust_start above 0 and at most 1, found 0"),
+        (dict(trust_end=1.5), "trust_end above 0 and at most 1, found 1.5"),
+        (dict(noise=-1.0), "noise of at least 0, found -1"),
+        (dict(z_travel=-0.1), "z_travel of at least 0, found -0.1"),
+        (dict(newton_integral=-1.0), "newton_integral of at least 0, found -1"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -296,6 +305,12 @@ def test_presets():
     steps = [refinement.preset(name).steps for name in ("fast", "default", "best")]
     assert steps == sorted(steps) and len(set(steps)) == 3
     assert refinement.preset(7).steps == 7
+    # Relaxed rounding takes more steps, unless their number is said.
+    relaxed = refinement.preset("fast", method="sga")
+    assert relaxed.method == "sga" and relaxed.steps > 3 * steps[0]
+    assert refinement.preset("fast", method="newton").steps == steps[0]
+    assert refinement.preset("fast", method="sga", steps=4).steps == 4
+    assert refinement.preset(7, method="sga").steps == 7
     assert refinement.preset("fast", alpha=None) == refinement.preset("fast")
     with pytest.raises(ValueError, match=r"preset \(fast, default, best\).*'slow'"):
         refinement.preset("slow")
@@ -375,7 +390,7 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
         "compress", "photo.png", "--quality", 0.5, "--refine", 60, "--gamma", 0
     )
     assert status == 130 and "stopping with the best so far" in err
-    assert "20 steps" in out and os.path.exists("photo.semlic")
+    assert "10 steps" in out and os.path.exists("photo.semlic")
     assert signal.getsignal(signal.SIGINT) is handler
 
 

@@ -171,7 +171,12 @@ def add_objective(group: argparse._ActionsContainer) -> None:
         ("gamma", "weight of the perceptual terms; 0 refines for PSNR"),
     ):
         group.add_argument(f"--{name}", metavar="W", type=float, help=text)
-    group.add_argument("--method", metavar="M", help="of the relaxed rounding")
+    group.add_argument(
+        "--method",
+        metavar="M",
+        help="newton, or of relaxed rounding: sga, ssl, linear, cosine, ssl3, ste, "
+        "noise, deterministic",
+    )
     group.add_argument(
         "--features", metavar="PATH", help="weights of another feature network"
     )

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch of images of one bucket, from the first latents to the files.
 
-The weights stay as they are. Adam moves y and z of each image to lower
+The weights stay as they are. Steps move y and z of each image to lower
 
     alpha * D + gamma * (Perceptual + k * Style)    subject to    R <= budget
 
-through the fake-quantised twin of the entropy networks and a relaxed rounding
-(`sga.py`). The multiplier of the rate follows by dual ascent: it rises while an image
-takes more than its budget and falls while it takes less. After each chunk of steps the
-rounded latents are scored with the coder's tables and the best are kept. `fit.py` then
-makes the files with the real coder.
+through the fake-quantised twin of the entropy networks: Adam through a relaxed rounding
+(`steps.py`, `sga.py`) or Newton steps between whole numbers (`newton.py`). The
+multiplier of the rate follows by dual ascent: it rises while an image takes more than
+its budget and falls while it takes less. After each chunk of steps the rounded latents
+are scored with the coder's tables and the best are kept. `fit.py` then makes the files
+with the real coder.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.refinement import fit
+from semlic_jax.refinement import fit, newton
+from semlic_jax.refinement import steps as relaxed
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
+    Rounding,
     Static,
     Weights,
     equal_weights,
@@ -35,14 +38,19 @@ from semlic_jax.refinement.objective import (
 )
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
-from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target
+from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target, pick
 
 Array = jax.Array
 
-# The rate is steered to slightly above the budget: what little is too much can be cut
-# off well, what is missing cannot be filled up as well.
+# The relaxed rate is steered to slightly above the budget: what little is too much can
+# be cut off well, what is missing cannot be filled up as well.
 _AIM = 1.003
+# Newton steps keep what is within the budget as it is; streams take a few bits more
+# than their ideal length. Half of the payload at most, where that is hardly anything.
+_SPARE_BITS = 12
 _LEVEL_PROBE = 16
+# How fast the weight of the error falls with the strictness of rounding.
+_SOFTENING = 8.0
 _MAX_LEVEL = 255
 
 
@@ -52,6 +60,7 @@ class Progress(NamedTuple):
     Attributes:
         step, steps: done, and in all.
         bpp: payload bits per pixel of the rounded latents of each image, float [B].
+            Of the method `newton`, those of the best so far within the budget.
         value: the objective of each image, float [B].
     """
 
@@ -99,6 +108,7 @@ class Batch:
     ) -> None:
         self.codec = codec
         self.settings = settings
+        self._newton = settings.method == "newton"
         self.unrefined = list(unrefined)
         self.icc_profiles = list(icc_profiles)
         self.budgets = list(budgets)
@@ -156,10 +166,16 @@ class Batch:
         self.place = place
         log_beta, scale = self._slope(analysed)
         self.log_beta = place(log_beta, 0)
+        aim_bits = _AIM * self.payload_bits
+        if self._newton:
+            spare_bits = np.minimum(_SPARE_BITS, self.payload_bits / 2)
+            aim_bits = self.payload_bits - spare_bits
         self.target = Target(
-            place(np.float32(_AIM * self.payload_bits / counts), 0),
+            place(np.float32(aim_bits / counts), 0),
             place(np.float32(scale * counts), 0),
-            jnp.float32(settings.integral),
+            jnp.float32(
+                settings.newton_integral if self._newton else settings.integral
+            ),
             jnp.float32(settings.proportional),
         )
         keys = [
@@ -207,10 +223,12 @@ class Batch:
         """
         shift = -_LEVEL_PROBE if min(self.levels) >= _LEVEL_PROBE else _LEVEL_PROBE
         shift = min(shift, _MAX_LEVEL - max(self.levels)) or -1
-        here = self._score(self.start, self.images)
+        plain = Rounding(jnp.zeros(len(self.levels)))
+        here = self._score(self.start, self.images, plain)
         levels = [level + shift for level in self.levels]
         images = self.images._replace(quality=self.place(self._quality(shift), 0))
-        there = self._score(self.place(self._scaled(analysed, levels), 0), images)
+        start = self.place(self._scaled(analysed, levels), 0)
+        there = self._score(start, images, plain)
         rise = (there.bpp - here.bpp) * np.sign(shift)
         slope = (here.value - there.value) * np.sign(shift) / np.maximum(rise, 1e-6)
         usual = here.value / np.maximum(here.bpp, 1e-6)
@@ -219,36 +237,53 @@ class Batch:
             slope = np.full_like(slope, self.settings.beta)
         return np.log(slope), 1 / np.maximum(here.value, 1e-9)
 
-    def _score(self, latents: Latents, images: Images) -> Any:
+    def _score(self, latents: Latents, images: Images, rounding: Rounding) -> Any:
         """`Terms` of the rounded latents, as NumPy arrays."""
-        zone = jnp.zeros(len(self.levels))
         terms, _ = fit.score(
-            self.static, self.frozen, images, self.weights, *latents, zone
+            self.static, self.frozen, images, self.weights, rounding, *latents
         )
         return jax.tree.map(np.asarray, terms)
+
+    def _rounding(self, state: Any) -> Rounding:
+        """How the latents of a state are rounded."""
+        plain = Rounding(jnp.zeros(len(self.levels)))
+        if not self._newton:
+            return plain
+        stiffness = newton.stiffness(
+            state.curvature, state.log_beta, self.images, self.settings.kappa
+        )
+        return plain._replace(stiffness=stiffness)
+
+    def _rounding_at(self, strictness: np.ndarray) -> Rounding:
+        """See `fit.fit_files`."""
+        best = self.best_rounding
+        if best.stiffness is None:
+            return Rounding(jnp.asarray(strictness, jnp.float32))
+        factor = np.exp(-_SOFTENING * strictness).astype(np.float32)
+        return best._replace(stiffness=best.stiffness * factor[:, None, None, None])
 
     def run(self, progress: Callable[[Progress], bool | None] | None) -> int:
         """Refine; returns the number of steps that were made."""
         settings, steps = self.settings, self.settings.steps
         stepper = self.stepper()
         aim = self.target
-        self.best = self.start
-        best_terms = self._score(self.start, self.images)
+        self.best, self.best_rounding = self.start, self._rounding(stepper.state)
+        self.best_terms = self._score(self.best, self.images, self.best_rounding)
         self.history: list[dict[str, np.ndarray]] = []
         done = 0
         while done < steps:
             count = min(settings.chunk_steps, steps - done)
-            relaxed_bpp = stepper(count, aim)
+            taken_bpp = stepper(count, aim)
             done += count
             state = stepper.state
-            hard = self._score(state.latents, self.images)
             beta = np.exp(np.asarray(state.log_beta))
-            better = self._lagrangian(hard, beta) < self._lagrangian(best_terms, beta)
-            self.best = _pick(better, state.latents, self.best)
-            best_terms = jax.tree.map(partial(np.where, better), hard, best_terms)
-            # Relaxed latents take a little more or less than rounded ones.
-            ratio = np.clip(relaxed_bpp / hard.bpp, 0.7, 1.4)
-            aim = aim._replace(bpp=self.target.bpp * ratio)
+            if self._newton:
+                hard = self._keep_within_budget(state)
+            else:
+                hard = self._keep_better(state, beta)
+                # Relaxed latents take a little more or less than rounded ones.
+                ratio = np.clip(taken_bpp / hard.bpp, 0.7, 1.4)
+                aim = aim._replace(bpp=self.target.bpp * ratio)
             self.history.append({"step": np.full(len(beta), done), "beta": beta})
             self.history[-1] |= {"bpp": hard.bpp, "value": hard.value}
             now = Progress(done, steps, hard.bpp, hard.value)
@@ -256,21 +291,46 @@ class Batch:
                 break
         return done
 
+    def _keep_better(self, state: relaxed.State, beta: np.ndarray) -> Any:
+        """Keeps the rounded latents of a state where they are better; their `Terms`."""
+        rounding = self._rounding(state)
+        hard = self._score(state.latents, self.images, rounding)
+        better = self._lagrangian(hard, beta) < self._lagrangian(self.best_terms, beta)
+        self.best = pick(better, state.latents, self.best)
+        self.best_terms = jax.tree.map(partial(np.where, better), hard, self.best_terms)
+        return hard
+
+    def _keep_within_budget(self, state: newton.State) -> Any:
+        """Keeps the best within the budget, or else the last; their `Terms`."""
+        best = state.best
+        found = np.isfinite(np.asarray(best.value))
+        self.best = pick(found, best.latents, state.latents)
+        last = self._rounding(state)
+        rounding = last._replace(stiffness=best.stiffness)
+        self.best_rounding = pick(found, rounding, last)
+        self.best_terms = self._score(self.best, self.images, self.best_rounding)
+        return self.best_terms
+
     def stepper(self) -> Stepper:
         """The steps of this batch, from its start."""
-        return Stepper(
-            Problem(
-                self.static,
-                self.frozen,
-                self.images,
-                self.weights,
-                self.target,
-                self.rng,
-            ),
-            self.settings,
-            self.start,
-            self.log_beta,
+        problem = Problem(
+            self.static,
+            self.frozen,
+            self.images,
+            self.weights,
+            self.target,
+            self.rng,
         )
+        if not self._newton:
+            state = relaxed.start_state(self.start, self.log_beta)
+            schedule = relaxed.make_schedule(self.settings)
+            return Stepper(problem, state, schedule, relaxed.run_steps)
+        curvature = newton.curvature_of(
+            *problem[:4], jnp.round(self.start[0]), self.rng, self.settings.probes
+        )
+        newton_state = newton.start_state(self.start, curvature, self.log_beta)
+        newton_schedule = newton.make_schedule(self.settings)
+        return Stepper(problem, newton_state, newton_schedule, newton.run_steps)
 
     def _lagrangian(self, terms: Any, beta: np.ndarray) -> np.ndarray:
         """Value and rate in one number; what is over the budget has to be cut off."""
@@ -286,6 +346,7 @@ class Batch:
             self.images,
             self.weights,
             self.best,
+            self._rounding_at,
             levels=self.levels,
             sizes=self.sizes,
             budgets=self.budgets,
@@ -307,11 +368,6 @@ class Batch:
             )
             for i, fitted in enumerate(finished)
         ]
-
-
-def _pick(better: np.ndarray, new: Latents, old: Latents) -> Latents:
-    choose = jnp.asarray(better)[:, None, None, None]
-    return jax.tree.map(lambda a, b: jnp.where(choose, a, b), new, old)
 
 
 def _padded(pixels: Sequence[np.ndarray], grid: tuple[int, ...]) -> np.ndarray:

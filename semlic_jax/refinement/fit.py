@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From refined latents to files: the exact fit to the budget, and the guard.
 
-The refined latents are rounded with a dead zone: a latent goes to the value further
-from its mean only if it is more than 1/2 + zone of the way. The zone of each image is
-found by bisection with the rate of the coder's tables, so that its size comes out just
-below the budget; it changes those symbols first that the refinement left undecided.
+How strictly the refined latents are rounded towards cheap symbols is found for each
+image by bisection with the rate of the coder's tables, so that its size comes out just
+below the budget. It changes those symbols first that the refinement left undecided.
 
 The files are made by the real coder and judged as the real decoder shows them, the
 unrefined file among them: refinement never returns a file that is worse under its own
@@ -13,27 +12,28 @@ objective, nor one above the budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
+    Rounding,
     Static,
     Weights,
+    hard_latents,
     hard_terms,
     image_terms,
 )
 
 Array = jax.Array
 
-_WIDEST_ZONE = 0.45
-_NARROWEST_ZONE = -0.2
+_STRICTEST = 0.45
+_LOOSEST = -0.2
 _BISECTIONS = 9
 _ROUNDS = 3
 # What a stream takes beyond its ideal length differs by at most so many bits.
@@ -54,8 +54,9 @@ class _Candidate(NamedTuple):
     value: float
 
 
-# `hard_terms`, compiled: the rounded latents as the coder sees them.
+# Compiled: the rounded latents as the coder sees them, with and without the decoder.
 score = partial(jax.jit, static_argnums=0)(hard_terms)
+_latents = partial(jax.jit, static_argnums=0)(hard_latents)
 _image_terms = partial(jax.jit, static_argnums=0)(image_terms)
 
 
@@ -66,6 +67,7 @@ def fit_files(
     images: Images,
     weights: Weights,
     latents: tuple[Array, Array],
+    rounding_at: Callable[[np.ndarray], Rounding],
     *,
     levels: Sequence[int],
     sizes: Sequence[tuple[int, int]],
@@ -80,6 +82,8 @@ def fit_files(
         codec: a `semlic_jax.Codec`.
         static, frozen, images, weights: of the refinement.
         latents: y_scaled [B, h, w, M] and z [B, h/4, w/4, N], refined.
+        rounding_at: how they are rounded at a strictness [B] from -0.2 to 0.45: the
+            rate falls with it, and 0 is how the refinement left them.
         levels, sizes, budgets: quality level, height and width, and most bytes of each
             image.
         payload_bits: float [B], what the budget leaves for symbols, about.
@@ -90,12 +94,11 @@ def fit_files(
     z_symbols = np.round(np.asarray(z))
     files: list[dict[bytes, None]] = [{data: None} for data in unrefined]
 
-    def rounded(zone: np.ndarray) -> tuple[np.ndarray, Array]:
-        terms, y_hat = score(
-            static, frozen, images, weights, y_scaled, z, jnp.float32(zone)
+    def rounded(strictness: np.ndarray) -> tuple[np.ndarray, Array]:
+        bits, y_hat = _latents(
+            static, frozen, images, rounding_at(strictness), y_scaled, z
         )
-        pixels = np.array([height * width for height, width in sizes])
-        return np.asarray(terms.bpp, np.float64) * pixels, y_hat
+        return np.asarray(bits, np.float64), y_hat
 
     def encode(i: int, y_hat: np.ndarray) -> bytes:
         symbols = codec.entropy.symbols(y_hat, z_symbols[i], levels[i], sizes[i])
@@ -109,8 +112,8 @@ def fit_files(
     target = payload_bits.copy()
     for _ in range(_ROUNDS):
         over = bits > target
-        low = np.where(over, 0.0, _NARROWEST_ZONE)  # too many bits here, if anywhere
-        high = np.where(over, _WIDEST_ZONE, 0.0)
+        low = np.where(over, 0.0, _LOOSEST)  # too many bits here, if anywhere
+        high = np.where(over, _STRICTEST, 0.0)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             found, _ = rounded(middle)

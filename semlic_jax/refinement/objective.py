@@ -103,7 +103,7 @@ class Static(NamedTuple):
 
     Attributes:
         config: of the model.
-        method: of the relaxed rounding.
+        method: of the refinement, see `settings.METHODS`.
         perceptual, style: whether these terms have a weight.
         padded: whether an image is smaller than its batch.
         dtype: name of the type that g_s computes in.
@@ -115,6 +115,25 @@ class Static(NamedTuple):
     style: bool
     padded: bool
     dtype: str = "float32"
+
+
+class Rounding(NamedTuple):
+    """How latents become whole numbers.
+
+    Without stiffness, to the nearest one but for the zone. With it a symbol is chosen
+    among the nearest number, its neighbour towards zero (or from zero towards v), and
+    zero: that with the least
+
+        stiffness / 2 * (symbol - v)^2 + bits of the symbol
+
+    Attributes:
+        zone: float32 [B]; by how much the threshold of the nearest number lies beyond
+            1/2. Negative values round more away from zero.
+        stiffness: float32 [B, h, w, M], in bits, or None.
+    """
+
+    zone: Array
+    stiffness: Array | None = None
 
 
 class Terms(NamedTuple):
@@ -163,7 +182,7 @@ def soft_terms(
     z_noise = draw_noise(static.method, keys[:, 1], z.shape[1:])
     three = static.method == "ssl3"
 
-    def round_y(v: Array, channels: slice) -> Array:
+    def round_y(v: Array, _: Array, channels: slice) -> Array:
         part = y_noise[..., channels, :] if three else y_noise[..., channels]
         return relaxed_round(v, part, temperature, static.method)
 
@@ -171,15 +190,50 @@ def soft_terms(
         masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
         z_tilde = relaxed_round(z, z_noise, temperature, static.method) * masks.z
         z_bits = jnp.sum(model.z_bits(z_tilde) * masks.z, (1, 2, 3))
-        residual, index, y_hat = _walk(
+        residual, index, y_hat = walk(
             model, images.quality, masks, y_scaled, z_tilde, round_y
         )
         y_bits = gaussian_bits(residual, scale_from_index(index))
         y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
-        return z_bits + y_bits, _reconstruct(model, static, images, y_hat)
+        return z_bits + y_bits, reconstruct(model, static, images, y_hat)
 
     bits, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
-    return _terms(static, frozen, images, weights, bits, x_hat, shift)
+    return terms_of(static, frozen, images, weights, bits, x_hat, shift)
+
+
+def hard_latents(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    rounding: Rounding,
+    y_scaled: Array,
+    z: Array,
+) -> tuple[Array, Array]:
+    """Rounded latents and their payload with the tables of the coder.
+
+    Args:
+        y_scaled, z: as in `soft_terms`.
+
+    Returns:
+        bits, float32 [B], and y_hat_scaled [B, h, w, M] (the mean plus whole numbers).
+    """
+
+    def forward(model: Network) -> tuple[Array, Array]:
+        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
+        z_hat = jnp.round(z) * masks.z
+        z_bits = look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
+        z_bits = jnp.sum(z_bits * masks.z, (1, 2, 3))
+
+        def round_y(v: Array, index: Array, channels: slice) -> Array:
+            return chosen_symbols(v, index, channels, rounding, frozen.y_bits)
+
+        residual, index, y_hat = walk(
+            model, images.quality, masks, y_scaled, z_hat, round_y
+        )
+        y_bits = look_up(frozen.y_bits, index, residual)
+        return z_bits + jnp.sum(y_bits * masks.y, (1, 2, 3)), y_hat
+
+    return nn.apply(forward, twin(static))({"params": frozen.params})
 
 
 def hard_terms(
@@ -187,40 +241,57 @@ def hard_terms(
     frozen: Frozen,
     images: Images,
     weights: Weights,
+    rounding: Rounding,
     y_scaled: Array,
     z: Array,
-    dead_zone: Array,
 ) -> tuple[Terms, Array]:
-    """The terms of the rounded latents, with the rate of the coder's tables.
+    """The terms of `hard_latents`, and its y_hat_scaled."""
+    bits, y_hat = hard_latents(static, frozen, images, rounding, y_scaled, z)
+
+    def forward(model: Network) -> Array:
+        return reconstruct(model, static, images, y_hat)
+
+    x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+    terms = terms_of(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
+    return terms, y_hat
+
+
+def chosen_symbols(
+    v: Array,
+    index: Array,
+    channels: slice,
+    rounding: Rounding,
+    y_bits: Array,
+    offset: Array | None = None,
+) -> Array:
+    """Whole numbers of the least cost near v, see `Rounding`; float32 like v.
 
     Args:
-        y_scaled, z: as in `soft_terms`.
-        dead_zone: float32 [B]; by how much the threshold of rounding away from the
-            mean lies beyond 1/2. Negative values round more away from it.
-
-    Returns:
-        the terms, and y_hat_scaled [B, h, w, M] (the mean plus whole numbers).
+        v: float32 [B, h, w, C], relative to the mean.
+        index: of their tables.
+        channels: which of the M these are.
+        rounding: see there.
+        y_bits: see `Frozen`.
+        offset: float32 [B, h, w, M], added to the cost of the neighbour.
     """
-    zone = dead_zone[:, None, None, None]
+    zone = rounding.zone[:, None, None, None]
+    best = jnp.sign(v) * jnp.maximum(jnp.ceil(jnp.abs(v) - 0.5 - zone), 0.0)
+    if rounding.stiffness is None:
+        return best
+    stiffness = rounding.stiffness[..., channels]
 
-    def round_y(v: Array, channels: slice) -> Array:
-        return jnp.sign(v) * jnp.maximum(jnp.ceil(jnp.abs(v) - 0.5 - zone), 0.0)
+    def cost(symbol: Array) -> Array:
+        error = 0.5 * stiffness * jnp.square(symbol - v)
+        return error + look_up(y_bits, index, symbol)
 
-    def forward(model: Network) -> tuple[Array, Array, Array]:
-        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
-        z_hat = jnp.round(z) * masks.z
-        z_bits = _look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
-        z_bits = jnp.sum(z_bits * masks.z, (1, 2, 3))
-        residual, index, y_hat = _walk(
-            model, images.quality, masks, y_scaled, z_hat, round_y
-        )
-        y_bits = _look_up(frozen.y_bits, index.astype(jnp.int32), residual)
-        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
-        return z_bits + y_bits, y_hat, _reconstruct(model, static, images, y_hat)
-
-    bits, y_hat, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
-    terms = _terms(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
-    return terms, y_hat
+    other = best - jnp.where(best == 0, -jnp.sign(v), jnp.sign(best))
+    least = cost(best)
+    extra = 0.0 if offset is None else offset[..., channels]
+    for candidate, handicap in ((other, extra), (jnp.zeros_like(best), 0.0)):
+        found = cost(candidate) + handicap
+        best = jnp.where(found < least, candidate, best)
+        least = jnp.minimum(found, least)
+    return best
 
 
 def image_terms(
@@ -228,7 +299,7 @@ def image_terms(
 ) -> Terms:
     """The terms of decoded images, float32 [B, H, W, 3] in [0, 1]; their bpp is 0."""
     bits = jnp.zeros(x_hat.shape[0])
-    return _terms(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
+    return terms_of(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
 
 
 def original_taps(features: FeatureNetwork, x: Array) -> tuple[Array, ...]:
@@ -245,15 +316,25 @@ def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray
     return weights
 
 
-def _walk(
+def walk(
     model: Network,
     quality: Array,
     masks: Masks,
     y_scaled: Array,
     z_hat: Array,
-    round_y: Callable[[Array, slice], Array],
+    round_y: Callable[[Array, Array, slice], Array],
 ) -> tuple[Array, Array, Array]:
-    """Residuals, table indexes and y_hat_scaled, each [B, h, w, M]."""
+    """Residuals, table indexes and y_hat_scaled, each [B, h, w, M].
+
+    Args:
+        model: the twin, bound to its parameters.
+        quality: [B] in [0, 1].
+        masks: where the images are.
+        y_scaled: [B, h, w, M].
+        z_hat: [B, h/4, w/4, N], whole numbers.
+        round_y: called as `round_y(v, index, channels)` for each pass, with v the
+            latents of its channels relative to their means. Returns the residuals.
+    """
     grid = (y_scaled.shape[1], y_scaled.shape[2])
     residuals: list[Array] = []
     indexes: list[Array] = []
@@ -261,7 +342,7 @@ def _walk(
     def visit(pass_: Pass, index: Array, mean: Array) -> Array:
         channels = slice(pass_.start, pass_.stop)
         v = y_scaled[..., channels] - mean / MEAN_STEPS
-        residual = round_y(v, channels) * masks.y
+        residual = round_y(v, index, channels) * masks.y
         residuals.append(residual)
         indexes.append(index)
         return residual * MEAN_STEPS + mean
@@ -280,14 +361,16 @@ def _walk(
     return joined(residuals), joined(indexes), y_hat
 
 
-def _look_up(bits: Array, index: Array, symbol: Array) -> Array:
+def look_up(bits: Array, index: Array, symbol: Array) -> Array:
+    """Bits of symbols [...] under the tables `index`, which broadcasts to them."""
     radius = (bits.shape[1] - 1) // 2
     column = jnp.clip(symbol, -radius, radius).astype(jnp.int32) + radius
-    return bits[jnp.broadcast_to(index, column.shape), column]
+    row = jnp.broadcast_to(index, column.shape).astype(jnp.int32)
+    return bits[row, column]
 
 
-def _reconstruct(model: Network, static: Static, images: Images, y_hat: Array) -> Array:
-    """The decoder's image, clipped to [0, 1]."""
+def reconstruct(model: Network, static: Static, images: Images, y_hat: Array) -> Array:
+    """The decoder's image of y_hat_scaled: [B, H, W, 3], clipped to [0, 1]."""
     if static.padded:
         # Decoders repeat the edge of the latents beyond the image.
         last = (images.sizes + STRIDE - 1) // STRIDE - 1
@@ -307,7 +390,27 @@ def _shifted(x: Array, row: Array | int, column: Array | int) -> Array:
     return jax.lax.dynamic_slice(x, start, size)
 
 
-def _terms(
+def _trunk_view(
+    static: Static, images: Images, x_hat: Array, shift: Array | int
+) -> tuple[Array, Array]:
+    """What the trunk sees of x_hat, and the weights of its pixels.
+
+    Beyond the images it sees the originals. Means with these weights over the padded
+    image are means over the real one.
+    """
+    height, width = x_hat.shape[1:3]
+    if static.padded:
+        rows = jnp.arange(height)[:, None] < images.sizes[:, 0, None, None]
+        columns = jnp.arange(width)[None, :] < images.sizes[:, 1, None, None]
+        x_hat = jnp.where((rows & columns)[..., None], x_hat, images.x)
+    row, column = jnp.asarray(TRUNK_SHIFTS)[shift]
+    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    cell_weights = _shifted(images.feature_weights, row, column)
+    cell_weights = cell_weights * (height * width / pixels)[:, None, None]
+    return _shifted(x_hat, row, column), cell_weights
+
+
+def terms_of(
     static: Static,
     frozen: Frozen,
     images: Images,
@@ -316,6 +419,13 @@ def _terms(
     x_hat: Array,
     shift: Array,
 ) -> Terms:
+    """The terms of decoded images that take so many bits.
+
+    Args:
+        bits: of the payload, float32 [B].
+        x_hat: float32 [B, H, W, 3] in [0, 1].
+        shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
+    """
     pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
     square = jnp.mean(jnp.square(x_hat - images.x), -1) * _MAX_LEVEL**2
     mse = jnp.sum(square * images.weights, (1, 2)) / pixels
@@ -323,27 +433,45 @@ def _terms(
     distance = jnp.zeros_like(mse)
     if static.perceptual:
         assert frozen.features is not None
-        height, width = x_hat.shape[1:3]
-        if static.padded:
-            rows = jnp.arange(height)[:, None] < images.sizes[:, 0, None, None]
-            columns = jnp.arange(width)[None, :] < images.sizes[:, 1, None, None]
-            x_hat = jnp.where((rows & columns)[..., None], x_hat, images.x)
-        row, column = jnp.asarray(TRUNK_SHIFTS)[shift]
-        made = frozen.features.apply(_shifted(x_hat, row, column))
+        seen, cell_weights = _trunk_view(static, images, x_hat, shift)
+        made = frozen.features.apply(seen)
         real = [jax.lax.dynamic_index_in_dim(t, shift, 0, False) for t in images.taps]
-        cell_weights = _shifted(images.feature_weights, row, column)
-        # Means over the padded image become means over the real one.
-        cell_weights = cell_weights * (height * width / pixels)[:, None, None]
         distance = feature_distance(real, made, pixel_weights=cell_weights)
         value = value + weights.gamma * distance
         if static.style:
             real, made = (
                 [_weigh(tap, cell_weights) for tap in taps] for taps in (real, made)
             )
-            size = (height - _TRUNK_MARGIN, width - _TRUNK_MARGIN)
-            texture = local_style(real, made, size)
+            texture = local_style(real, made, (seen.shape[1], seen.shape[2]))
             value = value + weights.gamma * weights.style * texture
     return Terms(value, bits / pixels, mse, distance)
+
+
+def objective_residuals(
+    static: Static, frozen: Frozen, images: Images, weights: Weights, x_hat: Array
+) -> tuple[Array, ...]:
+    """Residuals of x_hat whose squares add up to the objective without style.
+
+    Args:
+        x_hat: float32 [B, H, W, 3] in [0, 1].
+
+    Returns:
+        of the pixels [B, H, W, 3], and of each tap [B, h, w, C] where there are
+        perceptual terms.
+    """
+    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)[:, None, None, None]
+    scale = jnp.sqrt(weights.alpha * images.weights[..., None] / (3 * pixels))
+    residuals = [scale * _MAX_LEVEL * (x_hat - images.x)]
+    if static.perceptual:
+        assert frozen.features is not None
+        seen, cell_weights = _trunk_view(static, images, x_hat, 0)
+        made = frozen.features.apply(seen)
+        for tap, real in zip(made, images.taps, strict=True):
+            cells = jax.image.resize(cell_weights, tap.shape[:3], "linear")
+            cells = cells * weights.gamma / (tap.shape[1] * tap.shape[2])
+            difference = normalise_channels(tap) - normalise_channels(real[0])
+            residuals.append(jnp.sqrt(cells)[..., None] * difference)
+    return tuple(residuals)
 
 
 def _weigh(tap: Array, pixel_weights: Array) -> Array:

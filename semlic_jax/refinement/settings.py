@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 
 from semlic_jax.objectives.features import FeatureNetwork, load_features
-from semlic_jax.refinement.sga import METHODS, check_method, temperatures
+from semlic_jax.refinement.sga import METHODS as RELAXED
+from semlic_jax.refinement.sga import check_method, temperatures
+
+METHODS = (*RELAXED, "newton")
+_NOT_NEGATIVE = (
+    "alpha",
+    "gamma",
+    "style",
+    "learning_rate",
+    "noise",
+    "z_travel",
+    "newton_integral",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +32,7 @@ class Settings:
 
     Attributes:
         steps: of the optimiser.
-        method: of the relaxed rounding, see `sga.METHODS`.
+        method: of the relaxed rounding, see `sga.METHODS`, or `newton` (`newton.py`).
         alpha: weight of the mean squared error in 8-bit levels.
         gamma: weight of the perceptual and style terms; 0 refines for PSNR.
         beta: multiplier of the rate (per bit per pixel) to start with; None takes the
@@ -33,13 +45,21 @@ class Settings:
         overshoot: how much larger than the budget the unrefined file is whose latents
             and quality the refinement starts from.
         integral, proportional: gains of the dual ascent.
+        kappa: of `newton`, as all up to `newton_integral`: factor of the curvature in
+            the choice of symbols, above 0.
+        trust_start, trust_end: part of the way to the minimum that y goes in the first
+            and in the last step, above 0 and at most 1.
+        noise: scale in bits of the noise in the choice of symbols at the start.
+        z_travel: sum of the learning rates of z, which fall to 0.
+        probes: random signs that the curvature is estimated with, per image.
+        newton_integral: gain of the dual ascent, in the place of the two above.
         chunk_steps: steps between two looks at the rounded latents.
         seed: of the noise. The same seed gives the same file on the same machine.
         dtype: that g_s computes in.
     """
 
-    steps: int = 300
-    method: str = "sga"
+    steps: int = 30
+    method: str = "newton"
     alpha: float = 0.01
     gamma: float = 1.0
     beta: float | None = None
@@ -53,21 +73,36 @@ class Settings:
     overshoot: float = 0.1
     integral: float = 0.03
     proportional: float = 1.0
-    chunk_steps: int = 20
+    kappa: float = 1.5
+    trust_start: float = 0.5
+    trust_end: float = 0.1
+    noise: float = 0.0
+    z_travel: float = 0.3
+    probes: int = 6
+    newton_integral: float = 3.0
+    chunk_steps: int = 10
     seed: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_method(self.method)
-        for name in ("steps", "chunk_steps"):
+        check_method(self.method, METHODS)
+        for name in ("steps", "chunk_steps", "probes"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"expected {name} of at least 1, found {getattr(self, name)}"
                 )
-        for name in ("alpha", "gamma", "style", "learning_rate"):
+        for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected {name} of at least 0, found {value:g}")
+        if not (math.isfinite(self.kappa) and self.kappa > 0):
+            raise ValueError(f"expected kappa above 0, found {self.kappa:g}")
+        for name in ("trust_start", "trust_end"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"expected {name} above 0 and at most 1, found {value:g}"
+                )
         if self.alpha == 0 and self.gamma == 0:
             raise ValueError("expected alpha or gamma above 0, found both 0")
         if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
@@ -106,10 +141,14 @@ class Settings:
 
 
 PRESETS: dict[str, Settings] = {
-    "fast": Settings(steps=100),
-    "default": Settings(steps=300),
-    "best": Settings(steps=1000),
+    "fast": Settings(steps=15),
+    "default": Settings(steps=30),
+    "best": Settings(steps=120, noise=1.0),
 }
+
+
+# Relaxed rounding takes more steps for less.
+_RELAXED_STEPS = {"fast": 100, "default": 300, "best": 1000}
 
 
 def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
@@ -130,6 +169,8 @@ def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
                 f"found {name!r}"
             )
         settings = PRESETS[name]
+        if changes.get("method") not in (None, settings.method):
+            changes = {"steps": _RELAXED_STEPS[name]} | changes
     elif isinstance(name, Settings):
         settings = name
     else:

@@ -29,6 +29,7 @@ The grid is the integers; a caller whose grid is `mean + integers` passes
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +58,11 @@ _SSL3_POWER = 1.5
 _SSL3_REACH = 0.98
 
 
-def check_method(method: str) -> None:
-    """Raises ValueError for an unknown method."""
-    if method not in METHODS:
+def check_method(method: str, known: Sequence[str] = METHODS) -> None:
+    """Raises ValueError for a method that is not among the known ones."""
+    if method not in known:
         raise ValueError(
-            f"unknown rounding method {method!r}, known: {', '.join(METHODS)}"
+            f"unknown rounding method {method!r}, known: {', '.join(known)}"
         )
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of a refinement, compiled: gradients to the latents, Adam, dual ascent.
 
+Those of `newton.py` have a state and a program of their own and share the rest.
+
 One program does a chunk of steps in one `lax.scan`. XLA:CPU runs the input gradients of
 convolutions several times slower inside a loop than outside (jax issue 12868), and a
 call costs it next to nothing, so there a program does one step.
@@ -8,6 +10,7 @@ call costs it next to nothing, so there a program does one step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +34,7 @@ Array = jax.Array
 Latents = tuple[Array, Array]  # y_scaled [B, h, w, M] and z [B, h/4, w/4, N]
 
 _MAX_EXCESS = 0.3
-_ADAM_EPS = 1e-8
+ADAM_EPS = 1e-8
 
 
 class Schedule(NamedTuple):
@@ -56,7 +59,7 @@ class Target(NamedTuple):
     """Of the rate and the scale of each image, float32 [B], with the controller.
 
     Attributes:
-        bpp: payload bits per pixel that the relaxed rate is steered to.
+        bpp: payload bits per pixel that the rate of the steps is steered to.
         scale: factor of the loss.
         integral, proportional: gains of the dual ascent, scalars.
     """
@@ -68,7 +71,7 @@ class Target(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=6)
-def _run_steps(
+def run_steps(
     static: Static,
     frozen: Frozen,
     images: Images,
@@ -94,8 +97,7 @@ def _run_steps(
                 now.temperature,
                 now.shift,
             )
-            excess = jnp.log(jax.lax.stop_gradient(terms.bpp) / target.bpp)
-            excess = jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
+            excess = rate_excess(terms, target)
             beta = jnp.exp(state.log_beta + target.proportional * excess)
             total = target.scale * (terms.value + beta * terms.bpp)
             return jnp.sum(total), (terms, excess)
@@ -109,6 +111,12 @@ def _run_steps(
         return step(state, jax.tree.map(lambda values: values[0], schedule))
     state, terms = jax.lax.scan(step, state, schedule)
     return state, jax.tree.map(lambda values: jnp.mean(values, 0), terms)
+
+
+def rate_excess(terms: Terms, target: Target) -> Array:
+    """log of the rate relative to its target, clipped, without gradient: [B]."""
+    excess = jnp.log(jax.lax.stop_gradient(terms.bpp) / target.bpp)
+    return jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
 
 
 def _adam(
@@ -125,15 +133,51 @@ def _adam(
 
     def move(x: Array, mean: Array, square: Array) -> Array:
         mean, square = mean / (1 - b1**time), square / (1 - b2**time)
-        return x - now.learning_rate * mean / (jnp.sqrt(square) + _ADAM_EPS)
+        return x - now.learning_rate * mean / (jnp.sqrt(square) + ADAM_EPS)
 
     first = jax.tree.map(first_moment, state.first, gradient)
     second = jax.tree.map(second_moment, state.second, gradient)
     return jax.tree.map(move, state.latents, first, second), first, second
 
 
+def pick(better: Array | np.ndarray, new: Any, old: Any) -> Any:
+    """Of each image the new arrays [B, ...] where better [B], else the old."""
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(better.reshape([-1] + [1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def start_state(start: Latents, log_beta: Array) -> State:
+    """The state before the first step; log_beta is [B]."""
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    return State(start, zeros, zeros, log_beta)
+
+
+def trunk_shifts(settings: Settings) -> np.ndarray:
+    """Which of TRUNK_SHIFTS each step takes, int [steps]."""
+    rng = np.random.default_rng(settings.seed)
+    return rng.integers(len(TRUNK_SHIFTS), size=settings.steps)
+
+
+def make_schedule(settings: Settings) -> Schedule:
+    """The steps of a refinement by relaxed rounding."""
+    return Schedule(
+        np.arange(settings.steps, dtype=np.int32),
+        temperatures(
+            settings.steps,
+            settings.temperature_start,
+            settings.temperature_end,
+            settings.temperature_hold,
+        ),
+        settings.learning_rates(),
+        trunk_shifts(settings).astype(np.int32),
+    )
+
+
 class Problem(NamedTuple):
-    """What a batch's steps are given; see `_run_steps`."""
+    """What a batch's steps are given; see `run_steps`."""
 
     static: Static
     frozen: Frozen
@@ -151,33 +195,26 @@ class Stepper:
     """
 
     def __init__(
-        self, problem: Problem, settings: Settings, start: Latents, log_beta: Array
+        self,
+        problem: Problem,
+        state: Any,
+        schedule: Any,
+        program: Callable[..., tuple[Any, Terms]],
     ) -> None:
+        """A refinement that is about to start.
+
+        Args:
+            problem: what does not change.
+            state: at the start; copied, since a step takes its state's memory.
+            schedule: a named tuple of arrays [steps].
+            program: `run_steps` or one with its signature; it has latents and log_beta
+                in its state.
+        """
         self._problem = problem
-        steps = settings.steps
-        shifts = np.random.default_rng(settings.seed).integers(
-            len(TRUNK_SHIFTS), size=steps
-        )
-        self._schedule = Schedule(
-            np.arange(steps, dtype=np.int32),
-            temperatures(
-                steps,
-                settings.temperature_start,
-                settings.temperature_end,
-                settings.temperature_hold,
-            ),
-            settings.learning_rates(),
-            shifts.astype(np.int32),
-        )
+        self._schedule = schedule
+        self._program = program
         self._next = 0
-        # Copies, since a step takes its state's memory.
-        zeros = jax.tree.map(jnp.zeros_like, start)
-        self.state = State(
-            jax.tree.map(jnp.copy, start),
-            zeros,
-            jax.tree.map(jnp.copy, zeros),
-            jnp.copy(log_beta),
-        )
+        self.state = jax.tree.map(jnp.copy, state)
 
     def __call__(self, count: int, target: Target | None = None) -> np.ndarray:
         """Makes so many steps; after the last of the schedule comes the first again.
@@ -187,31 +224,36 @@ class Stepper:
             target: in the place of the problem's own.
 
         Returns:
-            mean relaxed bits per pixel of each image, float [B].
+            mean bits per pixel of each image as the steps saw them, float [B].
         """
         problem = self._problem
         if target is not None:
             problem = problem._replace(target=target)
-        end, total = self._next + count, len(self._schedule.step)
-        relaxed_bpp: list[Array] = []
+        end, total = self._next + count, len(self._schedule[0])
+        taken_bpp: list[Array] = []
         while self._next < end:
             start = self._next % total
             wanted = min(end - self._next, total - start)
             part = slice(start, start + self._program_steps(wanted))
-            schedule = Schedule(*(values[part] for values in self._schedule))
-            self.state, terms = _run_steps(*problem, self.state, schedule)
-            relaxed_bpp += [terms.bpp] * len(schedule.step)
-            self._next += len(schedule.step)
-        return np.mean(jax.device_get(relaxed_bpp), axis=0)
+            schedule = self._part(part)
+            self.state, terms = self._program(*problem, self.state, schedule)
+            made = len(schedule[0])
+            taken_bpp += [terms.bpp] * made
+            self._next += made
+        return np.mean(jax.device_get(taken_bpp), axis=0)
 
     def flops(self) -> float | None:
         """Floating point operations of a step, as the compiler counts them."""
-        schedule = Schedule(*(values[:1] for values in self._schedule))
-        cost = _run_steps.lower(*self._problem, self.state, schedule).compile()
+        schedule = self._part(slice(1))
+        program: Any = self._program
+        cost = program.lower(*self._problem, self.state, schedule).compile()
         found: Any = cost.cost_analysis() or {}
         if isinstance(found, list):
             found = found[0]
         return found.get("flops")
+
+    def _part(self, steps: slice) -> Any:
+        return type(self._schedule)(*(values[steps] for values in self._schedule))
 
     @staticmethod
     def _program_steps(wanted: int) -> int:

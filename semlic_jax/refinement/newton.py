@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refinement by symbols of least cost and Newton steps between them, without noise.
+
+Every step decodes whole numbers, as a decoder would. A latent y is where its symbol
+should be: with the gradient g of the objective to y_hat, and its curvature H, the
+minimum of the local parabola is at y_hat - g / H, and y moves a part of the way there.
+The symbol is the whole number r of the least
+
+    kappa / 2 * H * (r - v)^2 + beta * bits(r) / pixels,    v = y - mean
+
+under the tables of the coder. g holds the rate of the symbols that are coded later,
+through their means and scales; the rate of the symbol itself is in the choice.
+
+H is the diagonal of the Gauss-Newton matrix of the objective, which is a sum of squares
+of residuals with Jacobian J: the mean of (J^T e)^2 over random signs e (Hutchinson
+1990). It is smoothed to a product of channel and position. z has few symbols and
+follows the mean of its straight-through gradients, in units of their deviation over all
+of z (Adam with one second moment per image).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.model.compression import CompressionModel, image_masks
+from semlic_jax.model.layers import round_straight_through
+from semlic_jax.model.mean_scale import MeanScaleModel
+from semlic_jax.model.priors import gaussian_bits, scale_from_index
+from semlic_jax.refinement.objective import (
+    Frozen,
+    Images,
+    Rounding,
+    Static,
+    Terms,
+    Weights,
+    chosen_symbols,
+    look_up,
+    objective_residuals,
+    reconstruct,
+    terms_of,
+    twin,
+    walk,
+)
+from semlic_jax.refinement.settings import Settings
+from semlic_jax.refinement.steps import (
+    ADAM_EPS,
+    Latents,
+    Target,
+    pick,
+    rate_excess,
+    trunk_shifts,
+)
+
+Array = jax.Array
+
+_B1, _B2 = 0.9, 0.99
+_STEEPEST = 4.0  # largest move of z, in learning rates
+_NOISY = 0.8  # share of the steps with noise
+_FLATTEST = 1e-3  # of the mean curvature
+
+
+class Schedule(NamedTuple):
+    """What a chunk of K steps scans over: arrays [K], one number each in a step.
+
+    Attributes:
+        step: its number.
+        kappa: factor of the curvature in the choice of symbols.
+        temperature: scale in bits of the noise in that choice.
+        trust: part of the way to the minimum that y goes.
+        learning_rate: of z.
+        shift: which of TRUNK_SHIFTS the trunk sees.
+    """
+
+    step: Any
+    kappa: Any
+    temperature: Any
+    trust: Any
+    learning_rate: Any
+    shift: Any
+
+
+class Best(NamedTuple):
+    """The best latents within the budget, and how they were rounded.
+
+    Attributes:
+        value: of the objective, [B]; infinite before any are found.
+        latents: y and z.
+        stiffness: [B, h, w, M].
+    """
+
+    value: Array
+    latents: Latents
+    stiffness: Array
+
+
+class State(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+        latents: y [B, h, w, M] and z [B, h/4, w/4, N].
+        first, second: Adam's moments of z, shaped like it.
+        curvature: H, [B, h, w, M].
+        log_beta: [B].
+        best: so far.
+    """
+
+    latents: Latents
+    first: Array
+    second: Array
+    curvature: Array
+    log_beta: Array
+    best: Best
+
+
+def stiffness(
+    curvature: Array, log_beta: Array, images: Images, kappa: Array | float
+) -> Array:
+    """kappa * H in bits, [B, h, w, M]; see `objective.Rounding`.
+
+    Args:
+        curvature: H, [B, h, w, M].
+        log_beta: [B], of the multiplier per bit per pixel.
+        images: whose sizes count.
+        kappa: scalar.
+    """
+    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    return kappa * curvature * (pixels * jnp.exp(-log_beta))[:, None, None, None]
+
+
+def curvature_of(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    y_hat: Array,
+    rng: Array,
+    probes: int,
+) -> Array:
+    """H at y_hat, float32 [B, h, w, M], above 0; the arguments of `diagonal_of`."""
+    return smoothed(diagonal_of(static, frozen, images, weights, y_hat, rng, probes))
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def diagonal_of(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    y_hat: Array,
+    rng: Array,
+    probes: int,
+) -> Array:
+    """An estimate of the Gauss-Newton matrix's diagonal, float32 [B, h, w, M].
+
+    Its mean over the keys is the diagonal, its variance 2 / probes of the square at
+    most. Style has no part in it.
+
+    Args:
+        y_hat: scaled, [B, h, w, M].
+        rng: one key per image, [B].
+        probes: random signs to take the mean over.
+    """
+
+    def residuals(y: Array) -> tuple[Array, ...]:
+        def forward(model: CompressionModel | MeanScaleModel) -> Array:
+            return reconstruct(model, static, images, y)
+
+        x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+        return objective_residuals(static, frozen, images, weights, x_hat)
+
+    made, pull_back = jax.vjp(residuals, y_hat)
+    squares = jnp.zeros_like(y_hat)
+    for probe in range(probes):
+        signs = tuple(
+            _random_signs(rng, probe, part, values.shape)
+            for part, values in enumerate(made)
+        )
+        squares = squares + jnp.square(pull_back(signs)[0])
+    return 2 * squares / probes
+
+
+def _random_signs(rng: Array, probe: int, part: int, shape: tuple[int, ...]) -> Array:
+    """float32 of the shape [B, ...], each 1 or -1; those of an image are its key's."""
+
+    def draw(key: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, probe), part)
+        return jax.random.rademacher(key, shape[1:], jnp.float32)
+
+    return jax.vmap(draw)(rng)
+
+
+def smoothed(diagonal: Array) -> Array:
+    """A product of channel and position near the diagonal, [B, h, w, M], above 0."""
+    channel = jnp.mean(diagonal, (1, 2), keepdims=True)
+    channel = channel + _FLATTEST * jnp.mean(channel, -1, keepdims=True)
+    position = jnp.mean(diagonal / channel, -1, keepdims=True)
+    return channel * (position + _FLATTEST)
+
+
+def hard_step_terms(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    y: Array,
+    z: Array,
+    rounding: Rounding,
+    offset: Array,
+    shift: Array,
+) -> tuple[Terms, Array, Array]:
+    """The terms of the chosen symbols, with gradients as the module says.
+
+    Args:
+        y, z: latents, [B, h, w, M] and [B, h/4, w/4, N].
+        rounding: how symbols are chosen, with a stiffness.
+        offset: [B, h, w, M], added to the cost of the neighbour; see
+            `objective.chosen_symbols`.
+        shift: as in `objective.soft_terms`.
+
+    Returns:
+        the terms, with the bits of the densities; y_hat_scaled [B, h, w, M]; and the
+        bits of the payload under the tables of the coder, [B].
+    """
+
+    def round_y(v: Array, index: Array, channels: slice) -> Array:
+        symbols = chosen_symbols(
+            jax.lax.stop_gradient(v),
+            jax.lax.stop_gradient(index),
+            channels,
+            rounding,
+            frozen.y_bits,
+            offset,
+        )
+        return v + jax.lax.stop_gradient(symbols - v)
+
+    def forward(
+        model: CompressionModel | MeanScaleModel,
+    ) -> tuple[Array, Array, Array, Array]:
+        masks = image_masks(images.sizes, (y.shape[1], y.shape[2]))
+        z_hat = round_straight_through(z) * masks.z
+        z_bits = jnp.sum(model.z_bits(z_hat) * masks.z, (1, 2, 3))
+        residual, index, y_hat = walk(model, images.quality, masks, y, z_hat, round_y)
+        coded = look_up(frozen.y_bits, index, residual)
+        coded_bits = jnp.sum(coded * masks.y, (1, 2, 3))
+        coded = look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
+        coded_bits = coded_bits + jnp.sum(coded * masks.z, (1, 2, 3))
+        # Bits fall and rise with the means of the symbols alone.
+        residual = residual - (y - jax.lax.stop_gradient(y)) * masks.y
+        y_bits = gaussian_bits(residual, scale_from_index(index))
+        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
+        x_hat = reconstruct(model, static, images, y_hat)
+        return z_bits + y_bits, coded_bits, y_hat, x_hat
+
+    bits, coded_bits, y_hat, x_hat = nn.apply(forward, twin(static))(
+        {"params": frozen.params}
+    )
+    terms = terms_of(static, frozen, images, weights, bits, x_hat, shift)
+    return terms, y_hat, coded_bits
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=6)
+def run_steps(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    target: Target,
+    rng: Array,
+    state: State,
+    schedule: Schedule,
+) -> tuple[State, Terms]:
+    """Some steps, and the mean terms of their symbols, with the bits of the coder."""
+
+    def step(state: State, now: Schedule) -> tuple[State, Terms]:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
+        y, z = state.latents
+
+        def noise(key: Array) -> Array:
+            return jax.random.logistic(key, y.shape[1:]) * now.temperature
+
+        offset = jax.vmap(noise)(keys)
+        stiff = stiffness(state.curvature, state.log_beta, images, now.kappa)
+        rounding = Rounding(jnp.zeros(len(y)), stiff)
+
+        def loss(y: Array, z: Array) -> tuple[Array, tuple[Terms, Array]]:
+            terms, y_hat, coded_bits = hard_step_terms(
+                static, frozen, images, weights, y, z, rounding, offset, now.shift
+            )
+            beta = jnp.exp(state.log_beta)
+            total = jnp.sum(terms.value + beta * terms.bpp)
+            coded_bpp = coded_bits / jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+            return total, (terms._replace(bpp=coded_bpp), y_hat)
+
+        gradients, (terms, y_hat) = jax.grad(loss, (0, 1), has_aux=True)(y, z)
+        allowed = (terms.bpp <= target.bpp) & (now.temperature == 0)
+        best = pick(
+            allowed & (terms.value < state.best.value),
+            Best(terms.value, state.latents, stiff),
+            state.best,
+        )
+        excess = rate_excess(terms, target)
+        goal = y_hat - gradients[0] / state.curvature
+        y = y + now.trust * (goal - y)
+        first = _B1 * state.first + (1 - _B1) * gradients[1]
+        second = _B2 * state.second + (1 - _B2) * jnp.square(gradients[1])
+        time = now.step + 1
+        move = first / (1 - _B1**time)
+        square = jnp.mean(second / (1 - _B2**time), (1, 2, 3), keepdims=True)
+        move = jnp.clip(move / (jnp.sqrt(square) + ADAM_EPS), -_STEEPEST, _STEEPEST)
+        z = z - now.learning_rate * move
+        log_beta = state.log_beta + target.integral * excess
+        return State((y, z), first, second, state.curvature, log_beta, best), terms
+
+    if len(schedule.step) == 1:  # no loop
+        return step(state, jax.tree.map(lambda values: values[0], schedule))
+    state, terms = jax.lax.scan(step, state, schedule)
+    return state, jax.tree.map(lambda values: jnp.mean(values, 0), terms)
+
+
+def start_state(start: Latents, curvature: Array, log_beta: Array) -> State:
+    """The state before the first step."""
+    zeros = jnp.zeros_like(start[1])
+    best = Best(jnp.full(len(log_beta), jnp.inf), start, curvature)
+    return State(start, zeros, zeros, curvature, log_beta, best)
+
+
+def make_schedule(settings: Settings) -> Schedule:
+    """The steps of a refinement."""
+    steps = settings.steps
+    done = np.arange(steps) / max(steps - 1, 1)
+    trust = settings.trust_start * (settings.trust_end / settings.trust_start) ** done
+    cooling = np.clip(1 - done / _NOISY, 0, 1)
+    return Schedule(
+        np.arange(steps, dtype=np.int32),
+        np.full(steps, settings.kappa, np.float32),
+        (settings.noise * cooling).astype(np.float32),
+        trust.astype(np.float32),
+        (2 * settings.z_travel / steps * (1 - done)).astype(np.float32),
+        trunk_shifts(settings).astype(np.int32),
+    )
