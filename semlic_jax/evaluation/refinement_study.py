@@ -88,6 +88,7 @@ def gain(
     settings: Settings,
     rates: Sequence[float] = _RATES,
     weights: str | Path | None = None,
+    key: str = _REFINED,
     progress: Progress = lambda text: None,
 ) -> list[Path]:
     """Files with and without refinement at equal rates.
@@ -100,6 +101,8 @@ def gain(
       rates: bits per pixel; BD-rates need four.
       weights: folder of feature weights for SqueezeNet's feature distance; None: the
         environment's SEMLIC_FEATURES, or none.
+      key: of the refined files in the cache of `out`. With the name that `semlic eval`
+        gives a preset, files that it has made there are not made again.
       progress: is told what is being done.
 
     Returns:
@@ -114,7 +117,7 @@ def gain(
         metrics.append("feature_distance")
     contestants: list[Entrant] = [
         SemlicEntrant(_PLAIN, codec),
-        RefinedEntrant(_REFINED, codec, settings),
+        RefinedEntrant(key, codec, settings),
     ]
     results = run_sweep(
         list_images(images),
@@ -125,7 +128,11 @@ def gain(
         jobs=1,  # each refinement takes all cores
         progress=progress,
     )
-    results = with_objective(results, settings)
+    renamed = tuple(
+        replace(row, codec=_REFINED) if row.codec == key else row
+        for row in results.rows
+    )
+    results = with_objective(replace(results, rows=renamed), settings)
     gains = [
         image_gain(results, image.name, metric)
         for metric in results.image_metrics
@@ -359,15 +366,20 @@ def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
 
     changes = dict(alpha=options.alpha, gamma=options.gamma)
     if options.command == "gain":
+        changes["method"] = options.method
+        key = _REFINED
+        if isinstance(options.refine, str) and not any(
+            change is not None for change in changes.values()
+        ):
+            key = f"{_PLAIN}+refine:{options.refine}"
         if len(options.bpp) < LEAST_POINTS:
             print(f"note: BD-rates need {LEAST_POINTS} rates", file=sys.stderr)
         return gain(
             options.images,
             options.out,
             model=options.model,
-            settings=refinement.preset(
-                options.refine, method=options.method, **changes
-            ),
+            settings=refinement.preset(options.refine, **changes),
+            key=key,
             rates=options.bpp,
             weights=options.weights,
             progress=progress,
