@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semlic_jax import refinement
 from semlic_jax.evaluation import (
     refinement_benchmark,
     refinement_study,
     roi_study,
+    settings_study,
 )
 from semlic_jax.evaluation.results import (
     CodecFacts,
@@ -140,23 +142,75 @@ def test_the_objective_is_measured_as_it_is_refined_for():
     assert found.rows[0].values["objective_db"] == pytest.approx(expected)
 
 
-def test_settings(folder, rates, mini_model, tmp_path, capsys):
-    command = ["settings", str(folder / "photo3.png"), "--out", str(tmp_path / "out")]
-    command += ["--model", str(mini_model), "--gamma", "0", "--crop", "56"]
-    command += ["--steps", "2", "--methods", "sga", "--temperatures", "0.5"]
-    command += ["--learning-rates", "0.01,0.02", "--bpp", str(rates[2])]
+def test_settings(folder, rates, mini_model, mini_codec, photograph, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["settings", str(folder), "--out", str(out), "--model", str(mini_model)]
+    command += ["--gamma", "0", "--crop", "56", "--bpp", f"{rates[1]},{rates[2]}"]
+    tries = ["fast,steps=2,chunk_steps=1", "steps=2,chunk_steps=1,alpha=0.02"]
+    command += [f"--try={text}" for text in tries]
     assert refinement_study.main(command) == 0
-    assert "2 sga lr 0.02 T 0.5" in capsys.readouterr().out
-    rows = rows_of(tmp_path / "out" / "trials.csv")
-    assert [row["learning_rate"] for row in rows] == ["0.01", "0.02"]
+    text = capsys.readouterr().out
+    assert "2 crops of 56 x 56 pixels" in text and "alpha 0.01, gamma 0 and" in text
+    assert all(f"| {name} " in text for name in tries)
+    rows = rows_of(out / "trials.csv")
+    images = ["photo3.png"] * 2 + ["photo4.png"] * 2
+    assert [row["image"] for row in rows] == images
+    # The crops take the rates in turn.
+    assert [float(row["bpp"]) for row in rows] == [rates[1]] * 2 + [rates[2]] * 2
     for row in rows:
-        assert float(row["value_ratio"]) <= 1 and float(row["step_s"]) > 0
+        assert 0 < float(row["value_ratio"]) <= 1 and float(row["image_s"]) > 0
+    lines = (out / "trials.jsonl").read_text().splitlines()
+    assert len(lines) == 8  # of each image, two trials and two objectives' ladders
+    # Without perceptual terms the ladder is that of the error, in real bytes.
+    ladder = json.loads(lines[0])
+    pixels = photograph(*SIZE, 3)[:, 4:60]
+    file = mini_codec.compress(pixels, quality=0.0)
+    error = pixels.astype(float) - mini_codec.decompress(file)
+    assert ladder["bytes"][0] == len(file)
+    assert ladder["values"][0] == pytest.approx(0.01 * np.mean(error**2), rel=1e-4)
     # What was tried is not tried again.
     assert refinement_study.main(command) == 0
-    assert rows_of(tmp_path / "out" / "trials.csv") == rows
+    assert rows_of(out / "trials.csv") == rows
+    assert len((out / "trials.jsonl").read_text().splitlines()) == 8
     command[command.index("56")] = "100"
     assert refinement_study.main(command) == 1
     assert "at least 100 x 100, found 64 x 56" in capsys.readouterr().err
+
+
+def test_what_settings_save():
+    """Half the bytes of the unrefined file between two of the ladder, and no more."""
+    ladder = {"bytes": [100, 400], "values": [4.0, 1.0]}
+    crop = settings_study._Crop("a", np.zeros((8, 8, 3), np.uint8), 0.2)
+    facts = dict(bytes=100, unrefined_value=4.0, step_s=1.0, image_s=1.0)
+    for value, saving in ((2.0, 50), (4.0, 0), (1.0, 75), (0.5, 75)):
+        found = settings_study._trial("fast", crop, facts | {"value": value}, ladder)
+        assert found.saving_percent == pytest.approx(saving)
+        assert found.value_ratio == value / 4
+
+
+def test_tries():
+    found = settings_study.parse_try("best,noise=0", gamma=0.0, alpha=None)
+    assert found == refinement.preset("best", noise=0, gamma=0)
+    found = settings_study.parse_try("steps=7,gamma=2", gamma=0.0)
+    assert (found.steps, found.gamma) == (7, 2)
+    sga = settings_study.parse_try("default,method=sga")
+    assert sga == refinement.preset("default", method="sga") and sga.steps > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("bset", "found 'bset'; the nearest is best"),
+        ("fast,kapa=2", "found 'kapa'; the nearest is kappa"),
+        ("fast,60", "expected KEY=VALUE, found '60' in 'fast,60'"),
+        ("steps=1.5", "expected a whole number for steps, found '1.5'"),
+        ("kappa=-1", "expected kappa above 0, found -1"),
+    ],
+)
+def test_tries_that_are_none(text, refusal, folder, tmp_path, capsys):
+    command = ["settings", str(folder), "--out", str(tmp_path), "--try", text]
+    assert refinement_study.main(command) == 1
+    assert refusal in capsys.readouterr().err
 
 
 def test_regions(folder, rates, mini_model, tmp_path):

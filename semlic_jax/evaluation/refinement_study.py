@@ -2,14 +2,15 @@
 """What refinement gains, image by image, each study one command.
 
     python -m semlic_jax.evaluation.refinement_study gain IMAGES --gamma 0
-    python -m semlic_jax.evaluation.refinement_study settings IMAGES --steps 100
+    python -m semlic_jax.evaluation.refinement_study settings IMAGES --try best,noise=0
 
 `gain` compresses every image to every rate with and without refinement, in real bytes:
 BD-rates per image under the objective that is refined for, under PSNR and under feature
 distances, images that came out worse, and how much of each budget is used. With
 `--gamma 0` it is the study of PSNR, without it that of the eye. `settings` tries
-methods, learning rates and temperatures on crops, to choose the presets: the bits that
-a file without refinement takes for the same objective, less those of the refined one.
+the presets and other settings, one with each `--try`, on crops, to choose the presets:
+the bits that a file without refinement takes for the same objective, less those of the
+refined one.
 
 Both go on where they stopped and write CSV, Markdown and a plot into `--out`.
 """
@@ -39,14 +40,17 @@ from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.plots import write_figure
 from semlic_jax.evaluation.results import MetricFacts, Results, Row
-from semlic_jax.evaluation.settings_study import settings_study
+from semlic_jax.evaluation.settings_study import (
+    USUAL_TRIES,
+    parse_try,
+    settings_study,
+)
 from semlic_jax.evaluation.studies import (
     Progress,
     csv_table,
     numbers,
     preset_or_steps,
     run_study,
-    whole_numbers,
 )
 from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import table
@@ -338,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("gain", "BD-rates, budgets and harm over images and rates"),
-        ("settings", "methods, learning rates and temperatures on crops"),
+        ("settings", "presets and other settings on crops"),
     ):
         sub = commands.add_parser(name, help=text, allow_abbrev=False)
         sub.add_argument("images", type=Path, nargs="+")
@@ -352,12 +356,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--bpp", type=numbers, default=list(_RATES))
             sub.add_argument("--method")
             continue
-        sub.add_argument("--bpp", type=float, default=0.2)
+        sub.add_argument("--bpp", type=numbers, default=[0.2])
         sub.add_argument("--crop", type=int, default=256)
-        sub.add_argument("--steps", type=whole_numbers, default=[100])
-        sub.add_argument("--methods", default="sga,ssl")
-        sub.add_argument("--learning-rates", type=numbers, default=[0.005, 0.01, 0.02])
-        sub.add_argument("--temperatures", type=numbers, default=[0.25, 0.5])
+        sub.add_argument(
+            "--try",
+            dest="tries",
+            action="append",
+            metavar="SETTINGS",
+            help="KEY=VALUE[,KEY=VALUE...], or fast, default or best, and changes; "
+            f"repeatable (default: {'; '.join(USUAL_TRIES)})",
+        )
     return parser
 
 
@@ -385,15 +393,12 @@ def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
             progress=progress,
         )
     features = None if options.weights is None else os.fspath(options.weights)
+    tries = options.tries or USUAL_TRIES
     return settings_study(
         options.images,
         options.out,
         model=options.model,
-        base=refinement.preset("default", features=features, **changes),
-        methods=options.methods.split(","),
-        learning_rates=options.learning_rates,
-        temperatures=options.temperatures,
-        steps=options.steps,
+        tries={text: parse_try(text, features=features, **changes) for text in tries},
         crop=options.crop,
         bpp=options.bpp,
         progress=progress,

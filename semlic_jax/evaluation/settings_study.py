@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of refinement on crops: what each combination saves, and its time.
+"""Settings of refinement on crops: what each of them saves, and its time.
 
 The command is `python -m semlic_jax.evaluation.refinement_study settings`.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import difflib
+import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import semlic_jax
-from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import model_identity
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.plots import write_figure
@@ -27,24 +28,102 @@ from semlic_jax.evaluation.tables import table
 from semlic_jax.images import read_photograph, write_file
 
 if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
     from semlic_jax.refinement import Settings
 
+# What is tried where nothing is named: the presets, and relaxed rounding.
+USUAL_TRIES = ("fast", "default", "best", "default,method=sga")
 # Qualities of the files without refinement that a refined one is compared with.
 _LADDER = tuple(range(0, 256, 15))
+_LEAST_VALUE = 1e-9  # of an image that is decoded exactly
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings on one crop: bits saved at equal objective, in percent, and time."""
+    """Settings on one crop.
 
-    method: str
-    learning_rate: float
-    temperature_start: float
-    steps: int
+    Attributes:
+      settings, image: names.
+      bpp: the budget of the file.
+      saving_percent: of the bits that a file without refinement takes for the same
+        objective. Where no such file is as good: of those of the best, so at least.
+      value: the objective of the refined file as decoded, lower is better.
+      value_ratio: to that of the unrefined file within the same budget.
+      step_s, image_s: seconds of a step, all included, and of the whole refinement.
+    """
+
+    settings: str
     image: str
+    bpp: float
+    saving_percent: float
+    value: float
+    value_ratio: float
+    step_s: float
+    image_s: float
+
+
+@dataclass(frozen=True)
+class _Crop:
+    name: str
+    pixels: np.ndarray
+    bpp: float
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Mean:
+    settings: str
     saving_percent: float
     value_ratio: float
     step_s: float
+    image_s: float
+
+
+def parse_try(text: str, **base: Any) -> Settings:
+    """Settings as the command line names them, such as `best,noise=0`.
+
+    Args:
+      text: a preset, changes KEY=VALUE of the preset `default`, or a preset and
+        changes, separated by commas.
+      **base: fields of `Settings` that the text may change again; None: as they are.
+
+    Raises:
+      ValueError: there is no such preset or field, or a value does not fit it.
+    """
+    from semlic_jax import refinement
+
+    name, *parts = text.split(",")
+    if "=" in name:
+        name, parts = "default", [name, *parts]
+    _check_known(name, refinement.PRESETS, "a preset or KEY=VALUE")
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(refinement.Settings)}
+    changes = dict(base)
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"expected KEY=VALUE, found {part!r} in {text!r}")
+        _check_known(key, kinds, "a field of the refinement's settings")
+        changes[key] = _value(key, kinds[key], value)
+    return refinement.preset(name, **changes)
+
+
+def _check_known(found: str, known: Collection[str], what: str) -> None:
+    if found not in known:
+        near = difflib.get_close_matches(found, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"expected {what}, found {found!r}; the nearest is {near}")
+
+
+def _value(key: str, kind: str, text: str) -> int | float | str:
+    """The value of a field of this annotation."""
+    numeric = {"int": int, "float": float, "float | None": float}
+    try:
+        return numeric.get(kind, str)(text)
+    except ValueError:
+        what = "a whole number" if kind == "int" else "a number"
+        raise ValueError(f"expected {what} for {key}, found {text!r}") from None
 
 
 def settings_study(
@@ -52,96 +131,142 @@ def settings_study(
     out: Path,
     *,
     model: str,
-    base: Settings,
-    methods: Sequence[str],
-    learning_rates: Sequence[float],
-    temperatures: Sequence[float],
-    steps: Sequence[int],
+    tries: Mapping[str, Settings],
     crop: int = 256,
-    bpp: float = 0.2,
+    bpp: Sequence[float] = (0.2,),
     progress: Progress = lambda text: None,
 ) -> list[Path]:
-    """All combinations of these settings on crops of the images.
+    """Each of the settings on crops of the images.
+
+    What settings save is measured under their own objective, in bytes of real files.
 
     Args:
       images: files and folders.
       out: folder, new or of an earlier run of this study.
       model: name or path.
-      base: the settings that are not tried.
-      methods, learning_rates, temperatures, steps: to try; temperatures to start at.
+      tries: settings by the names that the tables give them.
       crop: side of the crops, from the middle of the images, in pixels.
-      bpp: rate of all files.
+      bpp: rates, which the crops take in turn.
       progress: is told what is being done.
 
     Returns:
       the table of all trials, the table of their means, and a plot.
     """
+    objectives = {name: _objective(settings) for name, settings in tries.items()}
+    crops = [
+        _Crop(path.name, _middle(path, crop), bpp[i % len(bpp)])
+        for i, path in enumerate(list_images(images))
+    ]
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
-    crops = {path.stem: _middle(path, crop) for path in list_images(images)}
+    identity = model_identity(codec)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "trials.jsonl")
-    identity = f"{model_identity(codec)} {crop} {bpp:g} {replace(base, features=None)}"
-    combinations = list(
-        itertools.product(steps, methods, learning_rates, temperatures, crops)
-    )
-    trials = []
-    for done, (count, method, rate, start, name) in enumerate(combinations):
-        tried = replace(
-            base,
-            steps=count,
-            method=method,
-            learning_rate=rate,
-            temperature_start=start,
-            temperature_end=min(base.temperature_end, start),
-        )
-        key = f"{identity} {count} {method} {rate:g} {start:g} {name}"
-        record = journal.get(key)
-        if record is None:
-            progress(f"{done}/{len(combinations)}: {count} {method} {rate:g} {start:g}")
-            record = _try(codec, crops[name], tried, bpp)
-            journal.put(key, record)
-        facts = {k: record[k] for k in ("saving_percent", "value_ratio", "step_s")}
-        trials.append(Trial(method, rate, start, count, name, **facts))
+    trials: list[Trial] = []
+    # All settings on one crop after another: what slows the machine down for a while
+    # slows all of them down.
+    for own in crops:
+        for name, settings in tries.items():
+            done = f"{len(trials)}/{len(crops) * len(tries)}"
+            image = f"{own.pixels.shape} {own.digest}"
+            ladder_key = f"{identity} ladder {objectives[name]} {image}"
+            ladder = journal.get(ladder_key)
+            if ladder is None:
+                progress(f"{done}: {own.name} without refinement")
+                ladder = _ladder(codec, own.pixels, settings)
+                journal.put(ladder_key, ladder)
+            plain = dataclasses.replace(settings, features=None)
+            key = f"{identity} {plain} {objectives[name]} {own.bpp:g} {image}"
+            record = journal.get(key)
+            if record is None:
+                progress(f"{done}: {own.name} with {name}")
+                record = _refine(codec, own, settings)
+                journal.put(key, record)
+            trials.append(_trial(name, own, record, ladder))
     header = tuple(Trial.__dataclass_fields__)
     rows = [tuple(getattr(trial, field) for field in header) for trial in trials]
     paths = [out / "trials.csv", out / "settings.md"]
     write_file(paths[0], csv_table(header, rows), force=True)
-    means = _means(trials)
-    text = "\n".join(
-        table(
-            ["settings", "bits saved", "objective", "s per step"],
-            [
-                [name, f"{saving:.2f} %", f"{ratio:.4f}", f"{step_s:.3f}"]
-                for name, saving, ratio, step_s in means
-            ],
-        )
+    means = [_mean(name, trials) for name in tries]
+    heading = (
+        f"{len(crops)} crops of {crop} x {crop} pixels at "
+        f"{', '.join(f'{rate:g}' for rate in bpp)} bpp, refined for "
+        f"{' and '.join(dict.fromkeys(objectives.values()))}. Means of the bits saved "
+        "against real files without refinement of the same objective, and of the "
+        "objective relative to that of the unrefined file of the same budget; medians "
+        "of the times."
     )
-    write_file(paths[1], f"{text}\n".encode(), force=True)
-    return paths + write_figure(_draw_settings(trials), out / "settings")
+    write_file(paths[1], _text(heading, means).encode(), force=True)
+    return paths + write_figure(_draw_settings(means), out / "settings")
 
 
-def _try(
-    codec: Any, pixels: np.ndarray, settings: Settings, bpp: float
-) -> dict[str, float]:
+def _objective(settings: Settings) -> str:
+    """Names what is refined for, the weights of the feature network included."""
+    import jax
+
+    name = f"alpha {settings.alpha:g}, gamma {settings.gamma:g}"
+    features = settings.load_features()
+    if features is None:
+        return name
+    if settings.style:
+        name += f", style {settings.style:g}"
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(features):
+        digest.update(np.asarray(leaf).tobytes())
+    return f"{name}, features {features.name} {digest.hexdigest()[:8]}"
+
+
+def _ladder(codec: Codec, pixels: np.ndarray, settings: Settings) -> dict[str, Any]:
+    """Bytes and objectives of files without refinement."""
+    from semlic_jax.refinement.batch import Batch
+    from semlic_jax.refinement.fit import decoded_values
+
+    files = [codec.compress(pixels, quality=level / 255) for level in _LADDER]
+    start = files[len(files) // 2]
+    one = Batch(codec, settings, [pixels], [len(start)], [None], [None], [start])
+    (values,) = decoded_values(
+        codec, one.static, one.frozen, one.images, one.weights, [dict.fromkeys(files)]
+    )
+    return {"bytes": [len(data) for data in values], "values": list(values.values())}
+
+
+def _refine(codec: Codec, crop: _Crop, settings: Settings) -> dict[str, float]:
     from semlic_jax import refinement
 
     begun_s = time.perf_counter()
-    found = refinement.refine(codec, pixels, bpp=bpp, settings=settings)
-    wall_s = time.perf_counter() - begun_s
-    reached_db = psnr_db(pixels, codec.decompress(found.data))
-    # The bytes without refinement at this PSNR, between those of two qualities.
-    ladder = [codec.compress(pixels, quality=level / 255) for level in _LADDER]
-    values = [psnr_db(pixels, codec.decompress(file)) for file in ladder]
+    found = refinement.refine(codec, crop.pixels, bpp=crop.bpp, settings=settings)
+    image_s = time.perf_counter() - begun_s
+    return {
+        "bytes": len(found.data),
+        "value": found.value,
+        "unrefined_value": found.unrefined_value,
+        "step_s": image_s / found.steps,
+        "image_s": image_s,
+    }
+
+
+def _trial(
+    name: str, crop: _Crop, record: dict[str, float], ladder: dict[str, Any]
+) -> Trial:
+    # The bytes without refinement at this objective, between those of two qualities.
+    values = np.maximum(ladder["values"], _LEAST_VALUE)
     order = np.argsort(values)
     log_bytes = np.interp(
-        reached_db, np.take(values, order), np.log([len(ladder[i]) for i in order])
+        np.log(max(record["value"], _LEAST_VALUE)),
+        np.log(values[order]),
+        np.log(np.take(ladder["bytes"], order)),
     )
-    return {
-        "saving_percent": float(100 * (1 - len(found.data) / np.exp(log_bytes))),
-        "value_ratio": found.value / found.unrefined_value,
-        "step_s": wall_s / settings.steps,
-    }
+    unrefined_value = max(record["unrefined_value"], _LEAST_VALUE)
+    return Trial(
+        settings=name,
+        image=crop.name,
+        bpp=crop.bpp,
+        saving_percent=float(100 * (1 - record["bytes"] / np.exp(log_bytes))),
+        value=record["value"],
+        value_ratio=record["value"] / unrefined_value,
+        step_s=record["step_s"],
+        image_s=record["image_s"],
+    )
 
 
 def _middle(path: Path, side: int) -> np.ndarray:
@@ -156,39 +281,41 @@ def _middle(path: Path, side: int) -> np.ndarray:
     return pixels[top : top + side, left : left + side]
 
 
-def _groups(trials: Sequence[Trial]) -> Iterator[tuple[Trial, list[Trial]]]:
-    """Trials of the same settings, over all crops."""
-    groups: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in trials:
-        key = (trial.steps, trial.method, trial.learning_rate, trial.temperature_start)
-        groups.setdefault(key, []).append(trial)
-    for group in groups.values():
-        yield group[0], group
+def _mean(name: str, trials: Sequence[Trial]) -> _Mean:
+    own = [trial for trial in trials if trial.settings == name]
+    return _Mean(
+        name,
+        float(np.mean([trial.saving_percent for trial in own])),
+        float(np.mean([trial.value_ratio for trial in own])),
+        float(np.median([trial.step_s for trial in own])),
+        float(np.median([trial.image_s for trial in own])),
+    )
 
 
-def _means(trials: Sequence[Trial]) -> list[tuple[str, float, float, float]]:
-    """Name, saving, ratio of the objective, seconds; the best first of each length."""
-    found = [
-        (
-            first.steps,
-            -float(np.mean([trial.saving_percent for trial in group])),
-            f"{first.steps} {first.method} lr {first.learning_rate:g} "
-            f"T {first.temperature_start:g}",
-            float(np.mean([trial.value_ratio for trial in group])),
-            float(np.median([trial.step_s for trial in group])),
-        )
-        for first, group in _groups(trials)
+def _text(heading: str, means: Sequence[_Mean]) -> str:
+    rows = [
+        [
+            mean.settings,
+            f"{mean.saving_percent:.2f} %",
+            f"{mean.value_ratio:.4f}",
+            f"{mean.step_s:.3f}",
+            f"{mean.image_s:.1f}",
+        ]
+        for mean in means
     ]
-    return [
-        (name, -less, ratio, step_s) for _, less, name, ratio, step_s in sorted(found)
-    ]
+    header = ["settings", "bits saved", "objective", "s per step", "s per image"]
+    return "\n".join([heading, "", *table(header, rows)]) + "\n"
 
 
-def _draw_settings(trials: Sequence[Trial]) -> Figure:
-    means = _means(trials)[::-1]
+def _draw_settings(means: Sequence[_Mean]) -> Figure:
     figure = Figure(figsize=(7.0, 1.2 + 0.28 * len(means)), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh([name for name, *_ in means], [m[1] for m in means], color="#D55E00")
-    axes.set_xlabel("bits saved at equal PSNR (%)")
+    axes.barh(
+        [mean.settings for mean in means],
+        [mean.saving_percent for mean in means],
+        color="#D55E00",
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("bits saved at equal objective (%)")
     axes.grid(axis="x", color="#E4E4E4")
     return figure

@@ -130,7 +130,7 @@ def fit_files(
             break
         target -= np.where(excess > 0, excess + _STREAM_BITS, 0)
 
-    values = _decoded_values(codec, static, frozen, images, weights, files)
+    values = decoded_values(codec, static, frozen, images, weights, files)
     fitted = []
     for i, own in enumerate(values):
         candidates = [_Candidate(*pair) for pair in own.items()]
@@ -148,7 +148,7 @@ def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
     return min(good or better, key=lambda c: c.value)
 
 
-def _decoded_values(
+def decoded_values(
     codec: Any,
     static: Static,
     frozen: Frozen,
@@ -156,7 +156,12 @@ def _decoded_values(
     weights: Weights,
     files: Sequence[dict[bytes, None]],
 ) -> list[dict[bytes, float]]:
-    """The objective of what each file decodes to."""
+    """The objective of what each file decodes to.
+
+    Args:
+        codec, static, frozen, images, weights: as in `fit_files`.
+        files: of each image, the keys of a dictionary.
+    """
     values: list[dict[bytes, float]] = [{} for _ in files]
     queues = [list(own) for own in files]
     original = np.asarray(images.x)
