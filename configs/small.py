@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
         weights=plain,
         **rate,
     )
-    # What the packaged model had. The adversary's pull is slight at this weight, and too
+    # What the packaged model had. The adversary's pull is slight at this weight and too
     # much at 2, see the card.
     config.perceptual = stage_config(
         "perceptual",
