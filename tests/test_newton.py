@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refinement by Newton steps: budgets, curvature, choice of symbols, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from small_trunk import load_small_trunk
+
+from semlic_jax import cli, refinement
+from semlic_jax.model.context import checkerboard
+from semlic_jax.refinement import fit, newton
+from semlic_jax.refinement.batch import Batch
+from semlic_jax.refinement.objective import (
+    Rounding,
+    chosen_symbols,
+    hard_latents,
+    image_terms,
+    objective_residuals,
+    reconstruct,
+    twin,
+)
+from semlic_jax.refinement.settings import METHODS
+
+# One size for all: an image that does not fill its bucket, so that masks matter.
+SIZE = (56, 64)
+SETTINGS = refinement.preset(
+    12, gamma=0.0, chunk_steps=4, method="newton", noise=0.5, probes=2
+)
+PERCEPTUAL = dataclasses.replace(
+    SETTINGS, alpha=1e-4, gamma=1.0, features=load_small_trunk()
+)
+
+
+@pytest.fixture(scope="module")
+def image(photograph):
+    return photograph(*SIZE, seed=3)
+
+
+@pytest.fixture(scope="module")
+def refined(mini_codec, image):
+    """A refinement that others are compared with."""
+    return refinement.refine(mini_codec, image, quality=0.5, settings=SETTINGS)
+
+
+def new_batch(codec, image, settings=SETTINGS, less_bytes=0):
+    unrefined = codec.compress(image, quality=0.5)
+    budget = len(unrefined) - less_bytes
+    return Batch(codec, settings, [image], [budget], [None], [None], [unrefined])
+
+
+@pytest.fixture(scope="module")
+def batch(mini_codec, photograph):
+    """Of an image without latents in the last row."""
+    return new_batch(mini_codec, photograph(SIZE[0] - 16, SIZE[1], seed=3))
+
+
+@pytest.fixture(scope="module")
+def perceptual(mini_codec, photograph):
+    """Of an image beside which the trunk sees something else."""
+    return new_batch(mini_codec, photograph(SIZE[0], SIZE[1] - 10, seed=3), PERCEPTUAL)
+
+
+def fixed(made):
+    """What the functions of a batch's objective take first."""
+    return made.static, made.frozen, made.images, made.weights
+
+
+# Whole refinements.
+
+
+def test_files_are_better_at_no_more_bytes(mini_codec, image, refined):
+    assert len(refined.data) <= len(refined.unrefined)
+    assert refined.value < 0.99 * refined.unrefined_value
+    decoded = mini_codec.decompress(refined.data).astype(float)
+    mse = np.mean((decoded - image) ** 2)
+    assert SETTINGS.alpha * mse == pytest.approx(refined.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0, 1.5])
+def test_never_over_budget_and_never_worse(mini_codec, image, share, steps):
+    """Also where the budget is not what a quality gives, and with hardly any steps."""
+    smallest = len(mini_codec.compress(image, quality=0))
+    largest = len(mini_codec.compress(image, quality=1))
+    budget = round(smallest + share * (largest - smallest))
+    settings = dataclasses.replace(SETTINGS, steps=steps)
+    found = refinement.refine(mini_codec, image, max_bytes=budget, settings=settings)
+    assert len(found.data) <= budget
+    assert found.value <= found.unrefined_value
+
+
+def test_harm_is_not_passed_on(mini_codec, image):
+    """Steps that ruin the latents leave the file without refinement."""
+    ruinous = dataclasses.replace(SETTINGS, kappa=1e-4, z_travel=300.0)
+    found = refinement.refine(mini_codec, image, quality=0.5, settings=ruinous)
+    assert found.value <= found.unrefined_value
+    assert len(found.data) <= len(found.unrefined)
+
+
+def test_the_same_seed_gives_the_same_file(mini_codec, image, refined):
+    again = refinement.refine(mini_codec, image, quality=0.5, settings=SETTINGS)
+    assert again.data == refined.data
+    other = dataclasses.replace(SETTINGS, seed=1)
+    found = refinement.refine(mini_codec, image, quality=0.5, settings=other)
+    assert found.history != refined.history
+
+
+def test_stopping_keeps_the_best_so_far(mini_codec, image, refined):
+    seen = []
+
+    def stop(now):
+        seen.append(now)
+        return False
+
+    found = refinement.refine(
+        mini_codec, image, quality=0.5, settings=SETTINGS, progress=stop
+    )
+    assert [now.step for now in seen] == [4] and seen[0].steps == 12
+    assert found.steps == 4 and refined.steps == 12
+    assert found.value <= found.unrefined_value
+    assert len(found.data) <= len(found.unrefined)
+    assert found.history == refined.history[:1]
+    assert found.history[0]["value"] == pytest.approx(seen[0].value[0])
+
+
+def test_perceptual_terms_count(mini_codec, image):
+    found = refinement.refine(mini_codec, image, quality=0.5, settings=PERCEPTUAL)
+    assert found.value < 0.99 * found.unrefined_value
+    assert len(found.data) <= len(found.unrefined)
+
+
+def test_budgets_of_hardly_any_payload(mini_codec, image):
+    """What streams take besides their symbols leaves no rate below 0 to aim at."""
+    usual = new_batch(mini_codec, image)
+    less_bytes = int(usual.payload_bits[0] / 8)
+    made = new_batch(mini_codec, image, less_bytes=less_bytes)
+    assert 0 <= made.payload_bits[0] < 8
+    stepper = made.stepper()
+    stepper(2)
+    for leaf in jax.tree.leaves(stepper.state._replace(best=None)):
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
+@pytest.mark.slow
+def test_images_of_a_batch_are_refined_as_alone(mini_codec, photograph):
+    settings = dataclasses.replace(SETTINGS, z_travel=3.0)
+    images = [photograph(*SIZE, seed=3), photograph(40, 50, seed=4)]
+    budgets = [
+        len(mini_codec.compress(image, quality=quality))
+        for image, quality in zip(images, (0.4, 0.8), strict=True)
+    ]
+    together = refinement.refine_batch(
+        mini_codec, images, max_bytes=budgets, settings=settings
+    )
+    for image, budget, found in zip(images, budgets, together, strict=True):
+        alone = refinement.refine(
+            mini_codec, image, max_bytes=budget, settings=settings
+        )
+        assert len(found.data) <= budget and found.unrefined == alone.unrefined
+        assert found.value == pytest.approx(alone.value, rel=1e-3)
+        for a, b in zip(found.history, alone.history, strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_the_best_is_kept_as_it_was(batch):
+    """Each improvement is within the budget, and worth what the state says."""
+    stepper, values = batch.stepper(), []
+    for _ in range(SETTINGS.steps):
+        stepper(1)
+        best = stepper.state.best
+        values.append(float(best.value[0]))
+        if np.isfinite(values[-1]):
+            rounding = Rounding(jnp.zeros(1), best.stiffness)
+            terms, _ = fit.score(*fixed(batch), rounding, *best.latents)
+            assert float(terms.value[0]) == pytest.approx(values[-1], rel=1e-5)
+            assert terms.bpp[0] <= batch.target.bpp[0] * (1 + 1e-6)
+    assert values[0] == np.inf  # noise in the choice of symbols
+    # Rounded as then, not as the multiplier of now would have it.
+    state = stepper.state
+    kept = batch._keep_within_budget(state._replace(log_beta=state.log_beta + 2))
+    assert kept.value[0] == pytest.approx(values[-1], rel=1e-5)
+    assert values == sorted(values, reverse=True) and len(set(values)) > 2
+
+
+# The curvature.
+
+
+@pytest.fixture(scope="module")
+def blurred(perceptual):
+    """x_hat near the image, other pixels beyond it too: float32 [1, 64, 64, 3]."""
+    rng = np.random.default_rng(0)
+    noise = 0.05 * rng.standard_normal(perceptual.images.x.shape)
+    return jnp.clip(perceptual.images.x + noise.astype(np.float32), 0, 1)
+
+
+def test_residuals_add_up_to_the_objective(perceptual, blurred):
+    assert perceptual.static.padded and perceptual.static.perceptual
+    terms = jax.jit(image_terms, static_argnums=0)(*fixed(perceptual), blurred)
+    parts = jax.jit(objective_residuals, static_argnums=0)(*fixed(perceptual), blurred)
+    pixels, features = (float(jnp.sum(part**2)) for part in parts)
+    assert pixels == pytest.approx(PERCEPTUAL.alpha * float(terms.mse[0]), rel=1e-4)
+    assert features == pytest.approx(float(terms.perceptual[0]), rel=1e-4)
+    assert pixels + features == pytest.approx(float(terms.value[0]), rel=1e-4)
+    assert 0.1 < features / pixels < 10
+
+
+def exact_diagonal(made, y_hat):
+    """Twice the squares of the columns of the Jacobian, [h, w, M], one by one."""
+    static, frozen, images, weights = fixed(made)
+
+    def residuals(y):
+        def forward(model):
+            return reconstruct(model, static, images, y.reshape(y_hat.shape))
+
+        x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+        return objective_residuals(static, frozen, images, weights, x_hat)
+
+    made, pull_back = jax.vjp(residuals, y_hat.ravel())
+    push = jax.jit(jax.linear_transpose(pull_back, made))
+
+    def column(direction):
+        (moved,) = push((direction,))
+        return 2 * sum(np.sum(np.square(part)) for part in moved)
+
+    columns = [column(row) for row in np.eye(y_hat.size, dtype=np.float32)]
+    return np.array(columns).reshape(y_hat.shape[1:])
+
+
+def test_the_curvature_is_that_of_the_objective(perceptual):
+    """Many copies of an image, each with signs of its own."""
+    copies = 64
+    y_hat = jnp.round(perceptual.start[0])
+    images = perceptual.images
+    many = jax.tree.map(lambda x: jnp.repeat(x, copies, 0), images._replace(taps=()))
+    many = many._replace(taps=tuple(jnp.repeat(t, copies, 1) for t in images.taps))
+    keys = jax.random.split(jax.random.key(0), copies)
+    static, frozen, _, weights = fixed(perceptual)
+    found = newton.diagonal_of(
+        static, frozen, many, weights, jnp.repeat(y_hat, copies, 0), keys, 2
+    )
+    assert len(np.unique(found, axis=0)) == copies
+    mean = np.mean(found, 0)
+    exact = exact_diagonal(perceptual, y_hat)
+    assert mean.sum() == pytest.approx(exact.sum(), rel=0.03)
+    inside = exact > 1e-3 * exact.mean()
+    # The mean of 128 squares of about normal numbers deviates by 1/8.
+    deviations = mean[inside] / exact[inside] - 1
+    assert np.abs(deviations.mean()) < 0.03 and deviations.std() < 0.16
+    assert inside.mean() > 0.8
+
+
+def test_the_smoothed_curvature():
+    rng = np.random.default_rng(0)
+    diagonal = rng.gamma(0.5, size=(2, 3, 5, 4)).astype(np.float32)
+    diagonal[1, 2] = 0  # beyond the image
+    found = np.asarray(newton.smoothed(jnp.asarray(diagonal)))
+    assert found.shape == diagonal.shape and (found > 0).all()
+    for made, image in zip(found, diagonal, strict=True):
+        # The matrix [positions, channels] has rank 1 and keeps the image's total.
+        assert np.linalg.matrix_rank(made.reshape(-1, 4), tol=1e-4 * made.max()) == 1
+        assert made.sum() == pytest.approx(image.sum(), rel=0.01)
+    # What is a product already stays, but for what keeps it above 0.
+    product = rng.gamma(2, size=(1, 3, 5, 1)) * rng.gamma(2, size=(1, 1, 1, 4))
+    kept = newton.smoothed(jnp.asarray(product, jnp.float32))
+    np.testing.assert_allclose(kept, product, rtol=0.05)
+
+
+# The choice of symbols.
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """Offsets from means, indexes of tables: each [1, 8, 8, 24]."""
+    rng = np.random.default_rng(1)
+    shape = (1, 8, 8, 24)
+    v = rng.uniform(-2.45, 2.45, shape).astype(np.float32)
+    return v, rng.integers(0, 64, shape).astype(np.float32)
+
+
+def test_symbols_are_those_of_least_cost(batch, latents):
+    """Within reach: up to 2 every whole number towards zero is a candidate."""
+    v, index = latents
+    y_bits = np.asarray(batch.frozen.y_bits)
+    radius = y_bits.shape[1] // 2
+    rng = np.random.default_rng(2)
+    stiff = np.exp(rng.uniform(-2, 4, v.shape)).astype(np.float32)
+    rounding = Rounding(jnp.zeros(1), jnp.asarray(stiff))
+    parts = []
+    for channels in (slice(0, 8), slice(8, 24)):
+        part = v[..., channels], index[..., channels]
+        made = chosen_symbols(*part, channels, rounding, batch.frozen.y_bits)
+        assert made.dtype == np.float32
+        parts.append(np.asarray(made))
+    found = np.concatenate(parts, -1)
+    every = np.arange(-radius, radius + 1)
+    costs = stiff[..., None] / 2 * (every - v[..., None]) ** 2
+    costs = costs + y_bits[index.astype(int)]
+    least = every[np.argmin(costs, -1)]
+    taken = np.take_along_axis(costs, (found[..., None] + radius).astype(int), -1)
+    np.testing.assert_allclose(taken[..., 0], costs.min(-1), rtol=1e-5)
+    assert (found == least).mean() > 0.999
+    assert 0.1 < (found == np.round(v)).mean() < 0.9
+
+
+def test_an_offset_is_the_cost_of_the_neighbour(batch, latents):
+    v, index = latents
+    rounding = Rounding(jnp.zeros(1), jnp.full(v.shape, 2.0))
+
+    def choose(offset):
+        return np.asarray(
+            chosen_symbols(
+                v,
+                index,
+                slice(None),
+                rounding,
+                batch.frozen.y_bits,
+                jnp.full(v.shape, offset),
+            )
+        )
+
+    plain = chosen_symbols(v, index, slice(None), rounding, batch.frozen.y_bits)
+    np.testing.assert_array_equal(choose(0.0), plain)
+    nearest = np.round(v)
+    neighbour = nearest - np.where(nearest == 0, -np.sign(v), np.sign(nearest))
+    np.testing.assert_array_equal(choose(-1e3), neighbour)
+    # Zero costs what it costs.
+    assert set(np.unique(choose(1e3) - nearest)) <= {-2, -1, 0, 1, 2}
+    assert ((choose(1e3) == nearest) | (choose(1e3) == 0)).all()
+
+
+@pytest.mark.parametrize("zone", [-0.2, 0.0, 0.3])
+def test_without_stiffness_there_is_a_dead_zone(batch, latents, zone):
+    v, index = latents
+    found = chosen_symbols(
+        v, index, slice(None), Rounding(jnp.full(1, zone)), batch.frozen.y_bits
+    )
+    whole, rest = np.divmod(np.abs(v), 1)
+    wanted = np.sign(v) * (whole + (rest > 0.5 + zone))
+    clear = np.abs(rest - 0.5 - zone) > 1e-4
+    np.testing.assert_array_equal(np.asarray(found)[clear], wanted[clear])
+
+
+def test_strictness_lowers_the_rate(batch):
+    batch.run(None)
+    rates = [
+        float(
+            fit.score(*fixed(batch), batch._rounding_at(np.array([s])), *batch.best)[
+                0
+            ].bpp[0]
+        )
+        for s in (-0.2, -0.1, 0.0, 0.1, 0.45)
+    ]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.9 * rates[0]
+    # At 0 they are as the refinement left them.
+    assert rates[2] == pytest.approx(batch.history[-1]["bpp"][0], rel=1e-6)
+
+
+# One step.
+
+
+@pytest.fixture(scope="module")
+def rounding(batch):
+    y, _ = batch.start
+    stiff = np.exp(np.random.default_rng(0).uniform(-1, 2, y.shape))
+    return Rounding(jnp.zeros(1), jnp.asarray(stiff, jnp.float32))
+
+
+hard_step_terms = jax.jit(newton.hard_step_terms, static_argnums=0)
+
+
+def test_rates_in_the_step_are_those_of_the_coder(batch, rounding):
+    y, z = batch.start
+    terms, y_hat, bits = hard_step_terms(
+        *fixed(batch), y, z, rounding, jnp.zeros_like(y), jnp.int32(0)
+    )
+    static, frozen, images, _ = fixed(batch)
+    hard_bits, hard_y_hat = jax.jit(hard_latents, static_argnums=0)(
+        static, frozen, images, rounding, y, z
+    )
+    np.testing.assert_allclose(y_hat, hard_y_hat, atol=1e-5)
+    assert float(bits[0]) == pytest.approx(float(hard_bits[0]), rel=1e-6)
+    hard, _ = fit.score(*fixed(batch), rounding, y, z)
+    assert float(terms.value[0]) == pytest.approx(float(hard.value[0]), rel=1e-5)
+    # The densities are about those of the tables.
+    assert float(terms.bpp[0]) == pytest.approx(float(hard.bpp[0]), rel=0.05)
+
+
+def test_latents_answer_for_the_bits_of_later_ones(batch, rounding):
+    y, z = batch.start
+
+    def rate(y, z):
+        terms, _, _ = newton.hard_step_terms(
+            *fixed(batch), y, z, rounding, jnp.zeros_like(y), jnp.int32(0)
+        )
+        return jnp.sum(terms.bpp)
+
+    to_y, to_z = jax.jit(jax.grad(rate, (0, 1)))(y, z)
+    start, stop = batch.codec.config.groups[0], y.shape[-1]
+    to_y = np.asarray(to_y)[0]
+    # What is coded last changes nothing but its own bits.
+    second = checkerboard(*y.shape[1:3], 1)[..., 0]
+    np.testing.assert_array_equal(to_y[second, start:stop], 0)
+    inside = np.zeros(second.shape, bool)
+    inside[:-1] = True
+    assert (to_y[inside & ~second, :start] != 0).mean() > 0.9
+    assert (to_y[inside & ~second, start:stop] != 0).mean() > 0.9
+    np.testing.assert_array_equal(to_y[~inside], 0)
+    assert (np.asarray(to_z) != 0).any()
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.4])
+def test_steps_are_finite(batch, offset):
+    """From latents that are where the coder would put them, and between."""
+    plain = Rounding(jnp.zeros(1))
+    _, y_hat = fit.score(*fixed(batch), plain, *batch.start)
+    state = batch.stepper().state
+    latents = (y_hat + offset, jnp.round(batch.start[1]) + offset)
+    schedule = newton.make_schedule(SETTINGS)
+    part = newton.Schedule(*(values[-1:] for values in schedule))
+    target = batch.target._replace(bpp=batch.target.bpp / 2)
+    log_beta = np.asarray(state.log_beta)
+    made, terms = newton.run_steps(
+        *fixed(batch), target, batch.rng, state._replace(latents=latents), part
+    )
+    for leaf in jax.tree.leaves((made._replace(best=made.best.latents), terms)):
+        assert np.isfinite(np.asarray(leaf)).all()
+    # Too many bits: they become dearer, and these latents are not kept.
+    assert made.log_beta[0] > log_beta[0] + 0.1
+    assert made.best.value[0] == np.inf
+
+
+def test_schedules_end_without_noise():
+    schedule = newton.make_schedule(SETTINGS)
+    assert schedule.trust[0] == pytest.approx(SETTINGS.trust_start)
+    assert schedule.trust[-1] == pytest.approx(SETTINGS.trust_end)
+    assert schedule.temperature[0] == 0.5 and schedule.temperature[-1] == 0
+    alone = newton.make_schedule(dataclasses.replace(SETTINGS, steps=1, noise=0.0))
+    assert alone.temperature[0] == 0 and np.isfinite(np.array(alone)).all()
+
+
+# The command line.
+
+
+def test_commands(mini_codec, mini_model, image, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("in")
+    Image.fromarray(image).save("in/a.png")
+    model = ("--model", str(mini_model))
+    options = ("--gamma", "0", "--method", "newton", *model)
+    command = ["compress", "in/a.png", "a.semlic", "--quality", "0.5", "--refine", "2"]
+    assert cli.main([*command, *options]) == 0
+    settings = refinement.preset(2, gamma=0.0, method="newton")
+    wanted = refinement.refine(mini_codec, image, quality=0.5, settings=settings)
+    with open("a.semlic", "rb") as stream:
+        assert stream.read() == wanted.data
+    command = ["refine", "in", "out", "--bpp", "0.42", "--steps", "2"]
+    assert cli.main([*command, *options]) == 0
+    assert os.path.getsize("out/a.semlic") * 8 <= 0.42 * image.shape[0] * image.shape[1]
+    capsys.readouterr()
+    for command in ("compress", "refine"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        shown = capsys.readouterr().out.replace("\n", " ")
+        assert all(method in shown for method in METHODS)
