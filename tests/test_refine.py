@@ -308,6 +308,7 @@ def test_presets():
     # Relaxed rounding takes more steps, unless their number is said.
     relaxed = refinement.preset("fast", method="sga")
     assert relaxed.method == "sga" and relaxed.steps > 3 * steps[0]
+    assert refinement.preset("fast", method="sga", steps=None) == relaxed
     assert refinement.preset("fast", method="newton").steps == steps[0]
     assert refinement.preset("fast", method="sga", steps=4).steps == 4
     assert refinement.preset(7, method="sga").steps == 7

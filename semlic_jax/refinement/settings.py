@@ -162,6 +162,7 @@ def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
     Raises:
         ValueError: no such preset, or a value out of range.
     """
+    given = {key: value for key, value in changes.items() if value is not None}
     if isinstance(name, str):
         if name not in PRESETS:
             raise ValueError(
@@ -169,13 +170,12 @@ def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
                 f"found {name!r}"
             )
         settings = PRESETS[name]
-        if changes.get("method") not in (None, settings.method):
-            changes = {"steps": _RELAXED_STEPS[name]} | changes
+        if given.get("method", settings.method) != settings.method:
+            given = {"steps": _RELAXED_STEPS[name]} | given
     elif isinstance(name, Settings):
         settings = name
     else:
         settings = dataclasses.replace(PRESETS["default"], steps=int(name))
-    given = {key: value for key, value in changes.items() if value is not None}
     return dataclasses.replace(settings, **given)
 
 
