@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint requirements/ci.txt
 INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 DEMO_OUT ?= demo
+# A file of tests is run by one process; each takes about 3 GB.
+TEST_PROCESSES ?= 2
 NOTEBOOKS_VENV := .venv-notebooks
 NOTEBOOKS_OUT ?= executed
 TFC_VENV := .venv-tfc
@@ -47,7 +49,8 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \
+		$(PYTEST_ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
