@@ -181,7 +181,7 @@ def test_other_models_refuse(converted, codec, photograph):
 def test_refinement_of_a_converted_model(converted, photograph):
     image = photograph(64, 64)
     start = converted.compress(image, quality=0.6)
-    settings = Settings(steps=30, gamma=0.0, chunk_steps=10)
+    settings = Settings(steps=30, method="sga", gamma=0.0, chunk_steps=10)
     refined = refine(converted, image, quality=0.6, settings=settings)
     values = [row["value"] for row in refined.history]
     assert values[-1] < values[0]  # the gradient reaches the latents

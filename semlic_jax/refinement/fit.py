@@ -38,7 +38,6 @@ _BISECTIONS = 9
 _ROUNDS = 3
 # What a stream takes beyond its ideal length differs by at most so many bits.
 _STREAM_BITS = 8
-_GOOD_USE = 0.985
 
 
 class Fitted(NamedTuple):
@@ -132,20 +131,13 @@ def fit_files(
 
     values = decoded_values(codec, static, frozen, images, weights, files)
     fitted = []
-    for i, own in enumerate(values):
+    for own in values:
         candidates = [_Candidate(*pair) for pair in own.items()]
         start = candidates[0]
-        best = _choose(candidates, budgets[i])
+        # The unrefined file is one of them, so that this is never worse.
+        best = min(candidates, key=lambda candidate: candidate.value)
         fitted.append(Fitted(best.data, best.value, start.value))
     return fitted
-
-
-def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
-    """The best of those that use the budget well, if not worse than the first."""
-    start = candidates[0]
-    better = [c for c in candidates if c.value <= start.value]
-    good = [c for c in better if len(c.data) >= _GOOD_USE * budget]
-    return min(good or better, key=lambda c: c.value)
 
 
 def decoded_values(
