@@ -61,7 +61,7 @@ class Settings:
     steps: int = 30
     method: str = "newton"
     alpha: float = 0.01
-    gamma: float = 1.0
+    gamma: float = 0.25
     beta: float | None = None
     style: float = 0.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
