@@ -80,7 +80,7 @@ def test_configs_are_complete_and_say_how_to_run_them(name, tmp_path):
 
 def test_ablations_change_one_stage_in_one_way():
     changes = runpy.run_path(str(CONFIGS / "ablations.py"))["ABLATIONS"]
-    full = load("small").to_dict()
+    full, large = load("small").to_dict(), load("hific").to_dict()
     for name, change in changes.items():
         found = load("ablations", name).to_dict()
         read_settings(found)
@@ -89,6 +89,9 @@ def test_ablations_change_one_stage_in_one_way():
         assert found == {k: v for k, v in full.items() if k != "perceptual"}
         for group, values in change.items():
             assert any(expected[group][key] != value for key, value in values.items())
+            for key, value in values.items():
+                everywhere = [base["perceptual"][group][key] for base in (full, large)]
+                assert any(base_value != value for base_value in everywhere)
             expected[group].update(values)
         assert stage == expected
     assert set(changes) >= {
