@@ -190,6 +190,27 @@ def test_the_best_is_kept_as_it_was(batch):
     assert values == sorted(values, reverse=True) and len(set(values)) > 2
 
 
+def test_with_a_trunk_the_latest_is_kept(mini_codec, image):
+    """A view with low distances must not hold what later steps have bettered."""
+    settings = dataclasses.replace(PERCEPTUAL, noise=0.0)
+    batch = new_batch(mini_codec, image, settings)
+    stepper, worse = batch.stepper(), 0
+    before = stepper.state
+    for _ in range(SETTINGS.steps):
+        latents, value = before.latents, float(before.best.value[0])
+        latents = jax.tree.map(np.asarray, latents)
+        taken_bpp = stepper(1)
+        best = stepper.state.best
+        if taken_bpp[0] <= float(batch.target.bpp[0]):
+            for kept, seen in zip(best.latents, latents, strict=True):
+                np.testing.assert_array_equal(kept, seen)
+            worse += float(best.value[0]) > value
+        else:
+            assert float(best.value[0]) == value
+        before = stepper.state
+    assert worse  # else the test shows nothing
+
+
 # The curvature.
 
 

@@ -88,6 +88,9 @@ class Schedule(NamedTuple):
 class Best(NamedTuple):
     """The best latents within the budget, and how they were rounded.
 
+    With perceptual terms they are the latest: they converge, and only steps that see
+    the same can be compared.
+
     Attributes:
         value: of the objective, [B]; infinite before any are found.
         latents: y and z.
@@ -299,10 +302,11 @@ def run_steps(
 
         gradients, (terms, y_hat) = jax.grad(loss, (0, 1), has_aux=True)(y, z)
         allowed = (terms.bpp <= target.bpp) & (now.temperature == 0)
+        # The trunk sees another view in each step: values of two steps say nothing.
+        comparable = not static.perceptual
+        better = (terms.value < state.best.value) if comparable else True
         best = pick(
-            allowed & (terms.value < state.best.value),
-            Best(terms.value, state.latents, stiff),
-            state.best,
+            allowed & better, Best(terms.value, state.latents, stiff), state.best
         )
         excess = rate_excess(terms, target)
         goal = y_hat - gradients[0] / state.curvature
