@@ -213,6 +213,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     codec = semlic_jax.load(options.model)
     settings = refinement.preset(
         options.steps,
+        method="sga",  # what the loop in PyTorch does
         gamma=0.0 if options.features is None else None,
         features=options.features,
         dtype=options.dtype,
