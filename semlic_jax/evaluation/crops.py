@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same details of photographs as several codecs show them, at equal rates.
+
+    python -m semlic_jax.evaluation.crops face.png:200,40,192,192 sky.jpg:0,0,192,192 \\
+        --codecs avif,semlic,semlic+refine:default --bpp 0.15 --out crops.png
+
+A row for each detail, the original first, every pixel as it is. Each photograph is
+coded as a whole; the rate under a detail is that of its file, the PSNR of the detail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from semlic_jax.evaluation.demo import psnr_db
+from semlic_jax.evaluation.entrants import Entrant, entrants
+from semlic_jax.evaluation.studies import Progress, run_study
+from semlic_jax.images import (
+    check_outputs,
+    check_suffix,
+    encode_image,
+    read_photograph,
+    write_file,
+)
+
+_CODECS = "avif,semlic,semlic+refine:default"
+_MARGIN = 12
+_GAP = 8
+_LABEL_HEIGHT = 40
+_GROUND = (18, 20, 24)
+_INK = (238, 240, 243)
+_FAINT = (150, 156, 166)
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A part of a photograph: `path`, and left, top, width and height in pixels."""
+
+    path: Path
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @classmethod
+    def parse(cls, text: str) -> Detail:
+        """From `PATH:x,y,width,height`.
+
+        Raises:
+          ValueError: it is of another form.
+        """
+        path, _, box = text.rpartition(":")
+        try:
+            left, top, width, height = (int(number) for number in box.split(","))
+        except ValueError:
+            path = ""
+        if not path or min(left, top) < 0 or min(width, height) < 1:
+            raise ValueError(f"expected PHOTO:x,y,width,height, found {text!r}")
+        return cls(Path(path), left, top, width, height)
+
+    def of(self, image: np.ndarray) -> np.ndarray:
+        """This part of an image [H, W, 3].
+
+        Raises:
+          ValueError: the image ends before.
+        """
+        bottom, right = self.top + self.height, self.left + self.width
+        if bottom > image.shape[0] or right > image.shape[1]:
+            raise ValueError(
+                f"expected a part of {self.path.name}, {image.shape[1]} x "
+                f"{image.shape[0]}, found one that reaches to {right}, {bottom}"
+            )
+        return image[self.top : bottom, self.left : right]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    image: np.ndarray | None
+    title: str
+    facts: str
+
+
+def crops(
+    details: Sequence[Detail],
+    out: Path,
+    *,
+    codecs: Sequence[str] = tuple(_CODECS.split(",")),
+    bpp: float = 0.15,
+    model: str = "small",
+    force: bool = False,
+    progress: Progress = lambda text: None,
+) -> list[Path]:
+    """Writes the picture.
+
+    Args:
+      details: of photographs.
+      out: .png, .jpg or .webp.
+      codecs: as in `entrants.py`.
+      bpp: of whole files, at most.
+      model: of the codecs that name none.
+      force: replaces a picture that exists.
+      progress: is told what is being done.
+
+    Returns:
+      the picture's path.
+
+    Raises:
+      ValueError: a photograph cannot be read, or a detail is not in it.
+    """
+    check_outputs([out], force=force)
+    check_suffix(out.suffix)
+    photographs = {d.path: read_photograph(d.path).pixels for d in details}
+    for detail in details:
+        detail.of(photographs[detail.path])
+    contestants = entrants(codecs, model=model)
+    shown: dict[tuple[Path, str], tuple[np.ndarray | None, str]] = {}
+    for path, pixels in photographs.items():
+        for entrant in contestants:
+            progress(f"{path.name}, {entrant.label}")
+            shown[path, entrant.key] = _decoded(entrant, pixels, bpp)
+    rows = []
+    for detail in details:
+        part = detail.of(photographs[detail.path])
+        row = [_Cell(part, "original", detail.path.name)]
+        for entrant in contestants:
+            image, facts = shown[detail.path, entrant.key]
+            made = None if image is None else detail.of(image)
+            if made is not None:
+                facts += f", {psnr_db(part, made):.2f} dB"
+            row.append(_Cell(made, entrant.label, facts))
+        rows.append(row)
+    picture = np.asarray(_draw(rows))
+    write_file(out, encode_image(picture, out.suffix), force=force)
+    return [out]
+
+
+def _decoded(
+    entrant: Entrant, pixels: np.ndarray, bpp: float
+) -> tuple[np.ndarray | None, str]:
+    """What a codec's file shows and its rate, or why there is none."""
+    try:
+        data = entrant.fitter(pixels)(bpp).data
+    except ValueError as error:
+        return None, str(error)
+    rate = 8 * len(data) / (pixels.shape[0] * pixels.shape[1])
+    return entrant.decode(data), f"{len(data):,} bytes, {rate:.3f} bpp"
+
+
+def _draw(rows: Sequence[Sequence[_Cell]]) -> Image.Image:
+    originals = [row[0].image for row in rows]
+    heights = [image.shape[0] for image in originals if image is not None]
+    column = max(image.shape[1] for image in originals if image is not None)
+    column = max(column, 216)  # room for the facts
+    columns = len(rows[0])
+    width = 2 * _MARGIN + columns * column + (columns - 1) * _GAP
+    height = 2 * _MARGIN + sum(heights) + len(rows) * _LABEL_HEIGHT
+    picture = Image.new("RGB", (width, height), _GROUND)
+    draw = ImageDraw.Draw(picture)
+    y = _MARGIN
+    for row, row_height in zip(rows, heights, strict=True):
+        for index, cell in enumerate(row):
+            x = _MARGIN + index * (column + _GAP)
+            draw.text((x, y), cell.title, _INK, font=ImageFont.load_default(14))
+            at = (x, y + 18)
+            draw.text(at, cell.facts, _FAINT, font=ImageFont.load_default(11))
+            if cell.image is not None:
+                picture.paste(Image.fromarray(cell.image), (x, y + _LABEL_HEIGHT - 4))
+        y += row_height + _LABEL_HEIGHT
+    return picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws the picture; returns the exit status, 1 for a refusal."""
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.evaluation.crops",
+        description="Details of photographs as several codecs show them.",
+    )
+    parser.add_argument("details", nargs="+", metavar="PHOTO:x,y,width,height")
+    parser.add_argument("--codecs", default=_CODECS)
+    parser.add_argument("--bpp", type=float, default=0.15)
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--out", type=Path, default=Path("crops.png"))
+    parser.add_argument("--force", action="store_true", help="replace the picture")
+    options = parser.parse_args(argv)
+
+    def work(progress: Progress) -> list[Path]:
+        return crops(
+            [Detail.parse(text) for text in options.details],
+            options.out,
+            codecs=options.codecs.split(","),
+            bpp=options.bpp,
+            model=options.model,
+            force=options.force,
+            progress=progress,
+        )
+
+    return run_study("crops", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
