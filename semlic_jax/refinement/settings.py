@@ -61,7 +61,7 @@ class Settings:
     steps: int = 30
     method: str = "newton"
     alpha: float = 0.01
-    gamma: float = 0.25
+    gamma: float = 0.5
     beta: float | None = None
     style: float = 0.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
