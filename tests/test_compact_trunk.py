@@ -195,7 +195,9 @@ def test_sweeps_measure_it_where_no_other_is_given(monkeypatch, tmp_path, pixels
     assert measures.features(x, "compact").shape[1] == 224
 
 
-def test_refinement_takes_it_where_no_other_is_given(monkeypatch):
-    monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
-    assert preset("fast").load_features().name == "compact"
+def test_refinement_takes_it_where_no_other_is_given(monkeypatch, tmp_path):
+    # Not where metrics find theirs, either: files would depend on it unseen.
+    for value in ("", str(tmp_path)):
+        monkeypatch.setenv("SEMLIC_FEATURES", value)
+        assert preset("fast").load_features().name == "compact"
     assert preset("fast", gamma=0).load_features() is None

@@ -6,8 +6,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,11 +19,19 @@ from semlic_jax import cli
 from semlic_jax.evaluation import measures as measures_module
 from semlic_jax.evaluation.codecs import classical_codec
 from semlic_jax.evaluation.demo import psnr_db
-from semlic_jax.evaluation.entrants import ClassicalEntrant, RateSearch, entrants
+from semlic_jax.evaluation.entrants import (
+    ClassicalEntrant,
+    RateSearch,
+    RefinedEntrant,
+    entrants,
+    refinement_identity,
+)
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.results import read_results
 from semlic_jax.evaluation.sweep import Journal, check_rates, run_sweep
+from semlic_jax.objectives.features import FeatureNetwork
+from semlic_jax.refinement import preset
 
 RATES = [1.5, 2.0, 3.0]
 
@@ -472,6 +482,20 @@ def test_codecs_given_twice(tiny_model):
         entrants(["jpeg", "jpeg"])
     with pytest.raises(ValueError, match="two models are called semlic:tiny"):
         entrants([f"semlic:{tiny_model}", f"semlic:{tiny_model.parent}/./tiny.npz"])
+
+
+def test_refined_files_are_of_their_feature_network_too(codec):
+    """Kept files of other weights must not be taken for those of today's."""
+    settings = preset("fast")
+    identity = refinement_identity(codec, settings)
+    assert RefinedEntrant("refined", codec, "fast").identity == identity
+    assert refinement_identity(codec, replace(settings, gamma=0.0)) != identity
+    trunk = settings.load_features()
+    same = replace(settings, features=trunk)
+    assert refinement_identity(codec, same) == identity
+    other = FeatureNetwork(jax.tree.map(lambda w: w + 1, trunk.params), trunk.module)
+    changed = replace(settings, features=other)
+    assert refinement_identity(codec, changed) != identity
 
 
 def test_models_by_name_and_path(tiny_model, codec, photograph):

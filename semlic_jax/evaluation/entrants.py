@@ -17,10 +17,10 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL
@@ -249,7 +249,7 @@ class RefinedEntrant:
         self.codec = codec
         self._settings = refinement.preset(refine)
         self.key, self.label = key, label or key
-        self.identity = f"{model_identity(codec)}, {self._settings}"
+        self.identity = refinement_identity(codec, self._settings)
 
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
         def fit(bpp: float) -> Encoded:
@@ -267,15 +267,28 @@ class RefinedEntrant:
 
 def model_identity(codec: Codec) -> str:
     """Names a model by all its numbers, not only those that its files depend on."""
-    import jax
-
-    digest = hashlib.sha256(codec.fingerprint)
-    for leaf in jax.tree.leaves(codec.params):
-        digest.update(np.asarray(leaf).tobytes())
+    digest = _digest(codec.params, codec.fingerprint)
     return (
         f"semlic_jax {semlic_jax.__version__}, format "
-        f"{semlic_jax.BITSTREAM_VERSION}, model {digest.hexdigest()[:16]}"
+        f"{semlic_jax.BITSTREAM_VERSION}, model {digest}"
     )
+
+
+def refinement_identity(codec: Codec, settings: Settings) -> str:
+    """Names all that a refined file depends on: model, settings, feature network."""
+    network = settings.load_features()
+    named = "none" if network is None else f"{network.name} {_digest(network.params)}"
+    settings = replace(settings, features=None)
+    return f"{model_identity(codec)}, {settings}, features {named}"
+
+
+def _digest(params: Any, start: bytes = b"") -> str:
+    import jax
+
+    digest = hashlib.sha256(start)
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def entrants(names: Sequence[str], *, model: str = "small") -> list[Entrant]:

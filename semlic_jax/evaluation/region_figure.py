@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import semlic_jax
-from semlic_jax.evaluation.entrants import model_identity
+from semlic_jax.evaluation.entrants import refinement_identity
 from semlic_jax.evaluation.plots import write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
 from semlic_jax.images import read_photograph, write_file
@@ -115,7 +115,8 @@ def refined_file(
       bpp: rate of the file.
       settings: of the refinement.
     """
-    digest = hashlib.sha256(f"{model_identity(codec)} {bpp:g} {settings}".encode())
+    identity = refinement_identity(codec, settings)
+    digest = hashlib.sha256(f"{identity} {bpp:g}".encode())
     digest.update(pixels.tobytes())
     if region is not None:
         text = f"{region.variant} {region.foreground!r} {region.background!r}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from semlic_jax.objectives.features import FeatureNetwork, load_features
+from semlic_jax.objectives.features import PACKAGED, FeatureNetwork, load_features
 from semlic_jax.refinement.sga import METHODS as RELAXED
 from semlic_jax.refinement.sga import check_method, temperatures
 
@@ -38,7 +38,8 @@ class Settings:
         beta: multiplier of the rate (per bit per pixel) to start with; None takes the
             slope of the unrefined files.
         style: weight of the style within the perceptual terms.
-        features: the trunk, or where its weights are (`load_features`).
+        features: the trunk, or where its weights are (`load_features`); None takes the
+            packaged one.
         learning_rate: Adam's, in steps of the quantiser.
         decay: share of the steps at the end over which the learning rate falls to 0.
         temperature_start, temperature_end, temperature_hold: see `sga.temperatures`.
@@ -131,9 +132,10 @@ class Settings:
             return None
         if isinstance(self.features, FeatureNetwork):
             return self.features
-        path = None if self.features is None else os.fspath(self.features)
+        if self.features is None:  # whatever the environment names for metrics
+            return load_features(name=PACKAGED)
         try:
-            return load_features(path)
+            return load_features(os.fspath(self.features))
         except ValueError as error:
             raise ValueError(
                 f"{error}; or refine for PSNR alone, with gamma 0"
