@@ -458,6 +458,24 @@ def test_steps_are_finite(batch, offset):
     assert made.best.value[0] == np.inf
 
 
+def test_steps_are_short_where_the_curvature_is_far_too_small(batch):
+    state = batch.stepper().state
+    state = state._replace(curvature=1e-4 * state.curvature)
+    stiffness = newton.stiffness(
+        state.curvature, state.log_beta, batch.images, SETTINGS.kappa
+    )
+    rounding = Rounding(jnp.zeros(1), stiffness)
+    _, y_hat = fit.score(*fixed(batch), rounding, *state.latents)
+    schedule = newton.make_schedule(SETTINGS)
+    part = newton.Schedule(*(values[-1:] for values in schedule))
+    part = part._replace(trust=np.ones(1, np.float32))
+    assert part.temperature[0] == 0
+    made, _ = newton.run_steps(*fixed(batch), batch.target, batch.rng, state, part)
+    farthest = np.abs(np.asarray(made.latents[0] - y_hat))
+    assert farthest.max() == pytest.approx(1.0, abs=1e-4)
+    assert (farthest > 0.999).mean() > 0.1
+
+
 def test_schedules_end_without_noise():
     schedule = newton.make_schedule(SETTINGS)
     assert schedule.trust[0] == pytest.approx(SETTINGS.trust_start)

@@ -3,7 +3,8 @@
 
 Every step decodes whole numbers, as a decoder would. A latent y is where its symbol
 should be: with the gradient g of the objective to y_hat, and its curvature H, the
-minimum of the local parabola is at y_hat - g / H, and y moves a part of the way there.
+minimum of the local parabola is at y_hat - g / H, and y moves a part of the way there,
+with g / H within one step of the quantiser.
 The symbol is the whole number r of the least
 
     kappa / 2 * H * (r - v)^2 + beta * bits(r) / pixels,    v = y - mean
@@ -63,6 +64,10 @@ _B1, _B2 = 0.9, 0.99
 _STEEPEST = 4.0  # largest move of z, in learning rates
 _NOISY = 0.8  # share of the steps with noise
 _FLATTEST = 1e-3  # of the mean curvature
+# The smoothed curvature is far too small at some places. Unbounded, latents there ran
+# away in the first steps, and the others were spent on bringing them back: a few of the
+# files of Kodak gained nothing.
+_FARTHEST = 1.0  # from a symbol to the minimum, in steps of the quantiser
 
 
 class Schedule(NamedTuple):
@@ -309,7 +314,8 @@ def run_steps(
             allowed & better, Best(terms.value, state.latents, stiff), state.best
         )
         excess = rate_excess(terms, target)
-        goal = y_hat - gradients[0] / state.curvature
+        newton_step = gradients[0] / state.curvature
+        goal = y_hat - jnp.clip(newton_step, -_FARTHEST, _FARTHEST)
         y = y + now.trust * (goal - y)
         first = _B1 * state.first + (1 - _B1) * gradients[1]
         second = _B2 * state.second + (1 - _B2) * jnp.square(gradients[1])
