@@ -60,7 +60,7 @@ class Progress(NamedTuple):
     Attributes:
         step, steps: done, and in all.
         bpp: payload bits per pixel of the rounded latents of each image, float [B].
-            Of the method `newton`, those of the best so far within the budget.
+            Of the method `newton`, those that the files would be made of now.
         value: the objective of each image, float [B].
     """
 
@@ -301,14 +301,23 @@ class Batch:
         return hard
 
     def _keep_within_budget(self, state: newton.State) -> Any:
-        """Keeps the best within the budget, or else the last; their `Terms`."""
-        best = state.best
+        """Keeps the best within the budget or the last latents; their `Terms`."""
+        last, best = self._rounding(state), state.best
+        self.best, self.best_rounding = state.latents, last
+        self.best_terms = self._score(state.latents, self.images, last)
         found = np.isfinite(np.asarray(best.value))
-        self.best = pick(found, best.latents, state.latents)
-        last = self._rounding(state)
-        rounding = last._replace(stiffness=best.stiffness)
-        self.best_rounding = pick(found, rounding, last)
-        self.best_terms = self._score(self.best, self.images, self.best_rounding)
+        if found.any():
+            rounding = last._replace(stiffness=best.stiffness)
+            terms = self._score(best.latents, self.images, rounding)
+            beta = np.exp(np.asarray(state.log_beta))
+            found &= self._lagrangian(terms, beta) <= self._lagrangian(
+                self.best_terms, beta
+            )
+            self.best = pick(found, best.latents, self.best)
+            self.best_rounding = pick(found, rounding, last)
+            self.best_terms = jax.tree.map(
+                partial(np.where, found), terms, self.best_terms
+            )
         return self.best_terms
 
     def stepper(self) -> Stepper:

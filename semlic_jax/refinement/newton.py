@@ -93,8 +93,8 @@ class Schedule(NamedTuple):
 class Best(NamedTuple):
     """The best latents within the budget, and how they were rounded.
 
-    With perceptual terms they are the latest: they converge, and only steps that see
-    the same can be compared.
+    None are kept with perceptual terms: the trunk sees another view in each step, so
+    values of two steps say nothing, and the last latents are the ones to take.
 
     Attributes:
         value: of the objective, [B]; infinite before any are found.
@@ -306,13 +306,11 @@ def run_steps(
             return total, (terms._replace(bpp=coded_bpp), y_hat)
 
         gradients, (terms, y_hat) = jax.grad(loss, (0, 1), has_aux=True)(y, z)
-        allowed = (terms.bpp <= target.bpp) & (now.temperature == 0)
-        # The trunk sees another view in each step: values of two steps say nothing.
-        comparable = not static.perceptual
-        better = (terms.value < state.best.value) if comparable else True
-        best = pick(
-            allowed & better, Best(terms.value, state.latents, stiff), state.best
-        )
+        best = state.best
+        if not static.perceptual:
+            allowed = (terms.bpp <= target.bpp) & (now.temperature == 0)
+            found = Best(terms.value, state.latents, stiff)
+            best = pick(allowed & (terms.value < best.value), found, best)
         excess = rate_excess(terms, target)
         newton_step = gradients[0] / state.curvature
         goal = y_hat - jnp.clip(newton_step, -_FARTHEST, _FARTHEST)

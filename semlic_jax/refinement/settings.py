@@ -59,7 +59,7 @@ class Settings:
         dtype: that g_s computes in.
     """
 
-    steps: int = 30
+    steps: int = 20
     method: str = "newton"
     alpha: float = 0.01
     gamma: float = 0.5
@@ -143,8 +143,8 @@ class Settings:
 
 
 PRESETS: dict[str, Settings] = {
-    "fast": Settings(steps=15),
-    "default": Settings(steps=30),
+    "fast": Settings(steps=10),
+    "default": Settings(steps=20),
     "best": Settings(steps=120, noise=1.0),
 }
 
