@@ -33,7 +33,8 @@ def test_details_are_shown_as_they_are(tmp_path, photo, capsys):
     y += 48 + crops._LABEL_HEIGHT
     np.testing.assert_array_equal(picture[y : y + 80, x : x + 64], original[:80, :64])
     # The others: like them, but not them.
-    x += 216 + crops._GAP
+    width = (picture.shape[1] - 2 * crops._MARGIN - 2 * crops._GAP) // 3
+    x += width + crops._GAP
     made = picture[y : y + 80, x : x + 64].astype(float)
     assert 0 < np.abs(made - original[:80, :64]).mean() < 40
     # Nothing is lost unasked.
@@ -43,10 +44,18 @@ def test_details_are_shown_as_they_are(tmp_path, photo, capsys):
 
 
 def test_a_rate_that_is_not_reached_is_said(tmp_path, photo):
+    pixels = np.asarray(Image.open(photo))
+    (jpeg,) = crops.entrants(["jpeg"])
+    image, facts = crops._decoded(jpeg, pixels, 0.01)
+    assert image is None and "its smallest file of this image takes" in facts
     out = tmp_path / "crops.png"
-    detail = crops.Detail.parse(f"{photo}:0,0,64,64")
+    detail = crops.Detail.parse(f"{photo}:0,0,120,90")
     crops.crops([detail], out, codecs=["jpeg"], bpp=0.01)
-    assert out.exists()
+    made = np.asarray(Image.open(out))
+    cell = made[crops._MARGIN + 18 :, crops._MARGIN + 120 + crops._GAP :]
+    ink = (cell != crops._GROUND).any(axis=(1, 2))
+    assert ink[:40].any() and not ink[70:].any()  # said, and nothing shown
+    assert (cell[:, -4:] == crops._GROUND).all()  # within its column
 
 
 @pytest.mark.parametrize(

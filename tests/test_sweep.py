@@ -496,6 +496,8 @@ def test_refined_files_are_of_their_feature_network_too(codec):
     other = FeatureNetwork(jax.tree.map(lambda w: w + 1, trunk.params), trunk.module)
     changed = replace(settings, features=other)
     assert refinement_identity(codec, changed) != identity
+    fewer = replace(settings, features=trunk.replace(taps=trunk.taps[:2]))
+    assert refinement_identity(codec, fewer) != identity
 
 
 def test_models_by_name_and_path(tiny_model, codec, photograph):

@@ -30,7 +30,7 @@ def stops_when_asked() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        say("\nstopping with the best so far; once more to stop at once")
+        say("\nstopping with what is reached; once more to stop at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -5,13 +5,15 @@
         --codecs avif,semlic,semlic+refine:default --bpp 0.15 --out crops.png
 
 A row for each detail, the original first, every pixel as it is. Each photograph is
-coded as a whole; the rate under a detail is that of its file, the PSNR of the detail.
+coded as a whole; the rate over a detail is that of its file, the PSNR of the detail.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +114,8 @@ def crops(
       the picture's path.
 
     Raises:
-      ValueError: a photograph cannot be read, or a detail is not in it.
+      ValueError: a photograph cannot be read, a detail is not in it, a codec is
+        unknown or not there, or `out` exists or is of no kind that can be written.
     """
     check_outputs([out], force=force)
     check_suffix(out.suffix)
@@ -148,7 +151,7 @@ def _decoded(
     try:
         data = entrant.fitter(pixels)(bpp).data
     except ValueError as error:
-        return None, str(error)
+        return None, " ".join(str(error).split())
     rate = 8 * len(data) / (pixels.shape[0] * pixels.shape[1])
     return entrant.decode(data), f"{len(data):,} bytes, {rate:.3f} bpp"
 
@@ -157,7 +160,9 @@ def _draw(rows: Sequence[Sequence[_Cell]]) -> Image.Image:
     originals = [row[0].image for row in rows]
     heights = [image.shape[0] for image in originals if image is not None]
     column = max(image.shape[1] for image in originals if image is not None)
-    column = max(column, 216)  # room for the facts
+    small = ImageFont.load_default(11)
+    texts = [cell.facts for row in rows for cell in row if cell.image is not None]
+    column = max(column, *(math.ceil(small.getlength(text)) for text in texts))
     columns = len(rows[0])
     width = 2 * _MARGIN + columns * column + (columns - 1) * _GAP
     height = 2 * _MARGIN + sum(heights) + len(rows) * _LABEL_HEIGHT
@@ -168,10 +173,12 @@ def _draw(rows: Sequence[Sequence[_Cell]]) -> Image.Image:
         for index, cell in enumerate(row):
             x = _MARGIN + index * (column + _GAP)
             draw.text((x, y), cell.title, _INK, font=ImageFont.load_default(14))
-            at = (x, y + 18)
-            draw.text(at, cell.facts, _FAINT, font=ImageFont.load_default(11))
             if cell.image is not None:
+                draw.text((x, y + 18), cell.facts, _FAINT, font=small)
                 picture.paste(Image.fromarray(cell.image), (x, y + _LABEL_HEIGHT - 4))
+            else:  # why not, in the place of the picture
+                lines = textwrap.fill(cell.facts, max(column // 7, 8))
+                draw.text((x, y + 18), lines, _FAINT, font=small)
         y += row_height + _LABEL_HEIGHT
     return picture
 

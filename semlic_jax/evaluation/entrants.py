@@ -275,11 +275,21 @@ def model_identity(codec: Codec) -> str:
 
 
 def refinement_identity(codec: Codec, settings: Settings) -> str:
-    """Names all that a refined file depends on: model, settings, feature network."""
+    """Names all that a refined file depends on: model, settings, feature network.
+
+    Raises:
+      ValueError: there are no such weights of a feature network.
+    """
+    from semlic_jax.refinement.settings import REVISION
+
     network = settings.load_features()
-    named = "none" if network is None else f"{network.name} {_digest(network.params)}"
+    named = "none"
+    if network is not None:
+        named = f"{network.module!r} {_digest(network.params)}"
     settings = replace(settings, features=None)
-    return f"{model_identity(codec)}, {settings}, features {named}"
+    return (
+        f"{model_identity(codec)}, refinement {REVISION}, {settings}, features {named}"
+    )
 
 
 def _digest(params: Any, start: bytes = b"") -> str:

@@ -181,7 +181,8 @@ def figure5(
     """Refinement with several weights: PSNR against the Fréchet distance.
 
     Args:
-      images, out, weights, patch_side, progress: see `rd`.
+      images, out, patch_side, progress: see `rd`.
+      weights: see `rd`; where given, of the network that is refined for, too.
       model: name or path.
       bpp: rate of all files.
       refine: preset or steps, whose weights are varied.

@@ -152,6 +152,8 @@ def settings_study(
     Returns:
       the table of all trials, the table of their means, and a plot.
     """
+    from semlic_jax.refinement.settings import REVISION
+
     objectives = {name: _objective(settings) for name, settings in tries.items()}
     crops = [
         _Crop(path.name, _middle(path, crop), bpp[i % len(bpp)])
@@ -176,7 +178,8 @@ def settings_study(
                 ladder = _ladder(codec, own.pixels, settings)
                 journal.put(ladder_key, ladder)
             plain = dataclasses.replace(settings, features=None)
-            key = f"{identity} {plain} {objectives[name]} {own.bpp:g} {image}"
+            made = f"{identity} refinement {REVISION} {plain}"
+            key = f"{made} {objectives[name]} {own.bpp:g} {image}"
             record = journal.get(key)
             if record is None:
                 progress(f"{done}: {own.name} with {name}")

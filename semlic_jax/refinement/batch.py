@@ -9,8 +9,9 @@ through the fake-quantised twin of the entropy networks: Adam through a relaxed 
 (`steps.py`, `sga.py`) or Newton steps between whole numbers (`newton.py`). The
 multiplier of the rate follows by dual ascent: it rises while an image takes more than
 its budget and falls while it takes less. After each chunk of steps the rounded latents
-are scored with the coder's tables and the best are kept. `fit.py` then makes the files
-with the real coder.
+are scored with the coder's tables. Of a relaxed rounding the best are kept; of Newton
+steps the last, or for PSNR the best within the budget where that is better. `fit.py`
+then makes the files with the real coder.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ Array = jax.Array
 # The relaxed rate is steered to slightly above the budget: what little is too much can
 # be cut off well, what is missing cannot be filled up as well.
 _AIM = 1.003
-# Newton steps keep what is within the budget as it is; streams take a few bits more
-# than their ideal length. Half of the payload at most, where that is hardly anything.
+# Newton steps aim a little below the budget: streams take a few bits more than their
+# ideal length. Half of the payload at most, where that is hardly anything.
 _SPARE_BITS = 12
 _LEVEL_PROBE = 16
 # How fast the weight of the error falls with the strictness of rounding.
@@ -94,7 +95,7 @@ _original_taps = jax.jit(original_taps)
 
 
 class Batch:
-    """One batch from start to end; what is fixed, and the best so far."""
+    """One batch from start to end; what is fixed, and what the files are made of."""
 
     def __init__(
         self,
@@ -301,7 +302,11 @@ class Batch:
         return hard
 
     def _keep_within_budget(self, state: newton.State) -> Any:
-        """Keeps the best within the budget or the last latents; their `Terms`."""
+        """Keeps the best within the budget, or the last latents; their `Terms`.
+
+        Whichever has the lower Lagrangian; the last ones where no best was found, as
+        with perceptual terms.
+        """
         last, best = self._rounding(state), state.best
         self.best, self.best_rounding = state.latents, last
         self.best_terms = self._score(state.latents, self.images, last)

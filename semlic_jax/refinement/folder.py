@@ -28,7 +28,7 @@ from PIL import Image
 from semlic_jax.images import Photograph, read_photograph, write_file
 from semlic_jax.refinement.batch import Progress, Refined
 from semlic_jax.refinement.refine import refine_batch
-from semlic_jax.refinement.settings import Settings
+from semlic_jax.refinement.settings import REVISION, Settings
 
 SUFFIX = ".semlic"
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
@@ -121,8 +121,8 @@ def refine_folder(
             skipped.
         force: replace files that this command did not make, or made otherwise.
         progress: called after each chunk of steps; it stops the run by returning
-            False, and the files of that batch are the best so far. They are refined
-            again by the next run.
+            False, and the files of that batch are what is reached by then. They are
+            refined again by the next run.
 
     Raises:
         ValueError: two images would have one file, a file is there that was not made
@@ -389,7 +389,7 @@ def _as_text(settings: Settings) -> str:
         digest.update(repr(network.module).encode())
         for leaf in jax.tree.leaves(network.params):
             digest.update(np.asarray(leaf).tobytes())
-    return f"{replace(settings, features=None)} {digest.hexdigest()}"
+    return f"{REVISION} {replace(settings, features=None)} {digest.hexdigest()}"
 
 
 def _task_of(task: str, pixels: np.ndarray) -> str:

@@ -94,7 +94,7 @@ class Best(NamedTuple):
     """The best latents within the budget, and how they were rounded.
 
     None are kept with perceptual terms: the trunk sees another view in each step, so
-    values of two steps say nothing, and the last latents are the ones to take.
+    values of two steps cannot be compared, and the last latents are the ones to take.
 
     Attributes:
         value: of the objective, [B]; infinite before any are found.
@@ -115,7 +115,7 @@ class State(NamedTuple):
         first, second: Adam's moments of z, shaped like it.
         curvature: H, [B, h, w, M].
         log_beta: [B].
-        best: so far.
+        best: so far; as it was at the start with perceptual terms.
     """
 
     latents: Latents

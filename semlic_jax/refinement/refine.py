@@ -49,7 +49,7 @@ def refine(
         region: what matters in the image.
         icc_profile: stored in the file.
         progress: called after each chunk of steps; it stops the refinement by
-            returning False, and the best so far becomes the file.
+            returning False, and what is reached by then becomes the file.
 
     Raises:
         ValueError: as `Codec.compress`, and for a region of another size or

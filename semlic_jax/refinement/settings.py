@@ -15,6 +15,8 @@ from semlic_jax.refinement.sga import METHODS as RELAXED
 from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
+# Counts up when the same settings give other files: kept files are named by it.
+REVISION = 1
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
