@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,10 +29,6 @@ DATA, MODEL = "data", "model"
 
 # Exit status of a process whose run was broken by another one: EX_TEMPFAIL.
 LOST_STATUS = 75
-
-
-class LostProcessError(ValueError):
-    """The processes of a run can no longer work together."""
 
 
 def start_processes(
@@ -88,24 +84,26 @@ def start_processes(
 def stops_with_the_others() -> Iterator[None]:
     """Ends this process at once, with status `LOST_STATUS`, where a collective failed.
 
-    Raises:
-        LostProcessError: instead of what the runtime says of the lost connection.
+    Nothing runs between saying so and leaving: the usual way out joins threads first,
+    and on a busy machine JAX, missing the others' heartbeats, aborts before its end.
     """
     try:
         yield
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        broken = _is_broken_collective(error)
+        if _is_broken_collective(error):
+            print(
+                f"semlic: process {jax.process_index()} of {jax.process_count()} "
+                "cannot go on without the others: start all of them again with the "
+                "same command to go on from the last checkpoint "
+                f"({' '.join(str(error).split())[:200]})",
+                file=sys.stderr,
+            )
+            _leave(LOST_STATUS)
         # At its exit JAX waits for the processes that are gone, for minutes.
-        atexit.register(_leave, LOST_STATUS if broken else 1)
-        if not broken:
-            raise
-        raise LostProcessError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on "
-            "without the others: start all of them again with the same command to go "
-            f"on from the last checkpoint ({' '.join(str(error).split())[:200]})"
-        ) from error
+        atexit.register(_leave, 1)
+        raise
 
 
 def _is_broken_collective(error: BaseException | None) -> bool:
@@ -116,7 +114,7 @@ def _is_broken_collective(error: BaseException | None) -> bool:
     return False
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
