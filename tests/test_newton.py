@@ -11,20 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from small_trunk import load_small_trunk
 
 from semlic_jax import cli, refinement
 from semlic_jax.model.context import checkerboard
+from semlic_jax.objectives.metrics import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.objective import (
+    Images,
     Rounding,
     chosen_symbols,
+    equal_weights,
     hard_latents,
     image_terms,
     objective_residuals,
     reconstruct,
+    structure_residuals,
+    structure_weights,
     twin,
 )
 from semlic_jax.refinement.settings import METHODS
@@ -35,7 +40,7 @@ SETTINGS = refinement.preset(
     12, gamma=0.0, chunk_steps=4, method="newton", noise=0.5, probes=2
 )
 PERCEPTUAL = dataclasses.replace(
-    SETTINGS, alpha=1e-4, gamma=1.0, features=load_small_trunk()
+    SETTINGS, alpha=1e-4, gamma=1.0, structure=1.0, features=load_small_trunk()
 )
 
 
@@ -213,6 +218,28 @@ def test_with_a_trunk_the_last_latents_count(mini_codec, image):
         np.testing.assert_array_equal(kept, last)
 
 
+def test_regions_start_from_finer_quantisers(mini_codec, image):
+    """The more so the more a pixel of the region weighs, and not where all weigh 1."""
+    mask = np.zeros(SIZE, np.float32)
+    mask[:, :16] = 1
+    unrefined = mini_codec.compress(image, quality=0.4)
+    weights = ((0.25, 0.75), (0.5, 0.5), (0.9, 0.1), (0.99, 0.01), (1.0, 0.0))
+    regions = [None] + [refinement.Region(mask, *pair) for pair in weights]
+    levels = [
+        Batch(
+            mini_codec,
+            SETTINGS,
+            [image],
+            [len(unrefined)],
+            [region],
+            [None],
+            [unrefined],
+        ).levels[0]
+        for region in regions
+    ]
+    assert levels[0] == levels[1] < levels[2] < levels[3] == levels[4] == levels[5]
+
+
 # The curvature.
 
 
@@ -228,11 +255,34 @@ def test_residuals_add_up_to_the_objective(perceptual, blurred):
     assert perceptual.static.padded and perceptual.static.perceptual
     terms = jax.jit(image_terms, static_argnums=0)(*fixed(perceptual), blurred)
     parts = jax.jit(objective_residuals, static_argnums=0)(*fixed(perceptual), blurred)
-    pixels, features = (float(jnp.sum(part**2)) for part in parts)
+    pixels, features, *scales = (float(jnp.sum(part**2)) for part in parts)
+    structure = sum(scales)
     assert pixels == pytest.approx(PERCEPTUAL.alpha * float(terms.mse[0]), rel=1e-4)
     assert features == pytest.approx(float(terms.perceptual[0]), rel=1e-4)
-    assert pixels + features == pytest.approx(float(terms.value[0]), rel=1e-4)
-    assert 0.1 < features / pixels < 10
+    total = pixels + features + structure
+    assert total == pytest.approx(float(terms.value[0]), rel=1e-4)
+    assert 0.1 < features / pixels < 10 and 0.1 < structure / pixels < 10
+
+
+def test_structure_is_that_of_ms_ssim(photograph):
+    """Of an image that does not fill its bucket: padding counts for nothing."""
+    size, padded = (180, 170), (192, 192)
+    image = photograph(*size, seed=5)
+    softer = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.8))
+    rng = np.random.default_rng(0)
+    noisy = image + 6 * rng.standard_normal(image.shape)
+    pads = [(0, big - own) for big, own in zip(padded, size, strict=True)]
+    x = np.pad(image, (*pads, (0, 0)), mode="edge")[None].astype(np.float32) / 255
+    weights = equal_weights(x, [size])
+    structure = structure_weights(jnp.asarray(x), jnp.asarray(weights), [size])
+    images = Images(x, None, None, weights, weights, (), structure)
+    for changed in (np.asarray(softer, float), noisy):
+        x_hat = rng.random(x.shape, np.float32)  # beyond the image, anything
+        x_hat[0, : size[0], : size[1]] = changed / 255
+        parts = structure_residuals(images, jnp.asarray(x_hat))
+        found = sum(float(jnp.sum(part**2)) for part in parts)
+        distance = 1 - float(ms_ssim(image[None] / 255, changed[None] / 255)[0])
+        assert found == pytest.approx(distance, rel=0.25)
 
 
 def exact_diagonal(made, y_hat):

@@ -124,22 +124,23 @@ def test_the_objective_is_measured_as_it_is_refined_for():
         gain = refinement_study.image_gain(found, "a", metric)
         assert gain.bd_rate == pytest.approx(-50, abs=0.01)
     assert list(found.image_metrics) == ["objective_db", "psnr_db"]
-    settings = Settings(alpha=0.02, gamma=3.0)
+    settings = Settings(alpha=0.02, gamma=3.0, structure=7.0)
     # Not where its perceptual part was not measured, or cannot be.
     found = refinement_study.with_objective(plain, settings)
     assert all("objective_db" not in row.values for row in found.rows)
     styled = dataclasses.replace(settings, style=1.0)
     assert refinement_study.with_objective(plain, styled) is plain
+    measured = {"compact_distance": 0.5, "ms_ssim": 0.9}
     rows = [
-        dataclasses.replace(row, values=row.values | {"compact_distance": 0.5})
-        for row in plain.rows
+        dataclasses.replace(row, values=row.values | measured) for row in plain.rows
     ]
-    found = refinement_study.with_objective(
-        dataclasses.replace(plain, rows=tuple(rows)), settings
-    )
+    full = dataclasses.replace(plain, rows=tuple(rows))
     mse = 255**2 / 10**2.5
-    expected = -10 * np.log10(0.02 * mse + 3 * 0.5)
-    assert found.rows[0].values["objective_db"] == pytest.approx(expected)
+    for structure, value in ((7.0, 0.02 * mse + 3.6), (0.0, 0.02 * mse + 1.5)):
+        changed = dataclasses.replace(settings, structure=structure)
+        found = refinement_study.with_objective(full, changed)
+        expected = -10 * np.log10(value)
+        assert found.rows[0].values["objective_db"] == pytest.approx(expected)
 
 
 def test_settings(folder, rates, mini_model, mini_codec, photograph, tmp_path, capsys):
@@ -150,7 +151,7 @@ def test_settings(folder, rates, mini_model, mini_codec, photograph, tmp_path, c
     command += [f"--try={text}" for text in tries]
     assert refinement_study.main(command) == 0
     text = capsys.readouterr().out
-    assert "2 crops of 56 x 56 pixels" in text and "alpha 0.01, gamma 0 and" in text
+    assert "2 crops of 56 x 56 pixels" in text and "alpha 0.003, gamma 0 and" in text
     assert all(f"| {name} " in text for name in tries)
     rows = rows_of(out / "trials.csv")
     images = ["photo3.png"] * 2 + ["photo4.png"] * 2
@@ -166,8 +167,9 @@ def test_settings(folder, rates, mini_model, mini_codec, photograph, tmp_path, c
     pixels = photograph(*SIZE, 3)[:, 4:60]
     file = mini_codec.compress(pixels, quality=0.0)
     error = pixels.astype(float) - mini_codec.decompress(file)
+    alpha = Settings().alpha
     assert ladder["bytes"][0] == len(file)
-    assert ladder["values"][0] == pytest.approx(0.01 * np.mean(error**2), rel=1e-4)
+    assert ladder["values"][0] == pytest.approx(alpha * np.mean(error**2), rel=1e-4)
     # What was tried is not tried again.
     assert refinement_study.main(command) == 0
     assert rows_of(out / "trials.csv") == rows

@@ -132,6 +132,17 @@ def test_what_stands_out_is_found():
     assert mask[disc].mean() > 0.8 and mask[~disc].mean() < 0.2
 
 
+def test_texture_makes_no_holes():
+    """Bits follow cells of 16 pixels: a dark stripe in an object is part of it."""
+    image = np.full((240, 320, 3), 70, np.uint8)
+    rows, columns = np.ogrid[:240, :320]
+    distance = (rows - 120) ** 2 + (columns - 170) ** 2
+    image[distance < 70**2] = (230, 120, 40)
+    image[(distance < 70**2) & (columns % 8 < 3)] = 75
+    mask = salient_mask(image)
+    assert mask[distance < 50**2].min() > 0.9 and mask[distance > 90**2].max() < 0.1
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (3, 2), (300, 20)])
 def test_saliency_of_any_size(size):
     mask = salient_mask(np.full((*size, 3), 128, np.uint8))

@@ -169,6 +169,7 @@ def add_objective(group: argparse._ActionsContainer) -> None:
         ("alpha", "weight of the squared error"),
         ("beta", "weight of the rate to start with"),
         ("gamma", "weight of the perceptual terms; 0 refines for PSNR"),
+        ("structure", "weight of 1 - MS-SSIM among the perceptual terms"),
     ):
         group.add_argument(f"--{name}", metavar="W", type=float, help=text)
     group.add_argument(
@@ -205,7 +206,7 @@ def settings_of(
     options: argparse.Namespace, refine: str | int | None
 ) -> Settings | None:
     """How to refine; None where that was not asked for."""
-    names = ("alpha", "beta", "gamma", "method", "features", "seed")
+    names = ("alpha", "beta", "gamma", "structure", "method", "features", "seed")
     changes = {name: getattr(options, name) for name in names}
     if refine is None:
         given = {**changes, "roi": options.roi}

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from semlic_jax.refinement import Settings
 
 _PLAIN, _REFINED = "semlic", "refined"
+_WEIGHTS = ("alpha", "gamma", "structure")
 _OBJECTIVE = "objective_db"
 _RATES = (0.1, 0.15, 0.25, 0.4)
 
@@ -116,7 +117,7 @@ def gain(
     codec = semlic_jax.load(model)
     metrics = ["psnr_db"]
     if settings.gamma and settings.features is None:
-        metrics.append("compact_distance")
+        metrics += ["ms_ssim", "compact_distance"]
     if weights is not None or os.environ.get("SEMLIC_FEATURES"):
         metrics.append("feature_distance")
     contestants: list[Entrant] = [
@@ -157,22 +158,29 @@ def gain(
 def with_objective(results: Results, settings: Settings) -> Results:
     """Adds `objective_db`: what the files were refined for, on the scale of PSNR.
 
-    It is -10 log10(alpha * D + gamma * P) and differs from PSNR by a constant where
-    gamma is 0. It is left out where P is not of the packaged feature network, or where
-    there is a style term, which no metric measures.
+    It is -10 log10(alpha * D + gamma * (P + s * (1 - MS-SSIM))) and differs from PSNR
+    by a constant where gamma is 0. Refinement takes a sum of squares for 1 - MS-SSIM.
+    It is left out where P is not of the packaged feature network, or where there is a
+    style term, which no metric measures.
     """
     perceptual = bool(settings.gamma)
     if perceptual and (settings.features is not None or settings.style):
         return results
 
-    needed = {"psnr_db", "compact_distance"} if perceptual else {"psnr_db"}
+    needed = {"psnr_db"}
+    if perceptual:
+        needed |= {"compact_distance"}
+        needed |= {"ms_ssim"} if settings.structure else set()
 
     def with_value(row: Row) -> Row:
         if not needed <= set(row.values):
             return row
         value = settings.alpha * 255**2 * 10 ** (-row.values["psnr_db"] / 10)
         if perceptual:
-            value += settings.gamma * row.values["compact_distance"]
+            distance = row.values["compact_distance"]
+            if settings.structure:
+                distance += settings.structure * (1 - row.values["ms_ssim"])
+            value += settings.gamma * distance
         objective = {_OBJECTIVE: -10 * math.log10(max(value, 1e-9))}
         return replace(row, values=row.values | objective)
 
@@ -348,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("images", type=Path, nargs="+")
         sub.add_argument("--out", type=Path, default=Path(f"refinement_{name}"))
         sub.add_argument("--model", default="small")
-        for weight in ("alpha", "gamma"):
+        for weight in _WEIGHTS:
             sub.add_argument(f"--{weight}", type=float)
         sub.add_argument("--weights", type=Path, help="folder of feature weights")
         if name == "gain":
@@ -372,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
     from semlic_jax import refinement
 
-    changes = dict(alpha=options.alpha, gamma=options.gamma)
+    changes = {name: getattr(options, name) for name in _WEIGHTS}
     if options.command == "gain":
         changes["method"] = options.method
         key = _REFINED

@@ -3,15 +3,15 @@
 
 The weights stay as they are. Steps move y and z of each image to lower
 
-    alpha * D + gamma * (Perceptual + k * Style)    subject to    R <= budget
+    alpha * D + gamma * (Perceptual + k * Style + s * Structure)
 
-through the fake-quantised twin of the entropy networks: Adam through a relaxed rounding
-(`steps.py`, `sga.py`) or Newton steps between whole numbers (`newton.py`). The
-multiplier of the rate follows by dual ascent: it rises while an image takes more than
-its budget and falls while it takes less. After each chunk of steps the rounded latents
-are scored with the coder's tables. Of a relaxed rounding the best are kept; of Newton
-steps the last, or for PSNR the best within the budget where that is better. `fit.py`
-then makes the files with the real coder.
+with a rate R within the budget, through the fake-quantised twin of the entropy
+networks: Adam through a relaxed rounding (`steps.py`, `sga.py`) or Newton steps between
+whole numbers (`newton.py`). The multiplier of the rate follows by dual ascent: it rises
+while an image takes more than its budget and falls while it takes less. After each
+chunk of steps the rounded latents are scored with the coder's tables. Of a relaxed
+rounding the best are kept; of Newton steps the last, or for PSNR the best within the
+budget where that is better. `fit.py` then makes the files with the real coder.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from semlic_jax.refinement.objective import (
     Weights,
     equal_weights,
     original_taps,
+    structure_weights,
 )
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
@@ -50,6 +51,11 @@ _AIM = 1.003
 # ideal length. Half of the payload at most, where that is hardly anything.
 _SPARE_BITS = 12
 _LEVEL_PROBE = 16
+# With a region whose pixels weigh so much more than others, the unrefined file that the
+# refinement starts from is larger than the budget by this share. On five photographs
+# at 0.15 bpp, foreground weight 0.9: +0.5 dB inside at 0.1, +0.9 at 0.3, +1.15 at 0.5.
+_REGION_RATIO = 10.0
+_REGION_OVERSHOOT = 0.5
 # How fast the weight of the error falls with the strictness of rounding.
 _SOFTENING = 8.0
 _MAX_LEVEL = 255
@@ -92,6 +98,7 @@ class Refined(NamedTuple):
 
 
 _original_taps = jax.jit(original_taps)
+_structure_weights = partial(jax.jit, static_argnums=2)(structure_weights)
 
 
 class Batch:
@@ -113,6 +120,7 @@ class Batch:
         self.unrefined = list(unrefined)
         self.icc_profiles = list(icc_profiles)
         self.budgets = list(budgets)
+        self._regions = list(regions)
         self.sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         analysed = [codec.analyse(image) for image in pixels]
         grids = {latents.y.shape for latents in analysed}
@@ -146,6 +154,7 @@ class Batch:
             jnp.float32(settings.alpha),
             jnp.float32(settings.gamma),
             jnp.float32(settings.style),
+            jnp.float32(settings.structure),
         )
         y_bits, _ = codec.entropy.y_tables.bits_lookup()
         z_bits, _ = codec.entropy.z_tables.bits_lookup()
@@ -155,6 +164,9 @@ class Batch:
         place = _placement(len(pixels))
         self.frozen = place(frozen, None)
         taps = () if features is None else _original_taps(features, x)
+        structure: tuple[Any, ...] = ()
+        if features is not None and settings.structure:
+            structure = _structure_weights(x, weights, tuple(self.sizes))
         self.images = Images(
             x=place(x, 0),
             sizes=place(sizes, 0),
@@ -162,6 +174,7 @@ class Batch:
             weights=place(weights, 0),
             feature_weights=place(feature_weights, 0),
             taps=place(taps, 1),
+            structure=place(structure, 0),
         )
         self.start = place(self._scaled(analysed, self.levels), 0)
         self.place = place
@@ -200,10 +213,23 @@ class Batch:
         overhead_bits = 8 * len(data) - codec.entropy.ideal_bits(symbols, size)
         growth = math.log(len(data) / len(self.unrefined[i])) / (probe - level)
         wanted = math.log(
-            self.budgets[i] * (1 + self.settings.overshoot) / len(self.unrefined[i])
+            self.budgets[i] * (1 + self._overshoot(i)) / len(self.unrefined[i])
         )
         level += round(wanted / max(growth, 1e-3))
         return min(max(level, 0), _MAX_LEVEL), overhead_bits
+
+    def _overshoot(self, i: int) -> float:
+        """How much larger than the budget the file is that image i starts from.
+
+        What matters gets no finer than the quantiser is, so a region starts from a
+        finer one, the more so the more it matters.
+        """
+        region, usual = self._regions[i], self.settings.overshoot
+        if region is None:
+            return usual
+        reached = abs(math.log(region.weight_ratio())) / math.log(_REGION_RATIO)
+        extra = max(_REGION_OVERSHOOT - usual, 0.0)
+        return usual + extra * min(reached, 1.0)
 
     def _quality(self, shift: int) -> np.ndarray:
         return (np.array(self.levels, np.float32) + shift) / _MAX_LEVEL

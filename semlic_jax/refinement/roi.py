@@ -32,7 +32,10 @@ _SALIENCY_SIDE = 96
 _BARRIER_SCANS = 3
 _BORDER_SHARE = 0.1
 _CENTRE_STRENGTH = 0.5
-_CONTRAST = 10.0  # of the sigmoid that makes a saliency map a mask
+_CONTRAST = 45.0  # of the sigmoid that makes a saliency map a mask
+# Objects, not their texture: a latent covers 16 x 16 pixels, so that bits cannot follow
+# a mask with holes of a few.
+_SALIENCY_BLUR = 3.0  # pixels of the small image
 
 
 class RegionWarning(UserWarning):
@@ -107,6 +110,18 @@ class Region:
         weights = self.foreground / share * self.mask
         weights += self.background / (1 - share) * (1 - self.mask)
         return weights.astype(np.float32)
+
+    def weight_ratio(self) -> float:
+        """Weight of a pixel of the foreground over one of the background.
+
+        Between 1e-3 and 1e3; 1 for a region that is empty or covers everything.
+        """
+        share = float(self.mask.mean(dtype=np.float64))
+        if not 0 < share < 1:
+            return 1.0
+        inside = self.foreground / share
+        outside = self.background / (1 - share)
+        return min(max(inside / max(outside, 1e-9), 1e-3), 1e3)
 
 
 def box_mask(
@@ -239,7 +254,7 @@ def salient_mask(image: np.ndarray) -> np.ndarray:
     saliency = _normalised(saliency + _border_contrast(lab))
     rows, columns = np.ogrid[-1 : 1 : small.height * 1j, -1 : 1 : small.width * 1j]
     centred = np.exp(-_CENTRE_STRENGTH * (rows**2 + columns**2))
-    saliency = _normalised(saliency * centred)
+    saliency = _normalised(soften(saliency * centred, _SALIENCY_BLUR))
     mask = 1 / (1 + np.exp(-_CONTRAST * (saliency - _otsu_threshold(saliency))))
     full = Image.fromarray(_normalised(mask).astype(np.float32)).resize(
         (width, height), Image.Resampling.BILINEAR

@@ -16,11 +16,12 @@ from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
 # Counts up when the same settings give other files: kept files are named by it.
-REVISION = 1
+REVISION = 2
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
     "style",
+    "structure",
     "learning_rate",
     "noise",
     "z_travel",
@@ -36,10 +37,14 @@ class Settings:
         steps: of the optimiser.
         method: of the relaxed rounding, see `sga.METHODS`, or `newton` (`newton.py`).
         alpha: weight of the mean squared error in 8-bit levels.
-        gamma: weight of the perceptual and style terms; 0 refines for PSNR.
+        gamma: weight of the perceptual terms, `style` and `structure` among them; 0
+            refines for PSNR.
         beta: multiplier of the rate (per bit per pixel) to start with; None takes the
             slope of the unrefined files.
         style: weight of the style within the perceptual terms.
+        structure: weight of 1 - MS-SSIM, in the form of `objective.structure_weights`,
+            within the perceptual terms. Without it refinement takes faint contrast
+            away, which squared errors and features hardly see.
         features: the trunk, or where its weights are (`load_features`); None takes the
             packaged one.
         learning_rate: Adam's, in steps of the quantiser.
@@ -63,10 +68,11 @@ class Settings:
 
     steps: int = 20
     method: str = "newton"
-    alpha: float = 0.01
+    alpha: float = 0.003
     gamma: float = 0.5
     beta: float | None = None
     style: float = 0.0
+    structure: float = 50.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
     learning_rate: float = 0.01
     decay: float = 0.3
