@@ -20,7 +20,6 @@ from semlic_jax.objectives.metrics import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.objective import (
-    Images,
     Rounding,
     chosen_symbols,
     equal_weights,
@@ -28,11 +27,10 @@ from semlic_jax.refinement.objective import (
     image_terms,
     objective_residuals,
     reconstruct,
-    structure_residuals,
-    structure_weights,
     twin,
 )
 from semlic_jax.refinement.settings import METHODS
+from semlic_jax.refinement.structure import structure_residuals, structure_weights
 
 # One size for all: an image that does not fill its bucket, so that masks matter.
 SIZE = (56, 64)
@@ -275,11 +273,10 @@ def test_structure_is_that_of_ms_ssim(photograph):
     x = np.pad(image, (*pads, (0, 0)), mode="edge")[None].astype(np.float32) / 255
     weights = equal_weights(x, [size])
     structure = structure_weights(jnp.asarray(x), jnp.asarray(weights), [size])
-    images = Images(x, None, None, weights, weights, (), structure)
     for changed in (np.asarray(softer, float), noisy):
         x_hat = rng.random(x.shape, np.float32)  # beyond the image, anything
         x_hat[0, : size[0], : size[1]] = changed / 255
-        parts = structure_residuals(images, jnp.asarray(x_hat))
+        parts = structure_residuals(x, jnp.asarray(x_hat), weights, structure)
         found = sum(float(jnp.sum(part**2)) for part in parts)
         distance = 1 - float(ms_ssim(image[None] / 255, changed[None] / 255)[0])
         assert found == pytest.approx(distance, rel=0.25)

@@ -36,11 +36,11 @@ from semlic_jax.refinement.objective import (
     Weights,
     equal_weights,
     original_taps,
-    structure_weights,
 )
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target, pick
+from semlic_jax.refinement.structure import structure_weights
 
 Array = jax.Array
 

@@ -7,7 +7,7 @@
   image, weighted by the region of interest.
 * Perceptual: `objectives.losses`' distance of channel-normalised features of a frozen
   trunk; Style: distance of local Gram matrices of the same features.
-* Structure: 1 - MS-SSIM as a sum of squares, see `structure_weights`; in a region of
+* Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`; in a region of
   interest its errors count as those of D.
 * R: bits per pixel, of relaxed latents under the densities or of rounded latents under
   the tables of the coder.
@@ -19,7 +19,6 @@ are computed once for all of them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,8 +44,8 @@ from semlic_jax.objectives.features import (
     normalise_channels,
 )
 from semlic_jax.objectives.losses import local_style
-from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve
 from semlic_jax.refinement.sga import draw_noise, relaxed_round
+from semlic_jax.refinement.structure import structure_residuals
 
 Array = jax.Array
 Network = CompressionModel | MeanScaleModel
@@ -55,8 +54,6 @@ Network = CompressionModel | MeanScaleModel
 TRUNK_SHIFTS = ((0, 0), (1, 2), (2, 3), (3, 1))
 _TRUNK_MARGIN = 3  # the largest of them
 _MAX_LEVEL = 255.0
-_WINDOW = 7
-_CONTRAST = (0.03 * 255) ** 2  # of SSIM, in 8-bit levels squared
 
 
 class Frozen(NamedTuple):
@@ -317,73 +314,6 @@ def original_taps(features: FeatureNetwork, x: Array) -> tuple[Array, ...]:
     return tuple(jnp.stack(taps) for taps in zip(*shifted, strict=True))
 
 
-def structure_weights(
-    x: Array, weights: Array, sizes: Sequence[tuple[int, int]]
-) -> tuple[Array, ...]:
-    """Of squared errors at each scale of MS-SSIM: float32 [B, H / 2^s, W / 2^s, 3].
-
-    The contrast-structure part of SSIM is exactly
-
-        1 - var(x_hat - x) / (var(x) + var(x_hat) + c)
-
-    over a window. With the variance of x for both and small distances, 1 - MS-SSIM is
-    a weighted sum of squared errors in 8-bit levels; these are its weights.
-
-    Args:
-        x: float32 [B, H, W, 3] in [0, 1].
-        weights: of each pixel, [B, H, W]; 0 outside of the image.
-        sizes: real height and width of each.
-    """
-    pixels = np.array([height * width for height, width in sizes], np.float32)
-    shares = np.array(MS_SSIM_WEIGHTS)
-    shares = shares[
-        : sum(min(x.shape[1:3]) >> s >= _WINDOW for s in range(len(shares)))
-    ]
-    x, weights = x * _MAX_LEVEL, weights[..., None]
-    found = []
-    for scale, share in enumerate(shares / shares.sum()):
-        mean, square = _window_mean(x), _window_mean(jnp.square(x))
-        variance = jnp.maximum(square - jnp.square(mean), 0.0)
-        tolerance = _window_mean(1 / (2 * variance + _CONTRAST))
-        factor = share * 4**scale / (3 * pixels)[:, None, None, None]
-        found.append(factor * tolerance * weights)
-        x, weights = halve(x), halve(weights)
-    return tuple(found)
-
-
-def _window_mean(x: Array) -> Array:
-    """Means over windows of 7 x 7, those at the border smaller: [B, H, W, C]."""
-
-    reach = _WINDOW // 2
-    for axis in (1, 2):
-        place = np.arange(x.shape[axis])
-        count = np.minimum(place, reach) + np.minimum(place[::-1], reach) + 1
-        pads = [(reach, reach) if i == axis else (0, 0) for i in range(4)]
-        padded = jnp.pad(x, pads)
-        shifted = (
-            jax.lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis)
-            for start in range(_WINDOW)
-        )
-        shape = [-1 if i == axis else 1 for i in range(4)]
-        x = functools.reduce(jnp.add, shifted) / count.reshape(shape)
-    return x
-
-
-def structure_residuals(images: Images, x_hat: Array) -> list[Array]:
-    """Of x_hat [B, H, W, 3] at each scale; their squares add up to about 1 - MS-SSIM.
-
-    Without the structure's weight in `images` there are none; see `structure_weights`.
-    """
-    # What a decoder shows beyond the image must not reach into halved cells.
-    inside = images.weights[..., None] > 0
-    error = jnp.where(inside, _MAX_LEVEL * (x_hat - images.x), 0.0)
-    residuals = []
-    for weights in images.structure:
-        residuals.append(jnp.sqrt(weights) * error)
-        error = halve(error)
-    return residuals
-
-
 def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
     """Equal weights of all real pixels: float32 [B, H, W], 1 inside the images."""
     weights = np.zeros(x.shape[:3], np.float32)
@@ -520,7 +450,7 @@ def terms_of(
             )
             texture = local_style(real, made, (seen.shape[1], seen.shape[2]))
             value = value + weights.gamma * weights.style * texture
-    for residual in structure_residuals(images, x_hat):
+    for residual in _structure_parts(images, x_hat):
         structure = jnp.sum(jnp.square(residual), (1, 2, 3))
         value = value + weights.gamma * weights.structure * structure
     return Terms(value, bits / pixels, mse, distance)
@@ -551,8 +481,12 @@ def objective_residuals(
             difference = normalise_channels(tap) - normalise_channels(real[0])
             residuals.append(jnp.sqrt(cells)[..., None] * difference)
     scale = jnp.sqrt(weights.gamma * weights.structure)
-    residuals += [scale * part for part in structure_residuals(images, x_hat)]
+    residuals += [scale * part for part in _structure_parts(images, x_hat)]
     return tuple(residuals)
+
+
+def _structure_parts(images: Images, x_hat: Array) -> list[Array]:
+    return structure_residuals(images.x, x_hat, images.weights, images.structure)
 
 
 def _weigh(tap: Array, pixel_weights: Array) -> Array:

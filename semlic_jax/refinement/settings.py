@@ -42,8 +42,8 @@ class Settings:
         beta: multiplier of the rate (per bit per pixel) to start with; None takes the
             slope of the unrefined files.
         style: weight of the style within the perceptual terms.
-        structure: weight of 1 - MS-SSIM, in the form of `objective.structure_weights`,
-            within the perceptual terms. Without it refinement takes faint contrast
+        structure: weight of 1 - MS-SSIM, in the form of `structure.py`, within the
+            perceptual terms. Without it refinement takes faint contrast
             away, which squared errors and features hardly see.
         features: the trunk, or where its weights are (`load_features`); None takes the
             packaged one.
