@@ -251,9 +251,11 @@ def budget_use(results: Results, rate: float) -> tuple[int, int, float]:
 
 
 def _gain_text(results: Results, gains: Sequence[ImageGain], settings: Settings) -> str:
+    shown_weights = _WEIGHTS if settings.gamma else ("alpha", "gamma")
+    weights = ", ".join(f"{name} {getattr(settings, name):g}" for name in shown_weights)
     lines = [
         f"Refinement of {len(results.images)} images: {settings.steps} steps of "
-        f"`{settings.method}`, alpha {settings.alpha:g}, gamma {settings.gamma:g}. "
+        f"`{settings.method}`, {weights}. "
         "Bits at equal metric against the same model without refinement (BD-rate per "
         "image, negative: fewer bits), real files.",
         "",
