@@ -215,6 +215,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.steps,
         method="sga",  # what the loop in PyTorch does
         gamma=0.0 if options.features is None else None,
+        structure=0.0,  # as in that loop
         features=options.features,
         dtype=options.dtype,
     )
