@@ -199,6 +199,15 @@ def test_tries():
     assert sga == refinement.preset("default", method="sga") and sga.steps > 100
 
 
+def test_objectives_have_names_of_their_own():
+    """Of all weights: what is measured under one does not serve another."""
+    changes = [{}, {"alpha": 1.0}, {"gamma": 1.0}, {"style": 1.0}, {"structure": 1.0}]
+    names = [settings_study.objective_name(Settings(**change)) for change in changes]
+    assert len(set(names)) == len(changes)
+    plain = [Settings(gamma=0.0, structure=weight) for weight in (0.0, 1.0)]
+    assert len(set(map(settings_study.objective_name, plain))) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "refusal"),
     [

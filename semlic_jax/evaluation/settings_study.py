@@ -154,7 +154,7 @@ def settings_study(
     """
     from semlic_jax.refinement.settings import REVISION
 
-    objectives = {name: _objective(settings) for name, settings in tries.items()}
+    objectives = {name: objective_name(settings) for name, settings in tries.items()}
     crops = [
         _Crop(path.name, _middle(path, crop), bpp[i % len(bpp)])
         for i, path in enumerate(list_images(images))
@@ -203,7 +203,7 @@ def settings_study(
     return paths + write_figure(_draw_settings(means), out / "settings")
 
 
-def _objective(settings: Settings) -> str:
+def objective_name(settings: Settings) -> str:
     """Names what is refined for, the weights of the feature network included."""
     import jax
 
@@ -211,8 +211,9 @@ def _objective(settings: Settings) -> str:
     features = settings.load_features()
     if features is None:
         return name
-    if settings.style:
-        name += f", style {settings.style:g}"
+    for weight in ("style", "structure"):
+        if getattr(settings, weight):
+            name += f", {weight} {getattr(settings, weight):g}"
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(features):
         digest.update(np.asarray(leaf).tobytes())
