@@ -110,8 +110,8 @@ def test_figure5(folder, rates, tiny_model, tmp_path):
     results = read_results(tmp_path)
     assert list(results.codecs) == [
         "semlic",
-        "alpha=0.01 gamma=0",
-        "alpha=0.03 gamma=0",
+        "alpha=0.003 gamma=0",
+        "alpha=0.009 gamma=0",
     ]
     for row in results.rows:
         assert row.bpp is not None and row.bpp <= rates[2]
