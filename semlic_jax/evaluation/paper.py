@@ -240,14 +240,15 @@ def _draw_figure5(
 
     figure = Figure(figsize=(7.0, 5.0), layout="constrained")
     axes = figure.add_subplot()
-    styles = {"alpha": ("#0072B2", "s"), "gamma": ("#D55E00", "o")}
+    # Points of both often fall together: labels of one above, of the other below.
+    styles = {"alpha": ("#0072B2", "s", (5, 6)), "gamma": ("#D55E00", "o", (5, -14))}
     for weight, points in series.items():
         placed = [
             (found, getattr(settings, weight))
             for codec, settings in points.items()
             if (found := point(codec)) is not None
         ]
-        colour, marker = styles[weight]
+        colour, marker, offset = styles[weight]
         axes.plot(
             [found[0] for found, _ in placed],
             [found[1] for found, _ in placed],
@@ -257,7 +258,7 @@ def _draw_figure5(
         )
         for found, value in placed:
             axes.annotate(
-                f"{value:g}", found, (5, 5), textcoords="offset points", color=colour
+                f"{value:g}", found, offset, textcoords="offset points", color=colour
             )
     unrefined = point("semlic")
     if unrefined is not None:
