@@ -43,8 +43,8 @@ class Settings:
             slope of the unrefined files.
         style: weight of the style within the perceptual terms.
         structure: weight of 1 - MS-SSIM, in the form of `structure.py`, within the
-            perceptual terms. Without it refinement takes faint contrast
-            away, which squared errors and features hardly see.
+            perceptual terms. Without it refinement takes faint contrast away, which
+            squared errors and features hardly see.
         features: the trunk, or where its weights are (`load_features`); None takes the
             packaged one.
         learning_rate: Adam's, in steps of the quantiser.

@@ -7,8 +7,8 @@ The contrast-structure part of SSIM is exactly
 
 over a window. With the variance of x for both, the mean of the window left in, and
 small distances, 1 - MS-SSIM is a sum over five scales of squared errors with weights
-that depend on x alone. On photographs at 0.1 to 0.3 bpp it comes to 0.85 to 1.3 times
-the true distance. A sum of squares has a Gauss-Newton matrix, and costs a step little.
+that depend on x alone. On six photographs at 0.1 and 0.3 bpp it came to 0.86 to 1.25
+times the true distance. A sum of squares has a Gauss-Newton matrix.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ def structure_weights(
 
 def _window_mean(x: Array) -> Array:
     """Means over windows of 7 x 7, those at the border smaller: [B, H, W, C]."""
-
     reach = _WINDOW // 2
     for axis in (1, 2):
         place = np.arange(x.shape[axis])
