@@ -32,6 +32,7 @@ from semlic_jax.coding.bitstream import (
 from semlic_jax.coding.float_networks import FloatEntropyModel
 from semlic_jax.coding.integer_networks import IntegerEntropyModel, float_twin
 from semlic_jax.coding.symbol_passes import PassCoder, Symbols
+from semlic_jax.compilation import float_program
 from semlic_jax.model.compression import QUALITY_LEVELS
 from semlic_jax.model.mean_scale import Config, network_of
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
@@ -74,7 +75,7 @@ def bucket_side(side: int) -> int:
     return -(-cells // step) * step * HYPER_STRIDE
 
 
-@partial(jax.jit, static_argnums=0)
+@float_program(static_argnums=0)
 def _analyse(config: Config, params: Any, pixels: Array) -> Array:
     x = pixels[None].astype(jnp.float32) / 255
     y: Any = network_of(config).apply({"params": params}, x, method="analysis")
@@ -91,7 +92,7 @@ def _scale(config: Config, params: Any, y: Array, level: Array) -> tuple[Array, 
     return found[0][0], found[1][0]
 
 
-@partial(jax.jit, static_argnums=0)
+@float_program(static_argnums=0)
 def _synthesise(config: Config, params: Any, y_hat: Array, level: Array) -> Array:
     quality = level[None].astype(jnp.float32) / MAX_LEVEL
     x_hat: Any = network_of(config).apply(

@@ -556,3 +556,21 @@ def test_damaged_torch_files_give_one_error(tmp_path):
         read_torch_file(path)
     with pytest.raises(ValueError, match="no such file"):
         read_torch_file(tmp_path / "none.pth")
+
+
+def test_normalise_channels_has_the_gradient_of_its_equation():
+    rng = np.random.default_rng(11)
+    x, weights = rng.normal(size=(2, 2, 5, 4, 7)).astype(np.float32)
+    x[0, 0] = 0  # where all channels are 0
+
+    def plain(x):
+        return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-8)
+
+    def gradient(normalise):
+        return jax.grad(lambda x: jnp.sum(weights * normalise(x)))(x)
+
+    np.testing.assert_allclose(features.normalise_channels(x), plain(x), rtol=1e-5)
+    expected = gradient(plain)
+    np.testing.assert_allclose(
+        gradient(features.normalise_channels), expected, rtol=1e-5, atol=1e-5
+    )

@@ -152,6 +152,25 @@ def test_gram_distance_keeps_its_precision_near_equality(positions, channels):
     np.testing.assert_allclose(losses.gram_distance(f, g), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("positions, channels", [(40, 6), (6, 40), (9, 9)])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_gram_distance_has_the_gradient_of_its_equation(positions, channels, argument):
+    rng = np.random.default_rng(5)
+    f, g = rng.normal(size=(2, 3, positions, channels)).astype(np.float32)
+    weights = jnp.asarray([0.2, 1.0, -0.5])
+
+    def plain(f, g):
+        a, b = (jnp.einsum("bnc,bnd->bcd", v, v) for v in (f, g))
+        return jnp.sum(jnp.square(a - b), axis=(1, 2)) / (positions * channels) ** 2
+
+    def gradient(distance):
+        return jax.grad(lambda *v: weights @ distance(*v), argument)(f, g)
+
+    expected = gradient(plain)
+    found = gradient(losses.gram_distance)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_style_equals_its_equation_and_pytorch(network, pair):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     expected = torch.zeros(2, dtype=torch.float64)

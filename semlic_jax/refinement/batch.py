@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.compilation import FloatProgram
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement import steps as relaxed
 from semlic_jax.refinement.objective import (
@@ -97,7 +98,7 @@ class Refined(NamedTuple):
     history: tuple[dict[str, float], ...]
 
 
-_original_taps = jax.jit(original_taps)
+_original_taps = FloatProgram(original_taps)
 _structure_weights = partial(jax.jit, static_argnums=2)(structure_weights)
 
 

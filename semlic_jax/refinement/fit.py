@@ -13,12 +13,12 @@ objective, nor one above the budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from semlic_jax.compilation import FloatProgram
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -54,9 +54,9 @@ class _Candidate(NamedTuple):
 
 
 # Compiled: the rounded latents as the coder sees them, with and without the decoder.
-score = partial(jax.jit, static_argnums=0)(hard_terms)
-_latents = partial(jax.jit, static_argnums=0)(hard_latents)
-_image_terms = partial(jax.jit, static_argnums=0)(image_terms)
+score = FloatProgram(hard_terms, static_argnums=0)
+_latents = FloatProgram(hard_latents, static_argnums=0)
+_image_terms = FloatProgram(image_terms, static_argnums=0)
 
 
 def fit_files(

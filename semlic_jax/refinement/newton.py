@@ -21,7 +21,6 @@ of z (Adam with one second moment per image).
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.compilation import float_program
 from semlic_jax.model.compression import CompressionModel, image_masks
 from semlic_jax.model.layers import round_straight_through
 from semlic_jax.model.mean_scale import MeanScaleModel
@@ -154,7 +154,7 @@ def curvature_of(
     return smoothed(diagonal_of(static, frozen, images, weights, y_hat, rng, probes))
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+@float_program(static_argnums=(0, 6))
 def diagonal_of(
     static: Static,
     frozen: Frozen,
@@ -272,7 +272,7 @@ def hard_step_terms(
     return terms, y_hat, coded_bits
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=6)
+@float_program(static_argnums=0, donate_argnums=6)
 def run_steps(
     static: Static,
     frozen: Frozen,

@@ -11,13 +11,13 @@ call costs it next to nothing, so there a program does one step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.compilation import float_program
 from semlic_jax.refinement.objective import (
     TRUNK_SHIFTS,
     Frozen,
@@ -70,7 +70,7 @@ class Target(NamedTuple):
     proportional: Array
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=6)
+@float_program(static_argnums=0, donate_argnums=6)
 def run_steps(
     static: Static,
     frozen: Frozen,
