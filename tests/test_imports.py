@@ -18,12 +18,21 @@ ALLOWED = {
     "": {"codec", "coding", "weights"},  # the lazy names of __init__.py
     "images": set(),
     "terminal": set(),
+    "compilation": set(),
     "model": set(),
     "coding": {"model"},
     "objectives": {"model"},
-    "refinement": {"images", "model", "objectives"},
+    "refinement": {"compilation", "images", "model", "objectives"},
     "weights": {"model", "coding", "images", "objectives"},
-    "codec": {"", "model", "coding", "objectives", "refinement", "weights"},
+    "codec": {
+        "",
+        "coding",
+        "compilation",
+        "model",
+        "objectives",
+        "refinement",
+        "weights",
+    },
     "packaged": {"codec", "coding", "weights"},
     "pillow_plugin": {"", "codec", "coding", "images", "packaged"},
     "training": {
