@@ -48,6 +48,7 @@ Array = jax.Array
 
 QUALITY_LEVELS = 256
 _LARGEST_GAIN = 6.0
+_NOISE_ORIGINS = 2**20  # of a training crop, along each axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class ModelConfig:
             `EntropyModel`.
         linear_skip: the linear transform beside g_a and g_s.
         gain_anchors: learnt gain vectors, evenly spaced in q.
+        texture_channels: of noise at each level of g_s (see `texture`); 0 for none.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ModelConfig:
     context_shifts: tuple[int, ...]
     linear_skip: bool = True
     gain_anchors: int = 6
+    texture_channels: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field: a configuration may come from a hostile model file.
@@ -115,6 +118,7 @@ _FIELD_RANGES = {
     "widths": (2, 4096),  # ChannelNorm needs two
     "latent_channels": (2, 4096),
     "blocks": (0, 64),
+    "texture_channels": (0, 256),
     "context_shifts": (0, 15),
     "gain_anchors": (2, 256),
 }
@@ -181,6 +185,7 @@ SIZES = {
         context_channels=64,
         hidden_channels=128,
         context_shifts=(4, 2, 2, 2, 2),
+        texture_channels=16,
     ),
     "base": ModelConfig(
         name="base",
@@ -194,6 +199,7 @@ SIZES = {
         context_channels=96,
         hidden_channels=192,
         context_shifts=(4, 2, 2, 2, 2),
+        texture_channels=16,
     ),
     "hific": ModelConfig(
         name="hific",
@@ -293,6 +299,7 @@ class CompressionModel(nn.Module):
             config.patch,
             config.linear_skip,
             head_norm=not config.linear_skip,
+            texture_channels=config.texture_channels,
             block_remat=self.remat,
             dtype=self.dtype,
         )
@@ -329,9 +336,14 @@ class CompressionModel(nn.Module):
         y_scaled = y * self.gain(quality)
         return y_scaled, self.hyper_analysis(y_scaled)
 
-    def synthesis(self, y_hat_scaled: Array, quality: Array) -> Array:
-        """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped."""
-        return self.g_s(y_hat_scaled / self.gain(quality), quality)
+    def synthesis(
+        self, y_hat_scaled: Array, quality: Array, noise_origin: Array | None = None
+    ) -> Array:
+        """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped.
+
+        The origin of the noise is for training, see `texture_noise`.
+        """
+        return self.g_s(y_hat_scaled / self.gain(quality), quality, noise_origin)
 
     def z_bits(self, z: Array) -> Array:
         """Bits of each element of z (noisy or rounded)."""
@@ -415,7 +427,10 @@ class CompressionModel(nn.Module):
         masks = full_masks(x.shape[0], (y.shape[1], y.shape[2]))
         z_hat = round_straight_through(z)
         y_hat = self.traverse_latents(z_hat, quality, masks, visit)
-        x_hat = self.synthesis(y_hat, quality)
+        origin = jax.random.randint(
+            jax.random.fold_in(rng, 2), (x.shape[0], 2), 0, _NOISE_ORIGINS
+        )
+        x_hat = self.synthesis(y_hat, quality, origin)
         z_bits_rounded = jnp.sum(self.z_bits(z_hat), axis=(1, 2, 3))
         return Forward(
             x_hat, y_hat, Rate(y_bits, z_bits), Rate(y_bits_rounded, z_bits_rounded)

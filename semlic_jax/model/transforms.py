@@ -35,6 +35,7 @@ from semlic_jax.model.layers import (
     depth_to_space,
     space_to_depth,
 )
+from semlic_jax.model.texture import Texture
 
 Array = jax.Array
 
@@ -142,6 +143,7 @@ class SynthesisTransform(nn.Module):
         head_norm: ChannelNorm on y_hat (HiFiC); otherwise a learnt scale per channel.
             Latents of a linear transform carry their strength in their magnitude, which
             the norm would take away.
+        texture_channels: of noise after each step up (see `texture`); 0 for none.
         block_remat: recompute the residual blocks in the backward pass.
     """
 
@@ -150,13 +152,16 @@ class SynthesisTransform(nn.Module):
     patch: int = 1
     linear_skip: bool = False
     head_norm: bool = True
+    texture_channels: int = 0
     block_remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, y_hat: Array, quality: Array) -> Array:
+    def __call__(
+        self, y_hat: Array, quality: Array, noise_origin: Array | None = None
+    ) -> Array:
         """Maps y_hat float32 [B, h, w, M] and quality [B] in [0, 1] to x_hat float32
-        [B, 16h, 16w, 3], about [0, 1], not clipped."""
+        [B, 16h, 16w, 3], about [0, 1], not clipped; `texture_noise` has the origin."""
         channels = y_hat.shape[-1]
         if self.head_norm:
             h = ChannelNorm()(y_hat)
@@ -175,8 +180,13 @@ class SynthesisTransform(nn.Module):
         for i in range(self.blocks):
             h = block(dtype=self.dtype, name=f"block_{i}")(h)
         h = h + head
-        for width in self.widths[-2::-1]:
+        for level, width in enumerate(self.widths[-2::-1]):
             h = nn.relu(ChannelNorm()(ConvTranspose(width, dtype=self.dtype)(h)))
+            if self.texture_channels:
+                texture = Texture(
+                    self.texture_channels, level, self.dtype, name=f"texture_{level}"
+                )
+                h = texture(h, noise_origin)
         kernel = 7 if self.patch == 1 else 5
         init = nn.initializers.zeros if self.linear_skip else Conv.kernel_init
         out = Conv(3 * self.patch**2, kernel, dtype=self.dtype, kernel_init=init)(h)

@@ -8,6 +8,7 @@ For measurements and tests only; nothing else of the package needs PyTorch.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from semlic_jax.model.context import (
     coding_order,
 )
 from semlic_jax.model.priors import NUM_SCALES, SCALE_MAX, SCALE_MIN
+from semlic_jax.model.texture import texture_noise
 from semlic_jax.model.transforms import STRIDE
 from semlic_jax.objectives.trunks import IMAGENET_MEAN, IMAGENET_STD
 
@@ -141,6 +143,12 @@ def _dense(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.einsum("bchw,cd->bdhw", x, kernel)
 
 
+@functools.cache
+def _noise(shape: tuple[int, ...], level: int) -> Tensor:
+    noise = texture_noise((shape[2], shape[3]), shape[1], level)
+    return torch.tensor(np.asarray(noise)).permute(0, 3, 1, 2)
+
+
 class Twin:
     """The model with its parameters.
 
@@ -204,6 +212,10 @@ class Twin:
             h = h + head
             for i in range(len(config.widths) - 1):
                 h = F.relu(norm(conv_transpose(h, p[f"ConvTranspose_{i}"])))
+                if config.texture_channels:
+                    gate = conv(h, p[f"texture_{i}"]["gate"])
+                    noise = _noise(gate.shape, i).to(gate)
+                    h = h + conv(gate * noise, p[f"texture_{i}"]["mix"])
             out = conv(h, p["Conv_1"])
         x_hat = depth_to_space(out.float(), config.patch)
         if not config.linear_skip:
