@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 ABLATIONS = {
     "full": {},
-    "without_style": {"weights": {"style": 0.0, "local_style": 0.0}},
+    "without_style": {"weights": {"style": 0.0, "local_style": 0.0, "mean_style": 0.0}},
     "without_perceptual": {"weights": {"perceptual": 0.0}},
     "without_adversary": {"weights": {"adversarial": 0.0}},
     "binary_discriminator": {"adversary": {"binary": True}},
@@ -28,6 +28,7 @@ ABLATIONS = {
             "squared_error": 50.0,
             "style": 0.0,
             "local_style": 0.0,
+            "mean_style": 0.0,
         }
     },
 }

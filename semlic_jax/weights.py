@@ -189,26 +189,32 @@ def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
     from semlic_jax.coding.integer_networks import export_integers
     from semlic_jax.model.priors import FactorizedPrior, scale_table
 
-    def as_dtype(name: str, tree: Any, dtype: type[np.floating]) -> Any:
-        if isinstance(tree, Mapping):
-            return {key: as_dtype(f"{name}/{key}", tree[key], dtype) for key in tree}
-        array = np.asarray(tree, np.float32)
-        limit = np.finfo(dtype).max
-        if not (np.abs(array) <= limit).all():
-            raise ValueError(
-                f"expected {name} within +-{limit:g}, found {np.abs(array).max():g}"
-            )
-        return array.astype(dtype)
-
     names = ("g_a", "g_s", "h_a", "log_gain")
     return ModelFile(
         config=config,
-        transforms={name: as_dtype(name, params[name], np.float16) for name in names},
-        prior=as_dtype("prior", params["prior"], np.float32),
+        transforms={name: to_dtype(name, params[name], np.float16) for name in names},
+        prior=to_dtype("prior", params["prior"], np.float32),
         integers=export_integers(params["entropy"], config),
         y_tables=gaussian_tables(scale_table()),
         z_tables=prior_tables(FactorizedPrior(config.hyper_channels), params["prior"]),
     )
+
+
+def to_dtype(name: str, tree: Any, dtype: type[np.floating]) -> Any:
+    """A parameter tree in another precision.
+
+    Raises:
+        ValueError: a parameter is not finite or beyond it; names it.
+    """
+    if isinstance(tree, Mapping):
+        return {key: to_dtype(f"{name}/{key}", tree[key], dtype) for key in tree}
+    array = np.asarray(tree, np.float32)
+    limit = np.finfo(dtype).max
+    if not (np.abs(array) <= limit).all():
+        raise ValueError(
+            f"expected {name} within +-{limit:g}, found {np.abs(array).max():g}"
+        )
+    return array.astype(dtype)
 
 
 def prior_tables(

@@ -217,6 +217,23 @@ def test_local_style_sees_texture_that_moved_and_whole_style_does_not():
     assert losses.local_style([left], [moved], (32, 32))[0] > 1e-4
 
 
+def test_mean_style_is_relative_and_sees_what_blur_takes_away(network, pair):
+    expected = np.zeros(2)
+    for f, g in zip(*(maps(network, image) for image in pair), strict=True):
+        a, b = f.mean((1, 2)), g.mean((1, 2))
+        expected += ((a - b) ** 2).sum(-1) / (a**2).sum(-1)
+    taps = [network.apply(jnp.asarray(image)) for image in pair]
+    np.testing.assert_allclose(losses.mean_style(*taps), expected, rtol=1e-3)
+    halved = [tap / 2 for tap in taps[0]]
+    layers = len(halved)
+    np.testing.assert_allclose(
+        losses.mean_style(taps[0], halved), layers / 4, rtol=1e-3
+    )
+    gradients = jax.grad(lambda a, b: losses.mean_style(a, b).sum(), argnums=(0, 1))
+    to_real, to_made = gradients(*taps)
+    assert not any(np.any(g) for g in to_real) and all(np.any(g) for g in to_made)
+
+
 def cross_entropy(logits, labels):
     logits = np.asarray(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -292,7 +309,10 @@ def test_quality_lmbda_is_geometric():
         losses.quality_lmbda(jnp.zeros(1), 0.0, 1.0)
 
 
-TERMS = ("charbonnier", "perceptual", "style", "local_style", "adversarial")
+TERMS = (
+    *("charbonnier", "perceptual", "style", "local_style", "mean_style"),
+    "adversarial",
+)
 
 
 def test_ensemble_computes_each_term_and_only_those_with_a_weight(network, pair):
@@ -308,6 +328,7 @@ def test_ensemble_computes_each_term_and_only_those_with_a_weight(network, pair)
         "perceptual": losses.perceptual(network, *pair),
         "style": losses.style(*taps),
         "local_style": losses.local_style(*taps, pair[0].shape[1:3]),
+        "mean_style": losses.mean_style(*taps),
         "adversarial": losses.adversarial_generator(
             inputs["logits_fake"], inputs["labels"]
         ),
@@ -338,11 +359,11 @@ def test_ensemble_refuses_what_is_missing(pair):
 
 
 def test_a_step_takes_only_the_trunks_terms_from_the_shifted_window(network, pair):
-    from semlic_jax.training.steps import Trunk, _reconstruction_terms
+    from semlic_jax.training.steps import Trunk, reconstruction_terms
 
     x, x_hat = pair
     weights = LossWeights(charbonnier=1.0, squared_error=1.0, perceptual=1.0)
-    terms = _reconstruction_terms(
+    terms = reconstruction_terms(
         jnp.asarray(x), jnp.asarray(x_hat), weights, Trunk(network), jax.random.key(0)
     )
     assert set(terms) == {"charbonnier", "squared_error", "perceptual"}
@@ -354,12 +375,12 @@ def test_a_step_takes_only_the_trunks_terms_from_the_shifted_window(network, pai
 
 def test_zoom_takes_a_share_of_the_perceptual_term_from_an_enlarged_part(network, pair):
     from semlic_jax.training.stages import Stage
-    from semlic_jax.training.steps import Trunk, _enlarged, _reconstruction_terms
+    from semlic_jax.training.steps import Trunk, _enlarged, reconstruction_terms
 
     x, x_hat = map(jnp.asarray, pair)
     rng, trunk = jax.random.key(0), Trunk(network)
     near, far, both = (
-        _reconstruction_terms(
+        reconstruction_terms(
             x, x_hat, LossWeights(perceptual=1.0), trunk, rng, zoom=zoom
         )["perceptual"]
         for zoom in (1.0, 0.0, 0.25)

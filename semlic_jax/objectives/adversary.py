@@ -13,6 +13,7 @@ parameters are float32, images are float [B, H, W, 3] in [0, 1].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,11 +27,13 @@ from semlic_jax.model.layers import (
     depth_to_space,
     space_to_depth,
 )
+from semlic_jax.objectives.features import normalise_channels
 
 Array = jax.Array
 
 _NORMALISE_EPS = 1e-12
 _SLOPE = 0.2  # of the discriminator's leaky ReLU
+_TAP_SCALE = 4.0
 
 
 class Quantised(NamedTuple):
@@ -324,6 +327,9 @@ class Discriminator(nn.Module):
             whose magnitude spans decades.
         patch: pixels per side of a block at the input.
         lateral_skips: concatenate the downward path's maps to the upward path's.
+        feature_channels: of each tap of a frozen feature network that joins the last
+            grid; 0 for a discriminator of pixels alone.
+        mix_widths: 3x3 convolutions after that, ahead of the logits.
         preactivated_shortcut: the shortcuts see the activated maps.
         remat: recompute the levels in the backward pass.
         dtype: of the convolutions.
@@ -336,6 +342,8 @@ class Discriminator(nn.Module):
     context_log: bool = False
     patch: int = 1
     lateral_skips: bool = False
+    feature_channels: int = 0
+    mix_widths: tuple[int, ...] = ()
     preactivated_shortcut: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
@@ -351,16 +359,27 @@ class Discriminator(nn.Module):
         return self.patch * 2 ** len(self.widths)
 
     @nn.compact
-    def __call__(self, images: Array, y_hat: Array) -> Array:
+    def __call__(
+        self, images: Array, y_hat: Array, taps: Sequence[Array] = ()
+    ) -> Array:
         """Logits float32 [B, H/8, W/8, C + 1].
 
         Args:
             images: float [B, H, W, 3], unclamped; H and W multiples of `multiple`.
             y_hat: float [B, H/16, W/16, M]; no gradient reaches it.
+            taps: feature maps [B, h, w, C] of the images, with `feature_channels`. A
+                discriminator that starts from what a trained network sees learns in
+                hundreds of steps (Sauer et al. 2021, arXiv:2111.01007).
 
         Raises:
-            ValueError: a side that is not such a multiple.
+            ValueError: a side that is not such a multiple; taps without
+                `feature_channels` or the other way round.
         """
+        if bool(taps) != bool(self.feature_channels):
+            raise ValueError(
+                f"expected taps with feature_channels alone, found {len(taps)} taps "
+                f"and feature_channels {self.feature_channels}"
+            )
         height, width = images.shape[1:3]
         if height % self.multiple or width % self.multiple:
             raise ValueError(
@@ -394,7 +413,19 @@ class Discriminator(nn.Module):
             )(h)
             if self.lateral_skips:
                 h = jnp.concatenate([h, maps.pop()], axis=-1)
+        if taps:
+            seen = [self._seen(i, tap, h.shape[1:3]) for i, tap in enumerate(taps)]
+            h = jnp.concatenate([_leaky_relu(h), *seen], axis=-1)
+        for i, width in enumerate(self.mix_widths):
+            h = _leaky_relu(Conv(width, dtype=self.dtype, name=f"mix_{i}")(h))
         return Conv(self.classes, 1, name="head")(h.astype(jnp.float32))
+
+    def _seen(self, index: int, tap: Array, grid: tuple[int, ...]) -> Array:
+        # Unit vectors have entries of about 1 / sqrt(C); these, about 1 / 3.
+        tap = _TAP_SCALE * normalise_channels(tap).astype(self.dtype)
+        conv = Conv(self.feature_channels, 1, dtype=self.dtype, name=f"tap_{index}")
+        shape = (tap.shape[0], *grid, self.feature_channels)
+        return jax.image.resize(conv(tap), shape, "linear")
 
     def _context(self, y_hat: Array) -> Array:
         if self.context_log:

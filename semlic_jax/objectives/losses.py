@@ -3,7 +3,8 @@
 
     L = lambda(q)*R + k_charbonnier*Charbonnier + k_squared_error*SquaredError
         + k_structural*Structural + k_lattice*Lattice + k_perceptual*Perceptual
-        + k_style*Style + k_local_style*LocalStyle + k_adversarial*Adversarial
+        + k_style*Style + k_local_style*LocalStyle + k_mean_style*MeanStyle
+        + k_adversarial*Adversarial
 
 In: each term as a function that returns one value per image, float32 [B], so that
 rate targets and region weights act per sample; `ensemble_terms`, which computes the
@@ -309,6 +310,29 @@ def local_style(
     return sum(distances[1:], distances[0])
 
 
+def mean_style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array:
+    """Relative distance of mean features over whole maps, float32 [B].
+
+    sum_l |m_l(x) - m_l(x_hat)|^2 / (|m_l(x)|^2 + 1e-6), m_l the mean of the features of
+    layer l over its map: the first of the statistics that stand for style in Li et al.
+    2017 (arXiv:1701.01036). Unlike the Gram matrices of unit vectors it sees how strong
+    the features are, which blur takes away.
+
+    Args:
+        taps, taps_hat: per layer [B, h, w, C], not normalised; no gradient flows to
+            the first.
+    """
+    total = jnp.zeros(taps[0].shape[0], jnp.float32)
+    for f, g in zip(taps, taps_hat, strict=True):
+        mean, mean_hat = (
+            jnp.mean(tap.astype(jnp.float32), axis=(1, 2))
+            for tap in (jax.lax.stop_gradient(f), g)
+        )
+        square = jnp.sum(jnp.square(mean - mean_hat), axis=-1)
+        total = total + square / (jnp.sum(jnp.square(mean), axis=-1) + 1e-6)
+    return total
+
+
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label], averaged over positions, float32 [B]."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -424,6 +448,7 @@ class LossWeights:
     perceptual: float = 0.0
     style: float = 0.0
     local_style: float = 0.0
+    mean_style: float = 0.0
     adversarial: float = 0.0
 
     def __post_init__(self) -> None:
@@ -433,6 +458,12 @@ class LossWeights:
                 raise ValueError(
                     f"the weight of {field.name} must be at least 0, found {value}"
                 )
+
+    @property
+    def sees_features(self) -> bool:
+        """Whether a term compares features of the frozen network."""
+        styles = (self.style, self.local_style, self.mean_style)
+        return bool(self.perceptual or any(styles))
 
 
 def ensemble_terms(
@@ -470,7 +501,7 @@ def ensemble_terms(
         terms["structural"] = structural(x, x_hat)
     if weights.lattice:
         terms["lattice"] = lattice(x, x_hat)
-    if weights.perceptual or weights.style or weights.local_style:
+    if weights.sees_features:
         if network is None:
             raise ValueError(
                 "perceptual and style terms need a feature network, found none"
@@ -478,12 +509,14 @@ def ensemble_terms(
         taps, taps_hat = _taps_of(network, x, x_hat)
         if weights.perceptual:
             terms["perceptual"] = feature_distance(taps, taps_hat, heads)
-        taps, taps_hat = (list(map(style_map, maps)) for maps in (taps, taps_hat))
+        mapped = [list(map(style_map, maps)) for maps in (taps, taps_hat)]
         if weights.style:
-            terms["style"] = style(taps, taps_hat)
+            terms["style"] = style(*mapped)
         if weights.local_style:
             size = (x.shape[1], x.shape[2])
-            terms["local_style"] = local_style(taps, taps_hat, size)
+            terms["local_style"] = local_style(*mapped, size)
+        if weights.mean_style:
+            terms["mean_style"] = mean_style(taps, taps_hat)
     if weights.adversarial:
         if logits_fake is None or labels is None:
             raise ValueError(

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from semlic_jax.model.compression import CompressionModel
+from semlic_jax.training.labeller_steps import labeller_update
 from semlic_jax.training.settings import Settings
 from semlic_jax.training.sharding import (
     batch_sharding,
@@ -34,8 +35,8 @@ from semlic_jax.training.steps import (
     Trunk,
     codec_update,
     discriminator_update,
-    labeller_update,
     new_learner,
+    seen_taps,
 )
 
 Array = jax.Array
@@ -104,10 +105,13 @@ def codec_program(run: Run, stage: Stage, params: Tree, labeller: Tree) -> Progr
         run: what to train with.
         stage: the record.
         params: of the codec, to start from.
-        labeller: its parameters, if the adversary needs them.
+        labeller: its parameters, or `{"codes": ...}` of `feature_codes`, if the
+            adversary needs them.
     """
-    if stage.adversary.binary:
-        discriminator = run.networks.discriminator.clone(classes=2)
+    classes = {"features": stage.adversary.code_count + 1}.get(stage.adversary.codes)
+    classes = 2 if stage.adversary.binary else classes
+    if classes:
+        discriminator = run.networks.discriminator.clone(classes=classes)
         run = run._replace(
             networks=dataclasses.replace(run.networks, discriminator=discriminator)
         )
@@ -161,7 +165,7 @@ def codec_program(run: Run, stage: Stage, params: Tree, labeller: Tree) -> Progr
         )
         state = learner._asdict()
         if other:
-            other, more = update_discriminator(other, fakes)
+            other, more = update_discriminator(other, fakes, trunk)
             state["discriminator"] = other._asdict()
             metrics |= more
         return state, metrics
@@ -250,7 +254,8 @@ def initial_discriminator(run: Run) -> Tree:
     images = jnp.zeros((1, side, side, 3))
     y_hat = jnp.zeros((1, side // 16, side // 16, channels))
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    return module.init(key, images, y_hat)["params"]
+    taps = seen_taps(module, run.trunk, images)
+    return module.init(key, images, y_hat, taps)["params"]
 
 
 def initial_labeller(run: Run) -> Tree:

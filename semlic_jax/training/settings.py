@@ -87,7 +87,8 @@ class Settings:
             given, the packaged network where none are.
         learnt_heads: weigh its channels as LPIPS does; needs `lpips_v0.1_*.npz` beside
             its weights.
-        init_from: folder of a stage's checkpoints to start the codec from.
+        init_from: folder of a stage's checkpoints to start the codec from, or a model
+            file.
         labeller_from: the same for the labeller.
         data: the input.
         networks: the adversary's modules, as keyword arguments.
@@ -230,7 +231,8 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"config.data.batch must be at least 1, found {data.batch}")
     for name in ("init_from", "labeller_from"):
         folder = getattr(settings, name)
-        if folder and not epath.Path(folder).is_dir():
+        model_file = name == "init_from" and epath.Path(folder or ".").is_file()
+        if folder and not model_file and not epath.Path(folder).is_dir():
             raise ValueError(f"config.{name}: no such folder: {folder}")
     for stage in settings.records:
         if isinstance(stage, LabellerStage):
@@ -250,22 +252,20 @@ def _check_adversary(settings: Settings, stage: Stage) -> None:
             f"config.data.crop must be a multiple of the discriminator's "
             f"{discriminator.multiple}, found {settings.data.crop}"
         )
-    if not stage.adversary.binary and labeller.stride != discriminator.stride:
-        raise ValueError(
-            "labeller and discriminator must have one stride, found "
-            f"{labeller.stride} and {discriminator.stride}"
-        )
     if stage.adversary.split_batch and settings.data.batch < 2:
         raise ValueError(
             "split_batch needs batches of at least 2, found "
             f"config.data.batch={settings.data.batch}"
         )
+    if stage.adversary.binary or stage.adversary.codes == "features":
+        return
+    if labeller.stride != discriminator.stride:
+        raise ValueError(
+            "labeller and discriminator must have one stride, found "
+            f"{labeller.stride} and {discriminator.stride}"
+        )
     before = settings.stages[: settings.stages.index(stage.name)]
-    if (
-        not stage.adversary.binary
-        and not settings.labeller_from
-        and LABELLER_STAGE not in before
-    ):
+    if not settings.labeller_from and LABELLER_STAGE not in before:
         raise ValueError(
             f"the stage {stage.name} needs a labeller: run the stage "
             f"{LABELLER_STAGE} before it or set config.labeller_from to the folder "

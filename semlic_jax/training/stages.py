@@ -88,7 +88,11 @@ class Adversary:
 
     Attributes:
         optimizer: the discriminator's own.
-        binary: real or fake instead of the labeller's codes (an ablation).
+        binary: real or fake instead of codes (an ablation).
+        codes: what the classes are: codes of the `labeller`, or of the `features` of
+            the perceptual term's network, grouped by k-means over the photographs.
+        code_count: of the latter.
+        code_tap: which of the network's taps they group.
         split_batch: originals and reconstructions of one update are of different
             images, half of the batch each (MS-ILLM); otherwise of the same.
         largest_share: bound of the length of the adversary's gradient to an image,
@@ -97,10 +101,22 @@ class Adversary:
 
     optimizer: Optimizer = Optimizer(lr=4e-4, beta1=0.5, beta2=0.9)
     binary: bool = False
+    codes: str = "labeller"
+    code_count: int = 32
+    code_tap: int = 2
     split_batch: bool = False
     largest_share: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.codes not in ("labeller", "features"):
+            raise ValueError(
+                f"adversary.codes must be labeller or features, found {self.codes!r}"
+            )
+        if not 1 <= self.code_count <= 4096 or self.code_tap < 0:
+            raise ValueError(
+                "adversary needs code_count from 1 to 4096 and code_tap of at least 0, "
+                f"found {self.code_count} and {self.code_tap}"
+            )
         if not 0 <= self.largest_share < math.inf:
             raise ValueError(
                 "adversary.largest_share must be finite and at least 0, found "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jitted updates: of the codec, of the discriminator, of the labeller.
+"""The jitted updates: of the codec and of the discriminator.
 
 Each is a pure function of what it changes, what it reads, a batch and a key, so a run
 can be repeated from any checkpoint. Networks that do not learn are arguments, never
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +25,6 @@ from semlic_jax.model.compression import (
 from semlic_jax.objectives.adversary import (
     Discriminator,
     Labeller,
-    code_frequencies,
-    diversity_loss,
-    perplexity,
-    reseed_dead_codes,
 )
 from semlic_jax.objectives.features import FeatureNetwork, normalise_channels
 from semlic_jax.objectives.losses import (
@@ -40,8 +36,8 @@ from semlic_jax.objectives.losses import (
     quality_lmbda,
     weighted_sum,
 )
+from semlic_jax.training.feature_codes import nearest_codes
 from semlic_jax.training.stages import (
-    LabellerStage,
     Optimizer,
     Stage,
     make_optimizer,
@@ -116,12 +112,12 @@ def new_learner(
     return Learner(params, jax.tree.map(jnp.copy, params), state)
 
 
-def _norm(tree: Tree) -> Array:
+def norm(tree: Tree) -> Array:
     """Euclidean norm over all leaves."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
-def _apply(
+def apply_gradients(
     learner: Learner, gradients: Tree, optimizer: Optimizer, steps: int
 ) -> Learner:
     """One optimiser step for the parts that `gradients` has."""
@@ -170,7 +166,7 @@ def _enlarged(rng: Array, *images: Array) -> list[Array]:
     ]
 
 
-def _reconstruction_terms(
+def reconstruction_terms(
     images: Array,
     x_hat: Array,
     weights: LossWeights,
@@ -189,10 +185,13 @@ def _reconstruction_terms(
         perceptual=weights.perceptual,
         style=weights.style,
         local_style=weights.local_style,
+        mean_style=weights.mean_style,
     )
-    rest = dataclasses.replace(weights, perceptual=0.0, style=0.0, local_style=0.0)
+    rest = dataclasses.replace(
+        weights, perceptual=0.0, style=0.0, local_style=0.0, mean_style=0.0
+    )
     terms = ensemble_terms(images, x_hat, rest)
-    if deep != LossWeights(charbonnier=0.0):
+    if deep.sees_features:
         real, made = _shifted(rng, images, x_hat)
         network, heads = trunk or (None, None)
         terms |= ensemble_terms(
@@ -282,7 +281,7 @@ def codec_update(
         quality = sample_quality(stage, quality_rng, batch)
         labels = None
         if adversarial:
-            labels = _labels(networks, stage, labeller, images)
+            labels = _labels(networks, stage, labeller, images, trunk)
 
         def loss(trained: Tree) -> tuple[Array, tuple[Metrics, Array, Array]]:
             params = {**learner.params, **trained}
@@ -290,13 +289,16 @@ def codec_update(
 
             def closeness(x_hat: Array) -> Metrics:
                 weights = dataclasses.replace(stage.weights, adversarial=0.0)
-                return _reconstruction_terms(
+                return reconstruction_terms(
                     images, x_hat, weights, trunk, shift_rng, stage.zoom
                 )
 
             def realism(x_hat: Array) -> Metrics:
                 logits = networks.discriminator.apply(
-                    {"params": discriminator}, x_hat, forward.y_hat
+                    {"params": discriminator},
+                    x_hat,
+                    forward.y_hat,
+                    seen_taps(networks.discriminator, trunk, x_hat),
                 )
                 return {"adversarial": adversarial_generator(logits, labels)}
 
@@ -329,8 +331,8 @@ def codec_update(
             loss, has_aux=True
         )(trained)
         metrics["loss"] = value
-        metrics["gradient_norm"] = _norm(gradients)
-        learner = _apply(learner, gradients, stage.optimizer, stage.steps)
+        metrics["gradient_norm"] = norm(gradients)
+        learner = apply_gradients(learner, gradients, stage.optimizer, stage.steps)
         fakes = None
         if adversarial:
             # Qualities rise along the batch, and the discriminator sees the latents:
@@ -374,12 +376,31 @@ def _by_quality(images: Array, forward: Forward) -> Metrics:
     return metrics
 
 
-def _labels(networks: Networks, stage: Stage, labeller: Tree, images: Array) -> Array:
+def seen_taps(
+    discriminator: Discriminator, trunk: Trunk | None, images: Array
+) -> Sequence[Array]:
+    """What a discriminator sees of the trunk's features; no gradient to its weights."""
+    if not discriminator.feature_channels:
+        return ()
+    return jax.lax.stop_gradient(trunk.network).apply(images)
+
+
+def _labels(
+    networks: Networks,
+    stage: Stage,
+    labeller: Tree,
+    images: Array,
+    trunk: Trunk | None,
+) -> Array:
     """Codes of originals on the discriminator's grid; all 0 for a binary one."""
+    stride = networks.discriminator.stride
+    batch, height, width, _ = images.shape
+    grid = (height // stride, width // stride)
     if stage.adversary.binary:
-        stride = networks.discriminator.stride
-        batch, height, width, _ = images.shape
-        return jnp.zeros((batch, height // stride, width // stride), jnp.int32)
+        return jnp.zeros((batch, *grid), jnp.int32)
+    if stage.adversary.codes == "features":
+        features = trunk.network.apply(images)[stage.adversary.code_tap]
+        return nearest_codes(labeller["codes"], features, grid)
     return networks.labeller.apply({"params": labeller}, images, method="labels")
 
 
@@ -389,14 +410,17 @@ def discriminator_update(
     """The discriminator's update, to be jitted.
 
     Returns:
-        `update(learner, fakes)`: learner of the discriminator and what the codec's
-        update left. Metrics: the loss, the share of cells of originals that get their
-        code (`d_code_accuracy`) or any code (`d_real_accuracy`), and of reconstructions
-        that are found to be fake (`d_fake_accuracy`).
+        `update(learner, fakes, trunk)`: learner of the discriminator, what the codec's
+        update left and the feature network. Metrics: the loss, the share of cells of
+        originals that get their code (`d_code_accuracy`) or any code
+        (`d_real_accuracy`), and of reconstructions that are found to be fake
+        (`d_fake_accuracy`).
     """
     optimizer = stage.adversary.optimizer
 
-    def update(learner: Learner, fakes: Fakes) -> tuple[Learner, Metrics]:
+    def update(
+        learner: Learner, fakes: Fakes, trunk: Trunk | None
+    ) -> tuple[Learner, Metrics]:
         batch = fakes.images.shape[0]
         real = fake = slice(None)
         if stage.adversary.split_batch:
@@ -404,9 +428,12 @@ def discriminator_update(
         images = jnp.concatenate([fakes.images[real], fakes.x_hat[fake]])
         y_hat = jnp.concatenate([fakes.y_hat[real], fakes.y_hat[fake]])
         labels = fakes.labels[real]
+        taps = seen_taps(networks.discriminator, trunk, images)
 
         def loss(params: Tree) -> tuple[Array, tuple[Array, Array]]:
-            logits = networks.discriminator.apply({"params": params}, images, y_hat)
+            logits = networks.discriminator.apply(
+                {"params": params}, images, y_hat, taps
+            )
             logits = (logits[: labels.shape[0]], logits[labels.shape[0] :])
             return jnp.mean(adversarial_discriminator(*logits, labels)), logits
 
@@ -416,91 +443,11 @@ def discriminator_update(
         guess = jnp.argmax(on_real, axis=-1)
         metrics = {
             "d_loss": value,
-            "d_gradient_norm": _norm(gradients),
+            "d_gradient_norm": norm(gradients),
             "d_code_accuracy": jnp.mean(guess == labels + 1),
             "d_real_accuracy": jnp.mean(guess > 0),
             "d_fake_accuracy": jnp.mean(jnp.argmax(on_fake, axis=-1) == 0),
         }
-        return _apply(learner, gradients, optimizer, stage.steps), metrics
+        return apply_gradients(learner, gradients, optimizer, stage.steps), metrics
 
     return update
-
-
-def labeller_update(
-    networks: Networks, stage: LabellerStage, seed: int
-) -> Callable[..., tuple[Learner, Array, Metrics]]:
-    """The labeller's update, to be jitted.
-
-    Returns:
-        `update(learner, usage, step, images, trunk)`, with the running share of
-        each code, float32 [C]. It returns the first two anew, and the metrics.
-    """
-    labeller = networks.labeller
-
-    def update(
-        learner: Learner,
-        usage: Array,
-        step: Array,
-        images: Array,
-        trunk: Trunk | None,
-    ) -> tuple[Learner, Array, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(seed), step)
-        shift_rng, seed_rng = jax.random.split(rng)
-
-        def loss(params: Tree) -> tuple[Array, tuple[Metrics, Any]]:
-            made = labeller.apply({"params": params}, images)
-            terms = _reconstruction_terms(
-                images, made.x_hat, stage.weights, trunk, shift_rng
-            )
-            total = jnp.mean(weighted_sum(terms, stage.weights))
-            total = total + stage.commitment * made.commitment
-            total = total + stage.embedding * made.embedding
-            metrics = {name: jnp.mean(term) for name, term in terms.items()}
-            metrics["commitment"] = made.commitment
-            if stage.diversity:
-                metrics["diversity"] = diversity_loss(
-                    made.embeddings, params["codebook"], stage.temperature
-                )
-                total = total + stage.diversity * metrics["diversity"]
-            return total, (metrics, made)
-
-        (value, (metrics, made)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            learner.params
-        )
-        learner = _apply(learner, gradients, stage.optimizer, stage.steps)
-        frequencies = code_frequencies(made.codes, labeller.code_count)
-        usage = stage.usage_decay * usage + (1 - stage.usage_decay) * frequencies
-        usage = jnp.where(step == 0, jnp.zeros_like(usage), usage)
-        active = step < stage.reseed_until * stage.steps
-        learner, usage, dead = _reseed(
-            learner, usage, made.embeddings, seed_rng, stage, active
-        )
-        metrics |= {
-            "loss": value,
-            "gradient_norm": _norm(gradients),
-            "perplexity": perplexity(frequencies),
-            "dead_codes": jnp.sum(dead).astype(jnp.float32),
-        }
-        return learner, usage, metrics
-
-    return update
-
-
-def _reseed(
-    learner: Learner,
-    usage: Array,
-    embeddings: Array,
-    rng: Array,
-    stage: LabellerStage,
-    active: Array,
-) -> tuple[Learner, Array, Array]:
-    threshold = jnp.where(active, stage.reseed_threshold, 0.0)
-    codebook, usage, dead = reseed_dead_codes(
-        learner.params["codebook"], usage, embeddings, rng, threshold=threshold
-    )
-    average = jnp.where(dead[:, None], codebook, learner.average["codebook"])
-    params = {**learner.params, "codebook": codebook}
-    learner = learner._replace(
-        params=params, average={**learner.average, "codebook": average}
-    )
-    return learner, usage, dead

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ from semlic_jax.objectives.feature_weights import load_lpips_heads
 from semlic_jax.objectives.features import load_features
 from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
+from semlic_jax.training.feature_codes import feature_codes
 from semlic_jax.training.klt import block_covariance, start_from_klt
 from semlic_jax.training.loop import run_program
+from semlic_jax.training.model_files import training_params
 from semlic_jax.training.programs import (
+    Run,
     codec_program,
     labeller_program,
     make_run,
@@ -48,9 +52,10 @@ from semlic_jax.training.sharding import (
     stops_with_the_others,
 )
 from semlic_jax.training.sources import open_sources
-from semlic_jax.training.stages import LabellerStage
+from semlic_jax.training.stages import LabellerStage, Stage
 from semlic_jax.training.steps import Trunk
 from semlic_jax.training.writers import Writer
+from semlic_jax.weights import ModelFile, load_model
 
 Tree = Any
 
@@ -61,19 +66,30 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     """The codec's first parameters: of `init_from`, or fresh; NumPy arrays.
 
     Fresh ones start at the KLT of the photographs where the model has a linear skip.
+    Texture layers that `init_from` lacks are fresh, which changes no picture yet.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint or the model file is of another model.
     """
     config = settings.model_config
     model = CompressionModel(config)
     x = jnp.zeros((1, 64, 64, 3))
     key = jax.random.key(settings.seed)
     if settings.init_from:
-        folder = settings.init_from
-        params = checkpoints.read_params(folder)
+        place = settings.init_from
+        if epath.Path(place).is_dir():
+            params = checkpoints.read_params(place)
+        else:
+            params = _model_params(place)
+        if config.texture_channels:
+            y = jnp.zeros((1, 4, 4, config.latent_channels))
+            init = jax.jit(partial(model.init, method="synthesis"))
+            fresh = init(key, y, jnp.zeros(1))["params"]["g_s"]
+            texture = {k: v for k, v in fresh.items() if k.startswith("texture_")}
+            texture = jax.tree.map(np.asarray, texture)
+            params = {**params, "g_s": {**texture, **params["g_s"]}}
         wanted = jax.eval_shape(model.init, key, x, jnp.zeros(1), key)["params"]
-        checkpoints.check_fits(params, wanted, folder)
+        checkpoints.check_fits(params, wanted, place)
         return params
     params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
     if config.linear_skip:
@@ -82,10 +98,24 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     return jax.tree.map(np.asarray, params)
 
 
+def _model_params(path: str) -> Tree:
+    model = load_model(path)
+    if not isinstance(model, ModelFile):
+        raise ValueError(
+            f"config.init_from: {path} is a converted model, which cannot be trained"
+        )
+    return training_params(model)
+
+
 def _trunk(settings: Settings) -> Trunk | None:
     """The feature network, if a term of any stage needs it."""
     weights = [stage.weights for stage in settings.records]
-    if not any(w.perceptual or w.style or w.local_style for w in weights):
+    seen = settings.discriminator.feature_channels or any(
+        isinstance(stage, Stage) and stage.adversary.codes == "features"
+        for stage in settings.records
+    )
+    adversarial = seen and any(w.adversarial for w in weights)
+    if not adversarial and not any(w.sees_features for w in weights):
         return None
     path = settings.features or os.environ.get("SEMLIC_FEATURES")
     dtype = None if settings.dtype == "float32" else jnp.dtype(settings.dtype)
@@ -99,6 +129,27 @@ def _trunk(settings: Settings) -> Trunk | None:
     except ValueError as error:
         raise ValueError(f"config.features: {error}") from error
     return Trunk(network, heads)
+
+
+def _codes(run: Run, stage: Stage, photographs: Photographs) -> Tree:
+    """The codes of an adversary that takes them from features; None otherwise."""
+    if stage.adversary.codes != "features":
+        return None
+    assert run.trunk is not None  # `_trunk` has seen to it
+    taps = run.trunk.network.taps
+    if stage.adversary.code_tap >= len(taps):
+        raise ValueError(
+            f"config.{stage.name}.adversary.code_tap must be under {len(taps)}, the "
+            f"taps of {run.trunk.network.name}, found {stage.adversary.code_tap}"
+        )
+    codes = feature_codes(
+        run.trunk.network,
+        stage.adversary.code_tap,
+        photographs,
+        stage.adversary.code_count,
+        seed=run.settings.seed,
+    )
+    return {"codes": codes}
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
@@ -154,7 +205,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
                     trained["codec"] = initial_params(settings, photographs)
                 labeller = None
                 if stage.weights.adversarial and not stage.adversary.binary:
-                    labeller = trained["labeller"]
+                    labeller = _codes(run, stage, photographs) or trained["labeller"]
                 program = codec_program(run, stage, trained["codec"], labeller)
                 name = "codec"
             trained[name] = run_program(

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from a model file, and a new decoder for the files of an old one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("ml_collections")
+
+from mini_config import get_config  # noqa: E402
+
+from semlic_jax.codec import Codec  # noqa: E402
+from semlic_jax.training import export  # noqa: E402
+from semlic_jax.training.model_files import (  # noqa: E402
+    training_params,
+    with_decoder,
+)
+from semlic_jax.training.settings import read_settings  # noqa: E402
+from semlic_jax.training.train import initial_params  # noqa: E402
+from semlic_jax.weights import export_model, load_model, save_model  # noqa: E402
+
+
+def textured(config, params):
+    """The configuration and parameters with texture layers that do something."""
+    rng = np.random.default_rng(3)
+    g_s = dict(params["g_s"])
+    for level, width in enumerate(config.widths[-2::-1]):
+        g_s[f"texture_{level}"] = {
+            name: {
+                "kernel": rng.normal(0, 0.2, (1, 1, *shape)).astype(np.float32),
+                "bias": np.zeros(shape[1], np.float32),
+            }
+            for name, shape in (("gate", (width, 4)), ("mix", (4, width)))
+        }
+    return dataclasses.replace(config, texture_channels=4), {**params, "g_s": g_s}
+
+
+def test_a_model_file_is_exported_again_as_it_was(tiny_file):
+    params = training_params(tiny_file)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    again = export_model(tiny_file.config, params)
+    assert again.fingerprint() == tiny_file.fingerprint()
+    for name in tiny_file.transforms:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            tiny_file.transforms[name],
+            again.transforms[name],
+        )
+
+
+def test_another_decoder_reads_the_same_files(tiny_file, photograph):
+    config, params = textured(tiny_file.config, training_params(tiny_file))
+    model = with_decoder(tiny_file, config, params)
+    assert model.fingerprint() == tiny_file.fingerprint()
+    image = photograph(80, 112)
+    old, new = Codec(tiny_file), Codec(model)
+    data = old.compress(image, quality=0.3)
+    assert new.compress(image, quality=0.3) == data
+    assert (new.decompress(data) != old.decompress(data)).any()
+    np.testing.assert_array_equal(new.decompress(data), new.decompress(data))
+
+
+def test_decoders_of_other_latents_are_refused(tiny_file):
+    config, params = textured(tiny_file.config, training_params(tiny_file))
+    with pytest.raises(ValueError, match="found other gains beside it"):
+        with_decoder(tiny_file, config, {**params, "log_gain": params["log_gain"] + 1})
+    other = dataclasses.replace(config, blocks=2)
+    with pytest.raises(ValueError, match="expected a decoder for the architecture"):
+        with_decoder(tiny_file, other, params)
+
+
+def test_training_starts_from_a_model_file(tiny_model, tmp_path):
+    config = get_config()
+    config.architecture = dict(texture_channels=4)
+    config.init_from = str(tiny_model)
+    settings = read_settings(config)
+    params = initial_params(settings, None)
+    known = training_params(load_model(tiny_model))
+    for name in ("g_a", "h_a", "entropy", "prior", "log_gain"):
+        jax.tree.map(np.testing.assert_array_equal, params[name], known[name])
+    # Fresh texture layers change nothing yet.
+    assert not params["g_s"]["texture_0"]["mix"]["kernel"].any()
+    assert params["g_s"]["texture_0"]["gate"]["kernel"].any()
+    config.architecture = dict(blocks=2)
+    with pytest.raises(ValueError, match="does not fit this model"):
+        initial_params(read_settings(config), None)
+
+
+def test_export_keeps_the_rest_of_a_model(tiny_model, tiny_file, tmp_path, monkeypatch):
+    _, params = textured(tiny_file.config, training_params(tiny_file))
+    config = dataclasses.replace(tiny_file.config, texture_channels=4)
+    monkeypatch.setitem(export.SIZES, "tiny", config)
+    monkeypatch.setattr(export, "read_params", lambda stage, step: params)
+    path = tmp_path / "new.npz"
+    arguments = ["run", str(path), "--size", "tiny", "--decoder-for", str(tiny_model)]
+    export.main(arguments)
+    model = load_model(path)
+    assert model.fingerprint() == tiny_file.fingerprint()
+    assert model.config == config
+    with pytest.raises(SystemExit):
+        export.main([*arguments, "--fit-tables", "synthetic:2"])
+    converted = tmp_path / "other.npz"
+    save_model(converted, model)
+    assert converted.read_bytes() == path.read_bytes()
