@@ -509,12 +509,12 @@ def ensemble_terms(
         taps, taps_hat = _taps_of(network, x, x_hat)
         if weights.perceptual:
             terms["perceptual"] = feature_distance(taps, taps_hat, heads)
-        mapped = [list(map(style_map, maps)) for maps in (taps, taps_hat)]
+        mapped, mapped_hat = (list(map(style_map, maps)) for maps in (taps, taps_hat))
         if weights.style:
-            terms["style"] = style(*mapped)
+            terms["style"] = style(mapped, mapped_hat)
         if weights.local_style:
             size = (x.shape[1], x.shape[2])
-            terms["local_style"] = local_style(*mapped, size)
+            terms["local_style"] = local_style(mapped, mapped_hat, size)
         if weights.mean_style:
             terms["mean_style"] = mean_style(taps, taps_hat)
     if weights.adversarial:
