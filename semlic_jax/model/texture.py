@@ -2,8 +2,8 @@
 """Noise that a decoder makes texture of.
 
 Files of few bits say little of sand, fur or grain, and a decoder that is asked for
-texture without anything random to make it of repeats what it does in each cell of the
-latents: a weave. So g_s may have noise at each level of its upward path (as StyleGAN
+texture without anything random to make it of can only repeat what it does in each cell
+of the latents. So g_s may have noise at each level of its upward path (as StyleGAN
 has, arXiv:1812.04948), weighed by its features, which say where texture belongs and of
 which kind.
 
