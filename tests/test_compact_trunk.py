@@ -174,6 +174,23 @@ def test_its_distances_have_names_of_their_own(monkeypatch, pixels):
         metrics.ImageMetrics(["feature_distance"])
 
 
+def test_mean_style_sees_texture_that_is_gone_more_than_texture_of_another_seed(pixels):
+    measure = metrics.ImageMetrics(["compact_mean_style", "compact_distance"])
+    rng = np.random.default_rng(2)
+    smooth = np.asarray(pixels[:128, :128] // 8 + 96, np.float64)
+    grainy = [
+        np.uint8(np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255))
+        for _ in range(2)
+    ]
+    same, other, gone = (
+        measure(grainy[0], np.uint8(image)) for image in (*grainy, smooth)
+    )
+    assert same["compact_mean_style"][0] < 1e-9
+    assert other["compact_mean_style"][0] < 0.1 * gone["compact_mean_style"][0]
+    # The distance at equal places hardly tells them apart.
+    assert other["compact_distance"][0] > 0.2 * gone["compact_distance"][0]
+
+
 def test_sweeps_measure_it_where_no_other_is_given(monkeypatch, tmp_path, pixels):
     monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
     names, _ = default_metrics()
@@ -186,6 +203,7 @@ def test_sweeps_measure_it_where_no_other_is_given(monkeypatch, tmp_path, pixels
     elsewhere = Measures(ours, tmp_path, patch_side=32)
     assert measures.trunks == elsewhere.trunks
     assert measures.identity(ours[0]) == elsewhere.identity(ours[0]) != ""
+    assert measures.identity("compact_mean_style") == measures.identity(ours[0])
     assert measures.identity("feature_distance") != measures.identity(ours[0])
     facts = measures.image_metrics | measures.set_metrics
     assert all("compact" in facts[name].label for name in ours)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semlic_jax.objectives import losses
+from semlic_jax.objectives import losses, style_losses
 from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.losses import LossWeights, RateTarget
 
@@ -139,8 +139,8 @@ def test_gram_distance_equals_its_equation(positions, channels):
     rng = np.random.default_rng(3)
     f, g = rng.normal(size=(2, positions, channels)).astype(np.float32)
     expected = ((gram(f.astype(np.float64)) - gram(g.astype(np.float64))) ** 2).sum()
-    np.testing.assert_allclose(losses.gram_distance(f, g), expected, rtol=1e-5)
-    assert losses.gram_distance(f, f) == 0
+    np.testing.assert_allclose(style_losses.gram_distance(f, g), expected, rtol=1e-5)
+    assert style_losses.gram_distance(f, f) == 0
 
 
 @pytest.mark.parametrize("positions, channels", [(40, 6), (6, 40)])
@@ -149,7 +149,7 @@ def test_gram_distance_keeps_its_precision_near_equality(positions, channels):
     f = rng.normal(size=(positions, channels)).astype(np.float32)
     g = (f + 1e-4 * rng.normal(size=f.shape)).astype(np.float32)
     expected = ((gram(f.astype(np.float64)) - gram(g.astype(np.float64))) ** 2).sum()
-    np.testing.assert_allclose(losses.gram_distance(f, g), expected, rtol=1e-3)
+    np.testing.assert_allclose(style_losses.gram_distance(f, g), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("positions, channels", [(40, 6), (6, 40), (9, 9)])
@@ -167,7 +167,7 @@ def test_gram_distance_has_the_gradient_of_its_equation(positions, channels, arg
         return jax.grad(lambda *v: weights @ distance(*v), argument)(f, g)
 
     expected = gradient(plain)
-    found = gradient(losses.gram_distance)
+    found = gradient(style_losses.gram_distance)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -181,7 +181,7 @@ def test_style_equals_its_equation_and_pytorch(network, pair):
             flat = torch.from_numpy(tap).permute(0, 3, 1, 2).reshape(b, c, h * w)
             grams.append(torch.bmm(flat, flat.transpose(1, 2)) / (c * h * w))
         expected += ((grams[0] - grams[1]) ** 2).sum((1, 2))
-    found = losses.style(*(network.apply(jnp.asarray(image)) for image in pair))
+    found = style_losses.style(*(network.apply(jnp.asarray(image)) for image in pair))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
 
 
@@ -204,7 +204,7 @@ def test_local_style_is_the_mean_over_patches(network, pair):
                     total += ((gram(p) - gram(q)) ** 2).sum()
             expected[b] += total / (rows * columns)
     taps = [network.apply(jnp.asarray(image)) for image in pair]
-    found = losses.local_style(*taps, size)
+    found = style_losses.local_style(*taps, size)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -213,8 +213,8 @@ def test_local_style_sees_texture_that_moved_and_whole_style_does_not():
     left = np.zeros((1, 32, 32, 4), np.float32)
     left[:, :, :16] = rng.normal(size=(1, 32, 16, 4))
     moved = np.roll(left, 16, axis=2)
-    assert losses.style([left], [moved])[0] < 1e-12
-    assert losses.local_style([left], [moved], (32, 32))[0] > 1e-4
+    assert style_losses.style([left], [moved])[0] < 1e-12
+    assert style_losses.local_style([left], [moved], (32, 32))[0] > 1e-4
 
 
 def test_mean_style_is_relative_and_sees_what_blur_takes_away(network, pair):
@@ -223,15 +223,54 @@ def test_mean_style_is_relative_and_sees_what_blur_takes_away(network, pair):
         a, b = f.mean((1, 2)), g.mean((1, 2))
         expected += ((a - b) ** 2).sum(-1) / (a**2).sum(-1)
     taps = [network.apply(jnp.asarray(image)) for image in pair]
-    np.testing.assert_allclose(losses.mean_style(*taps), expected, rtol=1e-3)
+    np.testing.assert_allclose(style_losses.mean_style(*taps), expected, rtol=1e-3)
     halved = [tap / 2 for tap in taps[0]]
     layers = len(halved)
     np.testing.assert_allclose(
-        losses.mean_style(taps[0], halved), layers / 4, rtol=1e-3
+        style_losses.mean_style(taps[0], halved), layers / 4, rtol=1e-3
     )
-    gradients = jax.grad(lambda a, b: losses.mean_style(a, b).sum(), argnums=(0, 1))
+    gradients = jax.grad(
+        lambda a, b: style_losses.mean_style(a, b).sum(), argnums=(0, 1)
+    )
     to_real, to_made = gradients(*taps)
     assert not any(np.any(g) for g in to_real) and all(np.any(g) for g in to_made)
+
+
+def test_local_mean_style_is_that_of_patches(network, pair):
+    size, side = pair[0].shape[1:3], 8
+    expected = np.zeros(2)
+    for f, g in zip(*(maps(network, image) for image in pair), strict=True):
+        cells = side * f.shape[1] // size[0]
+        a, b = (
+            tap.reshape(2, tap.shape[1] // cells, cells, -1, cells, tap.shape[-1])
+            for tap in (f, g)
+        )
+        a, b = a.mean((2, 4)), b.mean((2, 4))
+        square, power = ((tap**2).sum(-1).mean((1, 2)) for tap in (a - b, a))
+        expected += square / power
+    taps = [network.apply(jnp.asarray(image)) for image in pair]
+    found = style_losses.local_mean_style(*taps, size, patch_pixels=side)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    # One patch is the whole map.
+    whole = [tap[:, :4, :4] for tap in taps[0]], [tap[:, :4, :4] for tap in taps[1]]
+    np.testing.assert_allclose(
+        style_losses.local_mean_style(*whole, (64, 64), patch_pixels=64),
+        style_losses.mean_style(*whole),
+        rtol=1e-5,
+    )
+
+
+def test_local_mean_style_sees_texture_that_moved():
+    left = np.zeros((1, 8, 8, 4), np.float32)
+    left[:, :, :4] = 1
+    moved = np.roll(left, 4, axis=2)
+    assert style_losses.mean_style([left], [moved])[0] < 1e-12
+    found = style_losses.local_mean_style([left], [moved], (128, 128))
+    np.testing.assert_allclose(found, 2, rtol=1e-5)
+    to_real, to_made = jax.grad(
+        lambda a, b: style_losses.local_mean_style([a], [b], (128, 128)).sum(), (0, 1)
+    )(left, moved)
+    assert not np.any(to_real) and np.any(to_made)
 
 
 def cross_entropy(logits, labels):
@@ -326,9 +365,9 @@ def test_ensemble_computes_each_term_and_only_those_with_a_weight(network, pair)
     expected = {
         "charbonnier": losses.charbonnier(*pair),
         "perceptual": losses.perceptual(network, *pair),
-        "style": losses.style(*taps),
-        "local_style": losses.local_style(*taps, pair[0].shape[1:3]),
-        "mean_style": losses.mean_style(*taps),
+        "style": style_losses.style(*taps),
+        "local_style": style_losses.local_style(*taps, pair[0].shape[1:3]),
+        "mean_style": style_losses.mean_style(*taps),
         "adversarial": losses.adversarial_generator(
             inputs["logits_fake"], inputs["labels"]
         ),

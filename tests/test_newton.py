@@ -16,6 +16,7 @@ from small_trunk import load_small_trunk
 
 from semlic_jax import cli, refinement
 from semlic_jax.model.context import checkerboard
+from semlic_jax.objectives import style_losses
 from semlic_jax.objectives.metrics import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
@@ -251,8 +252,11 @@ def blurred(perceptual):
 
 def test_residuals_add_up_to_the_objective(perceptual, blurred):
     assert perceptual.static.padded and perceptual.static.perceptual
-    terms = jax.jit(image_terms, static_argnums=0)(*fixed(perceptual), blurred)
-    parts = jax.jit(objective_residuals, static_argnums=0)(*fixed(perceptual), blurred)
+    assert perceptual.static.mean_style
+    known = fixed(perceptual)[:-1]
+    weights = perceptual.weights._replace(mean_style=jnp.float32(0))
+    terms = jax.jit(image_terms, static_argnums=0)(*known, weights, blurred)
+    parts = jax.jit(objective_residuals, static_argnums=0)(*known, weights, blurred)
     pixels, features, *scales = (float(jnp.sum(part**2)) for part in parts)
     structure = sum(scales)
     assert pixels == pytest.approx(PERCEPTUAL.alpha * float(terms.mse[0]), rel=1e-4)
@@ -260,6 +264,34 @@ def test_residuals_add_up_to_the_objective(perceptual, blurred):
     total = pixels + features + structure
     assert total == pytest.approx(float(terms.value[0]), rel=1e-4)
     assert 0.1 < features / pixels < 10 and 0.1 < structure / pixels < 10
+
+
+def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, blurred):
+    def value(images, weight):
+        weights = perceptual.weights._replace(mean_style=jnp.float32(weight))
+        static, frozen = fixed(perceptual)[:2]
+        found = jax.jit(image_terms, static_argnums=0)(
+            static, frozen, images, weights, blurred
+        )
+        return float(found.value[0])
+
+    images = perceptual.images
+    whole = value(images, 3.0) - value(images, 0.0)
+    height, width = SIZE[0], SIZE[1] - 10
+    views = (image[:, :height, :width] for image in (images.x, blurred))
+    taps = [perceptual.frozen.features.apply(view) for view in views]
+    expected = 3 * float(style_losses.local_mean_style(*taps, (height, width))[0])
+    assert whole == pytest.approx(expected, rel=0.1)  # views end elsewhere
+    # The upper half is as in the original, and the lower one does not matter.
+    upper = jnp.arange(images.x.shape[1])[None, :, None] < SIZE[0] // 2
+    halved = images._replace(feature_weights=images.feature_weights * upper)
+    mixed = jnp.where(upper[..., None], images.x, blurred)
+    static, frozen, _, weights = fixed(perceptual)
+    only = weights._replace(alpha=0 * weights.alpha, structure=0 * weights.structure)
+    terms = jax.jit(image_terms, static_argnums=0)
+    near = terms(static, frozen, halved, only, mixed)
+    far = terms(static, frozen, images, only, mixed)
+    assert near.value[0] - near.perceptual[0] < 0.1 * (far.value[0] - far.perceptual[0])
 
 
 def test_structure_is_that_of_ms_ssim(photograph):

@@ -169,6 +169,7 @@ def add_objective(group: argparse._ActionsContainer) -> None:
         ("alpha", "weight of the squared error"),
         ("beta", "weight of the rate to start with"),
         ("gamma", "weight of the perceptual terms; 0 refines for PSNR"),
+        ("mean-style", "weight of the strength of textures among the perceptual terms"),
         ("structure", "weight of 1 - MS-SSIM among the perceptual terms"),
     ):
         group.add_argument(f"--{name}", metavar="W", type=float, help=text)
@@ -206,13 +207,15 @@ def settings_of(
     options: argparse.Namespace, refine: str | int | None
 ) -> Settings | None:
     """How to refine; None where that was not asked for."""
-    names = ("alpha", "beta", "gamma", "structure", "method", "features", "seed")
+    weights = ("alpha", "beta", "gamma", "mean_style", "structure")
+    names = (*weights, "method", "features", "seed")
     changes = {name: getattr(options, name) for name in names}
     if refine is None:
         given = {**changes, "roi": options.roi}
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f"expected --refine with --{name}, found none")
+                option = name.replace("_", "-")
+                raise ValueError(f"expected --refine with --{option}, found none")
         return None
     from semlic_jax import refinement
 

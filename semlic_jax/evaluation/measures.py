@@ -71,6 +71,7 @@ SET_METRICS = {
 _WITHOUT_NETWORKS = ("psnr_db", "ms_ssim", "ssimulacra2")
 _OF_SQUEEZENET = ("feature_distance", "frechet", "kernel")
 _OF_PACKAGED = ("compact_distance", "compact_frechet", "compact_kernel")
+_MEAN_STYLE = "compact_mean_style"  # of the packaged network too, none of the defaults
 
 
 def feature_metrics(weights: str | Path | None = None) -> tuple[str, ...]:
@@ -173,7 +174,8 @@ class Measures:
         """Changes when the values of a metric of images would."""
         if metric in _WITHOUT_NETWORKS:
             return ""
-        return _packaged_digest() if metric in _OF_PACKAGED else self._weights
+        packaged = metric in (*_OF_PACKAGED, _MEAN_STYLE)
+        return _packaged_digest() if packaged else self._weights
 
     def measure(
         self, original: np.ndarray, decoded: np.ndarray, names: Sequence[str]

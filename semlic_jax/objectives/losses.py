@@ -20,16 +20,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from semlic_jax.objectives.features import FeatureNetwork, feature_distance
 from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve, ssim_terms
+from semlic_jax.objectives.style_losses import local_style, mean_style, style
 
-LOCAL_PATCH_PIXELS = 16
 LATTICE_PIXELS = 16  # of the latents, and so of what a decoder may repeat
 LATTICE_TILES = 3
 _LATTICE_CONTRAST = 4 / 255  # what hides a pattern in a plain surface: sensor noise
@@ -181,156 +179,6 @@ def perceptual(
     """
     taps, taps_hat = _taps_of(network, x, x_hat)
     return feature_distance(taps, taps_hat, heads, pixel_weights=pixel_weights)
-
-
-def gram_distance(features: jax.Array, features_hat: jax.Array) -> jax.Array:
-    """Squared Frobenius distance of two normalised Gram matrices, float32 [...].
-
-    || F^T F - G^T G ||^2 / (C N)^2 for F, G of N positions and C channels.
-
-    With D = F - G and S = F + G the difference is (D^T S + S^T D) / 2, which keeps its
-    precision where the two are nearly equal; its norm is taken through whichever of the
-    [C, C] and [N, N] products is smaller.
-
-    Args:
-        features, features_hat: float [..., N, C].
-    """
-    f, g = features.astype(jnp.float32), features_hat.astype(jnp.float32)
-    # As a float: the square does not fit 32 bits for large maps.
-    return _gram_square(f, g) / float(f.shape[-1] * f.shape[-2]) ** 2
-
-
-@jax.custom_vjp
-def _gram_square(f: jax.Array, g: jax.Array) -> jax.Array:
-    """|| F^T F - G^T G ||^2, float32 [...].
-
-    The products that the gradient needs are symmetrical or known already: by hand it
-    takes one or two where the automatic one takes two or six.
-    """
-    return _gram_square_forward(f, g)[0]
-
-
-def _gram_square_forward(f: jax.Array, g: jax.Array) -> tuple[jax.Array, Any]:
-    difference, total = f - g, f + g
-    positions, channels = f.shape[-2:]
-    if channels <= positions:
-        product = jnp.einsum("...nc,...nd->...cd", difference, total)
-        matrix = (product + jnp.swapaxes(product, -1, -2)) / 2
-        return jnp.sum(jnp.square(matrix), axis=(-2, -1)), (f, g, (matrix,))
-    # ||A + A^T||^2 / 4 = (tr(A A^T) + tr(A A)) / 2 for A = D^T S, by cyclic traces.
-    dd, ss, sd = (
-        jnp.einsum("...nc,...mc->...nm", a, b)
-        for a, b in (
-            (difference, difference),
-            (total, total),
-            (total, difference),
-        )
-    )
-    square = jnp.sum(dd * ss + sd * jnp.swapaxes(sd, -1, -2), axis=(-2, -1)) / 2
-    return square, (f, g, (dd, ss, sd))
-
-
-def _gram_square_backward(residual: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
-    f, g, products = residual
-    scale = gradient[..., None, None]
-    if len(products) == 1:
-        # With M = F^T F - G^T G the gradients are 4 F M and -4 G M.
-        matrix = 4 * scale * products[0]
-        to_f = jnp.einsum("...nc,...cd->...nd", f, matrix)
-        return to_f, -jnp.einsum("...nc,...cd->...nd", g, matrix)
-    dd, ss, sd = products
-    ds = jnp.swapaxes(sd, -1, -2)
-
-    def along(of_difference: jax.Array, of_total: jax.Array) -> jax.Array:
-        multiply = partial(jnp.einsum, "...nm,...mc->...nc")
-        return multiply(of_difference * scale, f - g) + multiply(
-            of_total * scale, f + g
-        )
-
-    return along(ss + ds, dd + sd), along(ds - ss, dd - sd)
-
-
-_gram_square.defvjp(_gram_square_forward, _gram_square_backward)
-
-
-def style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array:
-    """Distance of Gram matrices over whole feature maps, float32 [B].
-
-    sum_l || G_l(x) - G_l(x_hat) ||_F^2, G_l = F_l^T F_l / (C_l H_l W_l)
-    (Gatys et al. 2016, normalised as in Johnson et al. 2016, arXiv:1603.08155).
-
-    Grows with the fourth power of the features: maps that went through
-    `features.normalise_channels` give a scale that does not depend on the trunk.
-
-    Args:
-        taps, taps_hat: per layer [B, h, w, C].
-    """
-    distances = []
-    for f, g in zip(taps, taps_hat, strict=True):
-        shape = (f.shape[0], f.shape[1] * f.shape[2], f.shape[3])
-        distances.append(gram_distance(f.reshape(shape), g.reshape(shape)))
-    return sum(distances[1:], distances[0])
-
-
-def local_style(
-    taps: Sequence[jax.Array],
-    taps_hat: Sequence[jax.Array],
-    image_size: tuple[int, int],
-    *,
-    patch_pixels: int = LOCAL_PATCH_PIXELS,
-) -> jax.Array:
-    """Distance of Gram matrices over patches, averaged over patches, float32 [B].
-
-    Keeps texture where it belongs, which whole-map statistics do not. The side of a
-    patch in cells is patch_pixels / stride of the layer, rounded, at least 1; layers
-    are filled with zeros to whole patches.
-
-    Args:
-        taps, taps_hat: per layer [B, h, w, C].
-        image_size: height and width of the images, which give each layer's stride.
-        patch_pixels: side of a patch.
-    """
-
-    def patches(f: jax.Array) -> jax.Array:
-        sides = []
-        for cells, pixels in zip(f.shape[1:3], image_size, strict=True):
-            sides.append(max(1, round(patch_pixels * cells / pixels)))
-        fill = [(0, -n % side) for n, side in zip(f.shape[1:3], sides, strict=True)]
-        f = jnp.pad(f, ((0, 0), *fill, (0, 0)))
-        batch, height, width, channels = f.shape
-        rows, columns = height // sides[0], width // sides[1]
-        f = f.reshape(batch, rows, sides[0], columns, sides[1], channels)
-        return f.transpose(0, 1, 3, 2, 4, 5).reshape(
-            batch, rows * columns, sides[0] * sides[1], channels
-        )
-
-    distances = []
-    for f, g in zip(taps, taps_hat, strict=True):
-        distances.append(jnp.mean(gram_distance(patches(f), patches(g)), axis=-1))
-    return sum(distances[1:], distances[0])
-
-
-def mean_style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array:
-    """Relative distance of mean features over whole maps, float32 [B].
-
-    sum_l |m_l(x) - m_l(x_hat)|^2 / (|m_l(x)|^2 + 1e-6), m_l the mean of the features of
-    layer l over its map: the first of the statistics that stand for style in Li et al.
-    2017 (arXiv:1701.01036). Unlike the Gram matrices of unit vectors it sees how strong
-    the features are, which blur takes away.
-
-    Args:
-        taps, taps_hat: per layer [B, h, w, C], not normalised; no gradient flows to
-            the first.
-    """
-    total = jnp.zeros(taps[0].shape[0], jnp.float32)
-    for f, g in zip(taps, taps_hat, strict=True):
-        mean, mean_hat = (
-            jnp.mean(tap.astype(jnp.float32), axis=(1, 2))
-            for tap in (jax.lax.stop_gradient(f), g)
-        )
-        square = jnp.sum(jnp.square(mean - mean_hat), axis=-1)
-        total = total + square / (jnp.sum(jnp.square(mean), axis=-1) + 1e-6)
-    return total
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

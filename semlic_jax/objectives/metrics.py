@@ -36,6 +36,7 @@ from semlic_jax.objectives.features import (
     feature_distance,
     load_features,
 )
+from semlic_jax.objectives.style_losses import local_mean_style
 from semlic_jax.objectives.trunks import LPIPS_TAPS
 
 Images = jax.Array | np.ndarray
@@ -217,6 +218,30 @@ class FeatureDistance:
         return _network_distance(self.network, self.heads, reference, image)
 
 
+@_exact
+def _mean_style_distance(
+    network: FeatureNetwork, reference: Images, image: Images
+) -> jax.Array:
+    x, x_hat = (pixels / 255 for pixels in _as_pair(reference, image))
+    size = (x.shape[1], x.shape[2])
+    return local_mean_style(network.apply(x), network.apply(x_hat), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanStyleDistance:
+    """How much texture there is, patch by patch: `style_losses.local_mean_style`.
+
+    Attributes:
+        network: trunk; its taps are compared.
+    """
+
+    network: FeatureNetwork
+
+    def __call__(self, reference: Images, image: Images) -> jax.Array:
+        """Distance of original and reconstruction, float32 [B], 0 for equal images."""
+        return _mean_style_distance(self.network, reference, image)
+
+
 _LPIPS_TRUNKS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
 
@@ -349,6 +374,7 @@ IMAGE_METRICS = {
     "ms_ssim": MetricInfo("MS-SSIM", True, MS_SSIM_LEAST_SIDE),
     "feature_distance": MetricInfo("SqueezeNet feature distance", False, 7),
     "compact_distance": MetricInfo("compact feature distance", False, 7),
+    "compact_mean_style": MetricInfo("compact mean-style distance", False, 7),
     "lpips_alex": MetricInfo("LPIPS (AlexNet)", False, 31),
     "lpips_vgg": MetricInfo("LPIPS (VGG-16)", False, 16),
     "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 3),
@@ -392,6 +418,8 @@ class ImageMetrics:
             return FeatureDistance(load_features(weights, "squeezenet1_0"))
         if name == "compact_distance":  # always of the packaged weights
             return FeatureDistance(load_features(None, PACKAGED))
+        if name == "compact_mean_style":
+            return MeanStyleDistance(load_features(None, PACKAGED))
         folder = weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
         if not folder:
             raise ValueError(

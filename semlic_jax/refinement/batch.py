@@ -148,6 +148,7 @@ class Batch:
             settings.method,
             features is not None,
             features is not None and settings.style > 0,
+            features is not None and settings.mean_style > 0,
             bool((sizes != x.shape[1:3]).any()),
             settings.dtype,
         )
@@ -155,6 +156,7 @@ class Batch:
             jnp.float32(settings.alpha),
             jnp.float32(settings.gamma),
             jnp.float32(settings.style),
+            jnp.float32(settings.mean_style),
             jnp.float32(settings.structure),
         )
         y_bits, _ = codec.entropy.y_tables.bits_lookup()

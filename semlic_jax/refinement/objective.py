@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What refinement minimises: the terms of one batch of images, soft or hard.
 
-    alpha * D + gamma * (Perceptual + k * Style + s * Structure) + beta * R
+    alpha * D + gamma * (Perceptual + k * Style + m * MeanStyle + s * Structure)
+        + beta * R
 
 * D: mean squared error in 8-bit levels (100 is 28.1 dB), over the real pixels of the
   image, weighted by the region of interest.
 * Perceptual: `objectives.losses`' distance of channel-normalised features of a frozen
   trunk; Style: distance of local Gram matrices of the same features.
+* MeanStyle: relative distance of local means of those features before they are
+  normalised. All other terms take texture away that is not where the original has it.
 * Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`; in a region of
   interest its errors count as those of D.
 * R: bits per pixel, of relaxed latents under the densities or of rounded latents under
@@ -43,7 +46,7 @@ from semlic_jax.objectives.features import (
     feature_distance,
     normalise_channels,
 )
-from semlic_jax.objectives.losses import local_style
+from semlic_jax.objectives.style_losses import local_mean_style, local_style
 from semlic_jax.refinement.sga import draw_noise, relaxed_round
 from semlic_jax.refinement.structure import structure_residuals
 
@@ -101,6 +104,7 @@ class Weights(NamedTuple):
     alpha: Array
     gamma: Array
     style: Array
+    mean_style: Array
     structure: Array
 
 
@@ -110,7 +114,7 @@ class Static(NamedTuple):
     Attributes:
         config: of the model.
         method: of the refinement, see `settings.METHODS`.
-        perceptual, style: whether these terms have a weight.
+        perceptual, style, mean_style: whether these terms have a weight.
         padded: whether an image is smaller than its batch.
         dtype: name of the type that g_s computes in.
     """
@@ -119,6 +123,7 @@ class Static(NamedTuple):
     method: str
     perceptual: bool
     style: bool
+    mean_style: bool
     padded: bool
     dtype: str = "float32"
 
@@ -444,12 +449,20 @@ def terms_of(
         real = [jax.lax.dynamic_index_in_dim(t, shift, 0, False) for t in images.taps]
         distance = feature_distance(real, made, pixel_weights=cell_weights)
         value = value + weights.gamma * distance
+        size = (seen.shape[1], seen.shape[2])
         if static.style:
-            real, made = (
-                [_weigh(tap, cell_weights) for tap in taps] for taps in (real, made)
+            unit, unit_made = (
+                [_weigh(normalise_channels(tap), cell_weights, 4) for tap in taps]
+                for taps in (real, made)
             )
-            texture = local_style(real, made, (seen.shape[1], seen.shape[2]))
+            texture = local_style(unit, unit_made, size)
             value = value + weights.gamma * weights.style * texture
+        if static.mean_style:
+            weighted, weighted_made = (
+                [_weigh(tap, cell_weights, 2) for tap in taps] for taps in (real, made)
+            )
+            texture = local_mean_style(weighted, weighted_made, size)
+            value = value + weights.gamma * weights.mean_style * texture
     for residual in _structure_parts(images, x_hat):
         structure = jnp.sum(jnp.square(residual), (1, 2, 3))
         value = value + weights.gamma * weights.structure * structure
@@ -459,7 +472,7 @@ def terms_of(
 def objective_residuals(
     static: Static, frozen: Frozen, images: Images, weights: Weights, x_hat: Array
 ) -> tuple[Array, ...]:
-    """Residuals of x_hat whose squares add up to the objective without style.
+    """Residuals of x_hat whose squares add up to the objective without any style.
 
     Args:
         x_hat: float32 [B, H, W, 3] in [0, 1].
@@ -489,7 +502,7 @@ def _structure_parts(images: Images, x_hat: Array) -> list[Array]:
     return structure_residuals(images.x, x_hat, images.weights, images.structure)
 
 
-def _weigh(tap: Array, pixel_weights: Array) -> Array:
-    """Unit features, scaled so that the square of their Gram matrices is weighted."""
+def _weigh(tap: Array, pixel_weights: Array, power: int) -> Array:
+    """Features times a root of the weights: their power is weighted."""
     cells = jax.image.resize(pixel_weights, tap.shape[:3], "linear")
-    return normalise_channels(tap) * jnp.sqrt(jnp.sqrt(cells))[..., None]
+    return tap * cells[..., None] ** (1 / power)

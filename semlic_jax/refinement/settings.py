@@ -16,11 +16,12 @@ from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
 # Counts up when the same settings give other files: kept files are named by it.
-REVISION = 2
+REVISION = 3
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
     "style",
+    "mean_style",
     "structure",
     "learning_rate",
     "noise",
@@ -37,11 +38,14 @@ class Settings:
         steps: of the optimiser.
         method: of the relaxed rounding, see `sga.METHODS`, or `newton` (`newton.py`).
         alpha: weight of the mean squared error in 8-bit levels.
-        gamma: weight of the perceptual terms, `style` and `structure` among them; 0
-            refines for PSNR.
+        gamma: weight of the perceptual terms, `style`, `mean_style` and `structure`
+            among them; 0 refines for PSNR.
         beta: multiplier of the rate (per bit per pixel) to start with; None takes the
             slope of the unrefined files.
         style: weight of the style within the perceptual terms.
+        mean_style: weight of the mean style within the perceptual terms. Without it
+            refinement takes texture away: a texture that is not that of the original
+            counts as an error everywhere else.
         structure: weight of 1 - MS-SSIM, in the form of `structure.py`, within the
             perceptual terms. Without it refinement takes faint contrast away, which
             squared errors and features hardly see.
@@ -72,6 +76,7 @@ class Settings:
     gamma: float = 0.5
     beta: float | None = None
     style: float = 0.0
+    mean_style: float = 2.0
     structure: float = 50.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
     learning_rate: float = 0.01
