@@ -134,8 +134,8 @@ def local_style(
     return sum(distances[1:], distances[0])
 
 
-def _patches(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
-    """Patches [B, patches, cells, C] of a layer [B, h, w, C]; see `local_style`."""
+def _split(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
+    """A layer [B, h, w, C] as [B, rows, side, columns, side, C]; see `local_style`."""
     sides = [
         max(1, round(pixels * cells / side))
         for cells, side in zip(f.shape[1:3], image_size, strict=True)
@@ -144,9 +144,15 @@ def _patches(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Arra
     f = jnp.pad(f, ((0, 0), *fill, (0, 0)))
     batch, height, width, channels = f.shape
     rows, columns = height // sides[0], width // sides[1]
-    f = f.reshape(batch, rows, sides[0], columns, sides[1], channels)
+    return f.reshape(batch, rows, sides[0], columns, sides[1], channels)
+
+
+def _patches(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
+    """Patches [B, patches, cells, C] of a layer."""
+    f = _split(f, image_size, pixels)
+    batch, rows, high, columns, wide, channels = f.shape
     return f.transpose(0, 1, 3, 2, 4, 5).reshape(
-        batch, rows * columns, sides[0] * sides[1], channels
+        batch, rows * columns, high * wide, channels
     )
 
 
@@ -192,11 +198,11 @@ def local_mean_style(
     total = jnp.zeros(taps[0].shape[0], jnp.float32)
     for f, g in zip(taps, taps_hat, strict=True):
         mean, mean_hat = (
-            jnp.mean(_patches(tap, image_size, patch_pixels), axis=2)
+            jnp.mean(_split(tap, image_size, patch_pixels), axis=(2, 4))
             for tap in (jax.lax.stop_gradient(f), g)
         )
         square, power = (
-            jnp.mean(jnp.sum(jnp.square(values), axis=-1), axis=1)
+            jnp.mean(jnp.sum(jnp.square(values), axis=-1), axis=(1, 2))
             for values in (mean - mean_hat, mean)
         )
         total = total + square / (power + 1e-6)
