@@ -363,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, default=Path(f"refinement_{name}"))
         sub.add_argument("--model", default="small")
         for weight in _WEIGHTS:
-            sub.add_argument(f"--{weight}", type=float)
+            sub.add_argument("--" + weight.replace("_", "-"), type=float)
         sub.add_argument("--weights", type=Path, help="folder of feature weights")
         if name == "gain":
             sub.add_argument("--refine", type=preset_or_steps, default="default")
