@@ -502,7 +502,11 @@ def _structure_parts(images: Images, x_hat: Array) -> list[Array]:
     return structure_residuals(images.x, x_hat, images.weights, images.structure)
 
 
-def _weigh(tap: Array, pixel_weights: Array, power: int) -> Array:
-    """Features times a root of the weights: their power is weighted."""
+def _weigh(tap: Array, pixel_weights: Array, root: int) -> Array:
+    """Features times the square or fourth root of the weights of their pixels.
+
+    So squares of features are weighted, or with the fourth root squares of their
+    Gram matrices.
+    """
     cells = jax.image.resize(pixel_weights, tap.shape[:3], "linear")
-    return tap * cells[..., None] ** (1 / power)
+    return tap * cells[..., None] ** (1 / root)
