@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from semlic_jax.objectives.losses import LossWeights, RateTarget
 from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.loop import NotFiniteError, run_program
+from semlic_jax.training.plot import read_log
 from semlic_jax.training.programs import (
     Program,
     codec_program,
@@ -442,6 +442,15 @@ def run_counting(workdir, program, steps=10, **changes):
         writer.close()
 
 
+def test_a_row_follows_the_part_of_one_that_a_killed_run_left(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"stage": "a", "step": 1}\n{"stage": "a", "st')
+    writer = Writer(tmp_path, active=True, tensorboard=False)
+    writer.scalars("a", 2, {"loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in read_log(log)["a"]] == [1, 2]
+
+
 def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(NotFiniteError, match="style is nan at step 8 of the stage"):
         run_counting(tmp_path, counting_program(8), log_steps=100)
@@ -504,6 +513,20 @@ def finish(process) -> str:
     return output
 
 
+def last_step(log) -> int:
+    """The last step in a log that another process is writing, 0 where there is none."""
+    # What follows the last line end is a row of which a part is written.
+    rows = log.read_text().split("\n")[:-1] if log.exists() else []
+    return json.loads(rows[-1])["step"] if rows else 0
+
+
+def test_last_step_waits_for_the_whole_row(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    assert last_step(log) == 0
+    log.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert last_step(log) == 1
+
+
 def whole_state(workdir):
     names = ("params", "average", "optimizer", "discriminator")
     return {
@@ -528,14 +551,15 @@ def test_killed_runs_end_with_the_same_bits(unbroken, tmp_path):
     log = tmp_path / "run" / "metrics.jsonl"
     for step in kills:
         process = start_training(tmp_path / "run", unbroken / "cache")
-        until = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < until:
-            lines = log.read_text().splitlines() if log.exists() else []
-            if lines and json.loads(lines[-1])["step"] >= step:
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        try:
+            until = time.monotonic() + 300
+            while process.poll() is None and time.monotonic() < until:
+                if last_step(log) >= step:
+                    break
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.communicate()
     finish(start_training(tmp_path / "run", unbroken / "cache"))
     found, expected = whole_state(tmp_path / "run"), whole_state(unbroken / "run")
     assert jax.tree.structure(found) == jax.tree.structure(expected)

@@ -107,7 +107,10 @@ class _Log:
         self._lines: list[str] = []
         self._written = time.monotonic()
         if not str(path).startswith("gs://"):
+            # A run that was killed may have left a part of a row.
+            broken = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = path.open("a")
+            self._file.write("\n" if broken else "")
         elif path.exists():
             self._lines.append(path.read_text())
 
