@@ -68,6 +68,7 @@ class ModelConfig:
         linear_skip: the linear transform beside g_a and g_s.
         gain_anchors: learnt gain vectors, evenly spaced in q.
         texture_channels: of noise at each level of g_s (see `texture`); 0 for none.
+        level_blocks: residual blocks of g_a and g_s at each level finer than 1/16.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ModelConfig:
     linear_skip: bool = True
     gain_anchors: int = 6
     texture_channels: int = 0
+    level_blocks: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field: a configuration may come from a hostile model file.
@@ -119,6 +121,7 @@ _FIELD_RANGES = {
     "latent_channels": (2, 4096),
     "blocks": (0, 64),
     "texture_channels": (0, 256),
+    "level_blocks": (0, 64),
     "context_shifts": (0, 15),
     "gain_anchors": (2, 256),
 }
@@ -189,17 +192,18 @@ SIZES = {
     ),
     "base": ModelConfig(
         name="base",
-        patch=1,
-        widths=(48, 96, 192, 256, 384),
-        blocks=9,
-        latent_channels=256,
-        groups=(16, 16, 32, 64, 128),
-        hyper_channels=128,
-        psi_channels=160,
-        context_channels=96,
-        hidden_channels=192,
+        patch=2,
+        widths=(64, 128, 256, 384),
+        blocks=4,
+        latent_channels=192,
+        groups=(16, 16, 32, 64, 64),
+        hyper_channels=64,
+        psi_channels=96,
+        context_channels=64,
+        hidden_channels=128,
         context_shifts=(4, 2, 2, 2, 2),
         texture_channels=16,
+        level_blocks=1,
     ),
     "hific": ModelConfig(
         name="hific",
@@ -291,6 +295,7 @@ class CompressionModel(nn.Module):
             config.latent_channels,
             config.patch,
             config.linear_skip,
+            config.level_blocks,
             self.dtype,
         )
         self.g_s = SynthesisTransform(
@@ -300,6 +305,7 @@ class CompressionModel(nn.Module):
             config.linear_skip,
             head_norm=not config.linear_skip,
             texture_channels=config.texture_channels,
+            level_blocks=config.level_blocks,
             block_remat=self.remat,
             dtype=self.dtype,
         )

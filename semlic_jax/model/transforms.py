@@ -98,6 +98,7 @@ class AnalysisTransform(nn.Module):
         latent_channels: channels of y.
         patch: pixels per side of a block of the first layer.
         linear_skip: adds the linear block transform.
+        level_blocks: residual blocks at each level but the last.
         dtype: of the computation.
     """
 
@@ -105,6 +106,7 @@ class AnalysisTransform(nn.Module):
     latent_channels: int
     patch: int = 1
     linear_skip: bool = False
+    level_blocks: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -115,7 +117,9 @@ class AnalysisTransform(nn.Module):
         h = space_to_depth(x, self.patch)
         h = Conv(self.widths[0], kernel, dtype=self.dtype)(h)
         h = nn.relu(ChannelNorm()(h))
-        for width in self.widths[1:]:
+        for level, width in enumerate(self.widths[1:]):
+            for i in range(self.level_blocks):
+                h = ResidualBlock(dtype=self.dtype, name=f"level_{level}_block_{i}")(h)
             h = nn.relu(ChannelNorm()(Conv(width, stride=2, dtype=self.dtype)(h)))
         init = Conv.kernel_init
         if self.linear_skip:
@@ -144,6 +148,7 @@ class SynthesisTransform(nn.Module):
             Latents of a linear transform carry their strength in their magnitude, which
             the norm would take away.
         texture_channels: of noise after each step up (see `texture`); 0 for none.
+        level_blocks: residual blocks after each step up, and its noise.
         block_remat: recompute the residual blocks in the backward pass.
     """
 
@@ -153,6 +158,7 @@ class SynthesisTransform(nn.Module):
     linear_skip: bool = False
     head_norm: bool = True
     texture_channels: int = 0
+    level_blocks: int = 0
     block_remat: bool = False
     dtype: Any = jnp.float32
 
@@ -187,6 +193,8 @@ class SynthesisTransform(nn.Module):
                     self.texture_channels, level, self.dtype, name=f"texture_{level}"
                 )
                 h = texture(h, noise_origin)
+            for i in range(self.level_blocks):
+                h = block(dtype=self.dtype, name=f"level_{level}_block_{i}")(h)
         kernel = 7 if self.patch == 1 else 5
         init = nn.initializers.zeros if self.linear_skip else Conv.kernel_init
         out = Conv(3 * self.patch**2, kernel, dtype=self.dtype, kernel_init=init)(h)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A larger model that starts where a smaller one ended.
+
+    python -m semlic_jax.training.widen small start.npz --size base
+
+The transforms of the larger size are twice as wide, and may have residual blocks at
+their finer levels. They start as the same function: every channel is there twice, what
+reads both copies has its weights shared out between them in unequal parts (with equal
+ones the copies would stay equal for ever), and the last norm of a new block is at zero.
+(Chen et al. 2016, "Net2Net", arXiv:1511.05641; ChannelNorm's unbiased variance of a
+doubled map is smaller by (2C - 2) / (2C - 1), which its gain makes up for.)
+
+Entropy networks and tables stay, and with them the fingerprint: until it is trained,
+the larger model reads the files of the smaller one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from semlic_jax.model.compression import SIZES, ModelConfig
+from semlic_jax.model.layers import ResidualBlock
+from semlic_jax.training.model_files import training_params
+from semlic_jax.weights import ModelFile, load_model, save_model, to_dtype
+
+Tree = Any
+
+# How unequal the two parts of a weight are: 0.5 +- up to half of this.
+_UNEQUAL = 0.5
+
+
+def widened(
+    params: Mapping[str, Tree], narrow: ModelConfig, wide: ModelConfig, *, seed: int = 0
+) -> dict[str, Tree]:
+    """The parameters of the wide model that computes what the narrow one does.
+
+    Args:
+        params: float32, the tree of the narrow `CompressionModel`; what is neither g_a
+            nor g_s is passed on.
+        narrow, wide: the architectures: `widths` doubled, `level_blocks` added to or
+            equal, all else the same. A `level_blocks` of the narrow one is kept.
+        seed: of the unequal parts and of the new blocks' kernels.
+
+    Returns:
+        float32 NumPy arrays.
+
+    Raises:
+        ValueError: the architectures differ in another way.
+    """
+    doubled = dataclasses.replace(
+        narrow,
+        name=wide.name,
+        widths=tuple(2 * width for width in narrow.widths),
+        level_blocks=max(narrow.level_blocks, wide.level_blocks),
+    )
+    if doubled != wide:
+        raise ValueError(
+            f"expected an architecture with twice the widths of {narrow.name}, "
+            f"{doubled.widths}, at least its level_blocks and all else the same, "
+            f"found {wide}"
+        )
+    rng = np.random.default_rng(seed)
+    g_s = dict(params["g_s"])
+    pictures = g_s.pop("repair_0", None)
+    tree = {
+        **params,
+        "g_a": _wide_tree(params["g_a"], _ENDS["g_a"](narrow), rng),
+        "g_s": _wide_tree(g_s, _ENDS["g_s"](narrow), rng),
+    }
+    if pictures is not None:
+        # Reads what Conv_1 reads, and the picture after it.
+        split = narrow.widths[0]
+        kernel = pictures["kernel"]
+        read = _twice_in(kernel[:, :, :split], 2, rng)
+        kernel = np.concatenate([read, kernel[:, :, split:]], 2)
+        tree["g_s"]["repair_0"] = _twice_out({**pictures, "kernel": kernel})
+    _add_blocks(tree, wide, seed)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
+
+
+# Layers at whose input or output the number of channels stays.
+_ENDS = {
+    "g_a": lambda config: {
+        "Conv_0": "out",
+        f"Conv_{len(config.widths)}": "in",
+    },
+    "g_s": lambda config: {
+        "Conv_0": "out",
+        "quality": "out",
+        "gate": "in",
+        "mix": "out",
+        "Conv_1": "in",
+        "repair_1": "in",
+    },
+}
+_KEPT = ("skip", "skip_lapping", "input_scale")
+
+
+def _wide_tree(tree: Mapping[str, Tree], ends: Mapping[str, str], rng: Any) -> Tree:
+    out = {}
+    for name, part in tree.items():
+        if name in _KEPT:
+            out[name] = part
+        elif "gamma" in part:
+            channels = len(part["gamma"])
+            gain = np.sqrt((2 * channels - 2) / (2 * channels - 1))
+            out[name] = {
+                "gamma": np.tile(part["gamma"] * gain, 2),
+                "beta": np.tile(part["beta"], 2),
+            }
+        elif "kernel" not in part:
+            # A residual block, or a texture layer with its two ends.
+            inner = ends if name.startswith("texture") else {}
+            out[name] = _wide_tree(part, inner, rng)
+        elif name.startswith("ConvTranspose"):
+            kernel = np.swapaxes(_twice_in(part["kernel"], 3, rng), 2, 3)
+            wide = _twice_out({**part, "kernel": kernel})
+            out[name] = {**wide, "kernel": np.swapaxes(wide["kernel"], 2, 3)}
+        else:
+            end = ends.get(name, "both")
+            if end != "out":
+                part = {**part, "kernel": _twice_in(part["kernel"], 2, rng)}
+            out[name] = _twice_out(part) if end != "in" else part
+    return out
+
+
+def _twice_in(kernel: np.ndarray, axis: int, rng: np.random.Generator) -> np.ndarray:
+    """For an input with every channel twice: the same sum, from unequal parts."""
+    part = 0.5 + _UNEQUAL / 2 * rng.uniform(-1, 1, kernel.shape)
+    return np.concatenate([kernel * part, kernel * (1 - part)], axis)
+
+
+def _twice_out(layer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "kernel": np.concatenate([layer["kernel"]] * 2, -1),
+        "bias": np.tile(layer["bias"], 2),
+    }
+
+
+def _add_blocks(tree: dict[str, Tree], config: ModelConfig, seed: int) -> None:
+    """Fresh residual blocks where the tree has none, at the identity."""
+    key = jax.random.key(seed)
+    for part in ("g_a", "g_s"):
+        for level in range(len(config.widths) - 1):
+            # g_a goes from fine to coarse, g_s ends at the finest.
+            widths = config.widths if part == "g_a" else config.widths[-2::-1]
+            x = jnp.zeros((1, 4, 4, widths[level]))
+            for i in range(config.level_blocks):
+                name = f"level_{level}_block_{i}"
+                key, own = jax.random.split(key)
+                fresh = jax.tree.map(np.array, ResidualBlock().init(own, x)["params"])
+                fresh["ChannelNorm_1"]["gamma"][:] = 0
+                tree[part].setdefault(name, fresh)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("narrow", help="name or path of a model")
+    parser.add_argument("output", type=Path, help="model file to write")
+    parser.add_argument("--size", default="base", choices=sorted(SIZES))
+    options = parser.parse_args(argv)
+    model = load_model(options.narrow)
+    if not isinstance(model, ModelFile):
+        parser.error(f"{options.narrow} is a converted model")
+    wide = SIZES[options.size]
+    try:
+        params = widened(training_params(model), model.config, wide)
+    except ValueError as error:
+        parser.error(str(error))
+    transforms = {
+        name: to_dtype(name, params[name], np.float16) for name in model.transforms
+    }
+    save_model(
+        options.output, dataclasses.replace(model, config=wide, transforms=transforms)
+    )
+
+
+if __name__ == "__main__":
+    main()
