@@ -18,7 +18,7 @@ TFC_VENV := .venv-tfc
 .PHONY: demo test test-tfc notebooks format lint types unit clean
 
 demo: $(VENV)/.core  ## compress the packaged photograph and show the result
-	$(BIN)/semlic demo --out $(DEMO_OUT) --force $(if $(IMAGE),"$(IMAGE)")
+	$(BIN)/semlic demo --model base --out $(DEMO_OUT) --force $(if $(IMAGE),"$(IMAGE)")
 
 test: lint types unit  ## everything that continuous integration runs
 
