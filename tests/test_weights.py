@@ -12,6 +12,7 @@ import pytest
 
 from semlic_jax import weights
 from semlic_jax.model.compression import SIZES, ModelConfig
+from semlic_jax.packaged import name_of_model
 from semlic_jax.weights import export_model, load_model, save_model
 
 
@@ -140,10 +141,17 @@ def test_unknown_names(tmp_path):
         load_model(tmp_path)
 
 
-def test_packaged_models_have_cards():
+def test_packaged_models_have_cards_and_are_found_by_their_files():
+    most_bytes = {"small": 12_000_000, "base": 60_000_000}
+    assert weights.pretrained_models().keys() == most_bytes.keys()
     for name, card in weights.pretrained_models().items():
         model = load_model(name)
         assert model.fingerprint().hex() == card["fingerprint"]
+        assert name_of_model(model.fingerprint()) == name
+        assert model.config == SIZES[name]
+        folder = weights.PRETRAINED_FOLDER
+        assert (folder / f"{name}.npz").stat().st_size <= most_bytes[name]
+        assert (folder.parent / card["card"]).is_file()
 
 
 def entries(path):

@@ -35,6 +35,12 @@ Tree = Any
 
 # How unequal the two parts of a weight are: 0.5 +- up to half of this.
 _UNEQUAL = 0.5
+# Layers that keep the number of channels at their input ("out": only the output is
+# doubled) or at their output ("in").
+_FIRST = {"Conv_0": "out"}
+_ENDS = {"Conv_0": "out", "quality": "out", "Conv_1": "in", "repair_1": "in"}
+_TEXTURE_ENDS = {"gate": "in", "mix": "out"}
+_KEPT = ("skip", "skip_lapping", "input_scale")
 
 
 def widened(
@@ -45,67 +51,51 @@ def widened(
     Args:
         params: float32, the tree of the narrow `CompressionModel`; what is neither g_a
             nor g_s is passed on.
-        narrow, wide: the architectures: `widths` doubled, `level_blocks` added to or
-            equal, all else the same. A `level_blocks` of the narrow one is kept.
+        narrow, wide: the architectures: with a linear skip, `widths` doubled,
+            `level_blocks` as many or more, all else the same.
         seed: of the unequal parts and of the new blocks' kernels.
 
     Returns:
         float32 NumPy arrays.
 
     Raises:
-        ValueError: the architectures differ in another way.
+        ValueError: the architectures differ in another way, or have no linear skip.
     """
     doubled = dataclasses.replace(
         narrow,
         name=wide.name,
         widths=tuple(2 * width for width in narrow.widths),
         level_blocks=max(narrow.level_blocks, wide.level_blocks),
+        linear_skip=True,
     )
     if doubled != wide:
         raise ValueError(
             f"expected an architecture with twice the widths of {narrow.name}, "
-            f"{doubled.widths}, at least its level_blocks and all else the same, "
-            f"found {wide}"
+            f"{doubled.widths}, a linear skip, at least its level_blocks and all else "
+            f"the same, found {wide}"
         )
     rng = np.random.default_rng(seed)
-    g_s = dict(params["g_s"])
-    pictures = g_s.pop("repair_0", None)
+    last = {f"Conv_{len(narrow.widths)}": "in"}
     tree = {
         **params,
-        "g_a": _wide_tree(params["g_a"], _ENDS["g_a"](narrow), rng),
-        "g_s": _wide_tree(g_s, _ENDS["g_s"](narrow), rng),
+        "g_a": _wide_tree(params["g_a"], _FIRST | last, rng),
+        "g_s": _wide_tree(params["g_s"], _ENDS, rng),
     }
-    if pictures is not None:
-        # Reads what Conv_1 reads, and the picture after it.
-        split = narrow.widths[0]
-        kernel = pictures["kernel"]
-        read = _twice_in(kernel[:, :, :split], 2, rng)
-        kernel = np.concatenate([read, kernel[:, :, split:]], 2)
-        tree["g_s"]["repair_0"] = _twice_out({**pictures, "kernel": kernel})
+    # The first of the repairing layers reads what Conv_1 reads, and the picture, whose
+    # channels are not doubled, after it.
+    repair, split = params["g_s"]["repair_0"], narrow.widths[0]
+    read = _twice_in(repair["kernel"][:, :, :split], 2, rng)
+    kernel = np.concatenate([read, repair["kernel"][:, :, split:]], 2)
+    tree["g_s"]["repair_0"] = _twice_out({**repair, "kernel": kernel})
     _add_blocks(tree, wide, seed)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
 
 
-# Layers at whose input or output the number of channels stays.
-_ENDS = {
-    "g_a": lambda config: {
-        "Conv_0": "out",
-        f"Conv_{len(config.widths)}": "in",
-    },
-    "g_s": lambda config: {
-        "Conv_0": "out",
-        "quality": "out",
-        "gate": "in",
-        "mix": "out",
-        "Conv_1": "in",
-        "repair_1": "in",
-    },
-}
-_KEPT = ("skip", "skip_lapping", "input_scale")
-
-
-def _wide_tree(tree: Mapping[str, Tree], ends: Mapping[str, str], rng: Any) -> Tree:
-    out = {}
+def _wide_tree(
+    tree: Mapping[str, Tree], ends: Mapping[str, str], rng: np.random.Generator
+) -> dict[str, Tree]:
+    """A part of the model; `ends` names the layers that stay narrow at one side."""
+    out: dict[str, Tree] = {}
     for name, part in tree.items():
         if name in _KEPT:
             out[name] = part
@@ -118,7 +108,7 @@ def _wide_tree(tree: Mapping[str, Tree], ends: Mapping[str, str], rng: Any) -> T
             }
         elif "kernel" not in part:
             # A residual block, or a texture layer with its two ends.
-            inner = ends if name.startswith("texture") else {}
+            inner = _TEXTURE_ENDS if name.startswith("texture") else {}
             out[name] = _wide_tree(part, inner, rng)
         elif name.startswith("ConvTranspose"):
             kernel = np.swapaxes(_twice_in(part["kernel"], 3, rng), 2, 3)
