@@ -7,7 +7,10 @@ semlic train --config configs/base.py --workdir runs/base \
 
 Starts as the same function as `small`. Needs the SqueezeNet 1.0 feature weights
 (SEMLIC_FEATURES or --config.features). Expected: 12 minutes of steps on one H100 (35
-and 25 ms each), and 5 to compile the programs; days without an accelerator.
+and 25 ms a step with the crops at hand), and 2 to 5 to compile; days without an
+accelerator. The packaged weights were made by these updates in another loop, and their
+decoder is a mean of three (semlic_jax/pretrained/base/card.md); this config has not
+been run to its end.
 """
 
 from ml_collections import ConfigDict

@@ -396,7 +396,7 @@ class Codec:
 
 
 def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
-    """Load a packaged model by name ("small") or a model file by path.
+    """Load a packaged model by name ("small", "base") or a model file by path.
 
     Args:
         name_or_path: the model.

@@ -121,6 +121,19 @@ def test_the_larger_model_reads_the_files_of_the_smaller(
     np.testing.assert_allclose(pictures[1], pictures[0], atol=0.01)
 
 
+def test_a_model_without_linear_skip_is_refused(narrow_params):
+    narrow = dataclasses.replace(NARROW, linear_skip=False)
+    with pytest.raises(ValueError, match="a linear skip"):
+        widen.widened(narrow_params, narrow, WIDE)
+
+
+def test_an_unknown_model_is_a_usage_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        widen.main(["smal", str(tmp_path / "start.npz")])
+    assert ended.value.code == 2
+    assert "expected a packaged model" in capsys.readouterr().err
+
+
 def test_a_size_that_does_not_fit_is_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         widen.main(["small", str(tmp_path / "start.npz"), "--size", "hific"])

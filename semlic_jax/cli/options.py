@@ -38,7 +38,10 @@ def add_command(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="M", default="small", help="name or path; default small"
+        "--model",
+        metavar="M",
+        default="small",
+        help="small, base or a path; default small",
     )
 
 

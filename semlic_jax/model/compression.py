@@ -280,7 +280,7 @@ class CompressionModel(nn.Module):
         config: the architecture.
         arithmetic: of the entropy networks, in floats (see `model.context`).
         dtype: of g_a and g_s.
-        remat: recompute the residual blocks of g_s in the backward pass.
+        remat: recompute the residual blocks in the backward pass.
     """
 
     config: ModelConfig
@@ -296,6 +296,7 @@ class CompressionModel(nn.Module):
             config.patch,
             config.linear_skip,
             config.level_blocks,
+            self.remat,
             self.dtype,
         )
         self.g_s = SynthesisTransform(

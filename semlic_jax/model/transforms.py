@@ -99,6 +99,7 @@ class AnalysisTransform(nn.Module):
         patch: pixels per side of a block of the first layer.
         linear_skip: adds the linear block transform.
         level_blocks: residual blocks at each level but the last.
+        block_remat: recompute the residual blocks in the backward pass.
         dtype: of the computation.
     """
 
@@ -107,6 +108,7 @@ class AnalysisTransform(nn.Module):
     patch: int = 1
     linear_skip: bool = False
     level_blocks: int = 0
+    block_remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -117,9 +119,10 @@ class AnalysisTransform(nn.Module):
         h = space_to_depth(x, self.patch)
         h = Conv(self.widths[0], kernel, dtype=self.dtype)(h)
         h = nn.relu(ChannelNorm()(h))
+        block = nn.remat(ResidualBlock) if self.block_remat else ResidualBlock
         for level, width in enumerate(self.widths[1:]):
             for i in range(self.level_blocks):
-                h = ResidualBlock(dtype=self.dtype, name=f"level_{level}_block_{i}")(h)
+                h = block(dtype=self.dtype, name=f"level_{level}_block_{i}")(h)
             h = nn.relu(ChannelNorm()(Conv(width, stride=2, dtype=self.dtype)(h)))
         init = Conv.kernel_init
         if self.linear_skip:

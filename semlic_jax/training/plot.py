@@ -31,7 +31,7 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the last line of a run that was killed
+            continue  # a part of a row that a killed run left
         stages.setdefault(row["stage"], {})[row["step"]] = row
     if not stages:
         raise ValueError(f"{path} has no rows")

@@ -68,7 +68,7 @@ def widened(
         level_blocks=max(narrow.level_blocks, wide.level_blocks),
         linear_skip=True,
     )
-    if doubled != wide:
+    if doubled != wide or not narrow.linear_skip:
         raise ValueError(
             f"expected an architecture with twice the widths of {narrow.name}, "
             f"{doubled.widths}, a linear skip, at least its level_blocks and all else "
@@ -157,11 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="model file to write")
     parser.add_argument("--size", default="base", choices=sorted(SIZES))
     options = parser.parse_args(argv)
-    model = load_model(options.narrow)
-    if not isinstance(model, ModelFile):
-        parser.error(f"{options.narrow} is a converted model")
     wide = SIZES[options.size]
     try:
+        model = load_model(options.narrow)
+        if not isinstance(model, ModelFile):
+            parser.error(f"{options.narrow} is a converted model")
         params = widened(training_params(model), model.config, wide)
     except ValueError as error:
         parser.error(str(error))
