@@ -148,3 +148,23 @@ def test_training_pass_measures_the_latents_it_rounds(tiny_config):
     assert (y_hat != np.rint(y_hat)).any()
     assert (np.asarray(forward.rate.y_bits) > 100).all()
     assert full_masks(2, (4, 4)).y.all()
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_is_of_every_residual_block(remat):
+    config = dataclasses.replace(SIZES["tiny"], level_blocks=2)
+    model = CompressionModel(config, remat=remat)
+    params = shapes_of(config)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    y = jax.ShapeDtypeStruct((1, 4, 4, config.latent_channels), np.float32)
+    quality = jax.ShapeDtypeStruct((1,), np.float32)
+    levels = len(config.widths) - 1
+    for method, inputs, blocks in (
+        ("analysis", (x,), 2 * levels),
+        ("synthesis", (y, quality), 2 * levels + config.blocks),
+    ):
+        apply = functools.partial(model.apply, method=method)
+        jaxpr = jax.make_jaxpr(apply)({"params": params}, *inputs)
+        names = [equation.primitive.name for equation in jaxpr.eqns]
+        found = sum("remat" in name or "checkpoint" in name for name in names)
+        assert found == (blocks if remat else 0)
