@@ -37,8 +37,8 @@ Tree = Any
 _UNEQUAL = 0.5
 # Layers that keep the number of channels at their input ("out": only the output is
 # doubled) or at their output ("in").
-_FIRST = {"Conv_0": "out"}
-_ENDS = {"Conv_0": "out", "quality": "out", "Conv_1": "in", "repair_1": "in"}
+_G_A_ENDS = {"Conv_0": "out"}
+_G_S_ENDS = {"Conv_0": "out", "quality": "out", "Conv_1": "in", "repair_1": "in"}
 _TEXTURE_ENDS = {"gate": "in", "mix": "out"}
 _KEPT = ("skip", "skip_lapping", "input_scale")
 
@@ -78,8 +78,8 @@ def widened(
     last = {f"Conv_{len(narrow.widths)}": "in"}
     tree = {
         **params,
-        "g_a": _wide_tree(params["g_a"], _FIRST | last, rng),
-        "g_s": _wide_tree(params["g_s"], _ENDS, rng),
+        "g_a": _wide_tree(params["g_a"], _G_A_ENDS | last, rng),
+        "g_s": _wide_tree(params["g_s"], _G_S_ENDS, rng),
     }
     # The first of the repairing layers reads what Conv_1 reads, and the picture, whose
     # channels are not doubled, after it.
