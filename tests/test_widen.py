@@ -134,6 +134,15 @@ def test_an_unknown_model_is_a_usage_error(tmp_path, capsys):
     assert "expected a packaged model" in capsys.readouterr().err
 
 
+def test_an_existing_file_is_kept(tmp_path, capsys):
+    path = tmp_path / "start.npz"
+    path.write_bytes(b"mine")
+    with pytest.raises(SystemExit) as ended:
+        widen.main(["small", str(path)])
+    assert ended.value.code == 2 and path.read_bytes() == b"mine"
+    assert "give --force" in capsys.readouterr().err
+
+
 def test_a_size_that_does_not_fit_is_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         widen.main(["small", str(tmp_path / "start.npz"), "--size", "hific"])

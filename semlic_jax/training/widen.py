@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.images import check_outputs
 from semlic_jax.model.compression import SIZES, ModelConfig
 from semlic_jax.model.layers import ResidualBlock
 from semlic_jax.training.model_files import training_params
@@ -156,9 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("narrow", help="name or path of a model")
     parser.add_argument("output", type=Path, help="model file to write")
     parser.add_argument("--size", default="base", choices=sorted(SIZES))
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT")
     options = parser.parse_args(argv)
     wide = SIZES[options.size]
     try:
+        check_outputs([options.output], force=options.force)
         model = load_model(options.narrow)
         if not isinstance(model, ModelFile):
             parser.error(f"{options.narrow} is a converted model")
