@@ -195,10 +195,11 @@ def test_the_command_exports_fitted_tables(
     arguments = ["run/integer", str(output), "--size", "tiny"]
     export.main(arguments)
     assert load_model(output).fingerprint() == tiny_file.fingerprint()
-    export.main([*arguments, "--fit-tables", str(photographs)])
+    export.main([*arguments, "--fit-tables", str(photographs), "--force"])
     assert load_model(output).fingerprint() == fitted[0].fingerprint()
     assert "fitted to 2 photographs" in capsys.readouterr().out
     # What the photographs lack is said before anything is read or written.
     monkeypatch.setattr(export, "read_params", None)
     with pytest.raises(ValueError, match="in .*nowhere, found none"):
-        export.main([*arguments, "--fit-tables", str(tmp_path / "nowhere")])
+        nowhere = ["--fit-tables", str(tmp_path / "nowhere")]
+        export.main(["run/integer", str(tmp_path / "new.npz"), *nowhere])

@@ -14,8 +14,9 @@ pytest.importorskip("ml_collections")
 from mini_config import get_config  # noqa: E402
 
 from semlic_jax.codec import Codec  # noqa: E402
-from semlic_jax.training import export  # noqa: E402
+from semlic_jax.training import average, export  # noqa: E402
 from semlic_jax.training.model_files import (  # noqa: E402
+    mean_decoder,
     training_params,
     with_decoder,
 )
@@ -90,7 +91,9 @@ def test_training_starts_from_a_model_file(tiny_model, tmp_path):
         initial_params(read_settings(config), None)
 
 
-def test_export_keeps_the_rest_of_a_model(tiny_model, tiny_file, tmp_path, monkeypatch):
+def test_export_keeps_the_rest_of_a_model(
+    tiny_model, tiny_file, tmp_path, monkeypatch, capsys
+):
     _, params = textured(tiny_file.config, training_params(tiny_file))
     config = dataclasses.replace(tiny_file.config, texture_channels=4)
     monkeypatch.setitem(export.SIZES, "tiny", config)
@@ -103,6 +106,74 @@ def test_export_keeps_the_rest_of_a_model(tiny_model, tiny_file, tmp_path, monke
     assert model.config == config
     with pytest.raises(SystemExit):
         export.main([*arguments, "--fit-tables", "synthetic:2"])
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        export.main(arguments)
+    assert ended.value.code == 2 and path.read_bytes() == before
+    assert "give --force" in capsys.readouterr().err
     converted = tmp_path / "other.npz"
     save_model(converted, model)
     assert converted.read_bytes() == path.read_bytes()
+
+
+# Means of decoders.
+
+
+@pytest.fixture
+def other_decoder(tiny_file):
+    """The same model with a g_s three times as large."""
+    g_s = jax.tree.map(lambda leaf: 3 * leaf, tiny_file.transforms["g_s"])
+    transforms = {**tiny_file.transforms, "g_s": g_s}
+    return dataclasses.replace(tiny_file, transforms=transforms)
+
+
+@pytest.mark.parametrize(("weights", "factor"), [(None, 2.0), ([6, 2], 1.5)])
+def test_the_mean_of_decoders(tiny_file, other_decoder, weights, factor):
+    mean = mean_decoder([tiny_file, other_decoder], weights)
+    assert mean.fingerprint() == tiny_file.fingerprint()
+    for name, tree in tiny_file.transforms.items():
+        scale = factor if name == "g_s" else 1.0
+        for own, leaf in zip(
+            jax.tree.leaves(mean.transforms[name]), jax.tree.leaves(tree), strict=True
+        ):
+            assert own.dtype == np.float16
+            np.testing.assert_allclose(own, scale * leaf, rtol=1e-3, atol=1e-6)
+
+
+def test_models_with_other_latents_have_no_mean(tiny_file):
+    transforms = dict(tiny_file.transforms)
+    transforms["log_gain"] = transforms["log_gain"] + np.float16(1)
+    scaled = dataclasses.replace(tiny_file, transforms=transforms)
+    with pytest.raises(ValueError, match="differ in nothing but their decoder"):
+        mean_decoder([tiny_file, scaled])
+    frequencies = dataclasses.replace(tiny_file, z_tables=tiny_file.y_tables)
+    with pytest.raises(ValueError, match="differ in nothing but their decoder"):
+        mean_decoder([tiny_file, frequencies])
+    config = dataclasses.replace(tiny_file.config, texture_channels=4)
+    with pytest.raises(ValueError, match="models of one architecture"):
+        mean_decoder([tiny_file, dataclasses.replace(tiny_file, config=config)])
+
+
+@pytest.mark.parametrize("weights", [[1], [2, -1], [0, 0], [1, float("nan")]])
+def test_weights_of_a_mean_are_checked(tiny_file, weights):
+    with pytest.raises(ValueError, match="expected (a weight|weights)"):
+        mean_decoder([tiny_file, tiny_file], weights)
+
+
+def test_the_command_writes_a_mean(
+    tiny_model, tiny_file, other_decoder, tmp_path, capsys
+):
+    other, path = tmp_path / "other.npz", tmp_path / "mean.npz"
+    save_model(other, other_decoder)
+    arguments = [str(path), str(tiny_model), str(other), "--weights", "1,3"]
+    average.main(arguments)
+    expected = mean_decoder([tiny_file, other_decoder], [1, 3])
+    written = load_model(path)
+    jax.tree.map(np.testing.assert_array_equal, written.transforms, expected.transforms)
+    before = path.read_bytes()
+    for wrong in (arguments, [*arguments[:-1], "1,2,3", "--force"]):
+        with pytest.raises(SystemExit) as ended:
+            average.main(wrong)
+        assert ended.value.code == 2 and path.read_bytes() == before
+    errors = capsys.readouterr().err
+    assert "give --force" in errors and "a weight for each model" in errors

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from etils import epath
 
+from semlic_jax.images import check_outputs
 from semlic_jax.model.compression import SIZES
 from semlic_jax.training.checkpoints import read_params
 from semlic_jax.training.fit_tables import report, with_fitted_tables
@@ -44,9 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="MODEL",
         help="keep all of this model but g_s",
     )
+    parser.add_argument("--force", action="store_true", help="replace MODEL")
     options = parser.parse_args(argv)
     if options.fit_tables and options.decoder_for:
         parser.error("--fit-tables and --decoder-for exclude each other")
+    try:  # before anything is computed
+        check_outputs([options.model], force=options.force)
+    except ValueError as error:
+        parser.error(str(error))
     source = open_sources(options.fit_tables) if options.fit_tables else None
     params = read_params(options.stage, options.step)
     config = SIZES[options.size]

@@ -7,9 +7,10 @@ Checkpoints are large and stay with who trained; a model file is what everybody 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from semlic_jax.coding.integer_networks import float_twin
@@ -47,6 +48,66 @@ def with_decoder(
     transforms = {**model.transforms, "g_s": g_s}
     check_params(config, {**transforms, "prior": model.prior})
     return dataclasses.replace(model, config=config, transforms=transforms)
+
+
+def mean_decoder(
+    models: Sequence[ModelFile], weights: Sequence[float] | None = None
+) -> ModelFile:
+    """The first model with a g_s that is the mean of all of theirs.
+
+    Checkpoints of one training lie in one basin, where the mean of weights is often
+    better than each (Izmailov et al. 2018, arXiv:1803.05407).
+
+    Args:
+        models: that differ in nothing but g_s.
+        weights: of each, finite and at least 0, in any scale; None: all the same.
+
+    Raises:
+        ValueError: no models, models of different architectures or latents, or weights
+            that are not such.
+    """
+    shares = np.ones(len(models)) if weights is None else np.array(weights, np.float64)
+    if not models or shares.shape != (len(models),):
+        raise ValueError(
+            f"expected a weight for each model, found {shares.size} for {len(models)}"
+        )
+    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
+        raise ValueError(
+            "expected weights of at least 0 and not all 0, found "
+            + ", ".join(f"{share:g}" for share in shares)
+        )
+    first = models[0]
+    for model in models[1:]:
+        if model.config != first.config:
+            raise ValueError(
+                f"expected models of one architecture, found {first.config.name} and "
+                f"{model.config.name} with other layers"
+            )
+        same = model.fingerprint() == first.fingerprint() and all(
+            np.array_equal(one, other)
+            for name in first.transforms
+            if name != "g_s"
+            for one, other in zip(
+                jax.tree.leaves(first.transforms[name]),
+                jax.tree.leaves(model.transforms[name]),
+                strict=True,
+            )
+        )
+        if not same:
+            raise ValueError(
+                "expected models that differ in nothing but their decoder, found "
+                "others that make other files"
+            )
+    shares /= shares.sum()
+
+    def mean(*arrays: np.ndarray) -> np.ndarray:
+        parts = zip(shares, arrays, strict=True)
+        total = sum(share * np.asarray(array, np.float64) for share, array in parts)
+        return np.asarray(total, np.float32)
+
+    g_s = jax.tree.map(mean, *(model.transforms["g_s"] for model in models))
+    transforms = {**first.transforms, "g_s": to_dtype("g_s", g_s, np.float16)}
+    return dataclasses.replace(first, transforms=transforms)
 
 
 def training_params(model: ModelFile) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take the mean of the decoders of several model files.
+
+    python -m semlic_jax.training.average MEAN.npz LATE.npz LAST.npz BEFORE.npz \
+        --weights 0.4,0.4,0.2
+
+The models have to be one but for g_s, as `training.export --decoder-for` makes them of
+the checkpoints of one stage. Files of the one are files of the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from semlic_jax.images import check_outputs
+from semlic_jax.training.model_files import mean_decoder
+from semlic_jax.weights import ModelFile, load_model, save_model
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="model file to write")
+    parser.add_argument("models", nargs="+", metavar="model", help="name or path")
+    parser.add_argument("--weights", type=_numbers, help="of each; default: the same")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT")
+    options = parser.parse_args(argv)
+    try:
+        check_outputs([options.output], force=options.force)
+        models = []
+        for name in options.models:
+            model = load_model(name)
+            if not isinstance(model, ModelFile):
+                parser.error(f"{name} is a converted model")
+            models.append(model)
+        mean = mean_decoder(models, options.weights)
+    except ValueError as error:
+        parser.error(str(error))
+    save_model(options.output, mean)
+
+
+if __name__ == "__main__":
+    main()
