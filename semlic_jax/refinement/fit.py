@@ -7,7 +7,8 @@ below the budget. It changes those symbols first that the refinement left undeci
 
 The files are made by the real coder and judged as the real decoder shows them, the
 unrefined file among them: refinement never returns a file that is worse under its own
-objective, nor one above the budget.
+objective, nor one above the budget. Steps take a sum of squares for 1 - MS-SSIM; here
+it is MS-SSIM itself, where the image is large enough and has no region of interest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from semlic_jax.compilation import FloatProgram
+from semlic_jax.objectives.metrics import MS_SSIM_LEAST_SIDE, ms_ssim
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -28,6 +30,7 @@ from semlic_jax.refinement.objective import (
     hard_latents,
     hard_terms,
     image_terms,
+    structure_distance,
 )
 
 Array = jax.Array
@@ -57,6 +60,7 @@ class _Candidate(NamedTuple):
 score = FloatProgram(hard_terms, static_argnums=0)
 _latents = FloatProgram(hard_latents, static_argnums=0)
 _image_terms = FloatProgram(image_terms, static_argnums=0)
+_structure_distance = FloatProgram(structure_distance)
 
 
 def fit_files(
@@ -157,16 +161,37 @@ def decoded_values(
     values: list[dict[bytes, float]] = [{} for _ in files]
     queues = [list(own) for own in files]
     original = np.asarray(images.x)
+    measurable = _with_ms_ssim(images)
+    structure_weight = float(weights.gamma * weights.structure)
     while any(queues):
         x_hat = original.copy()
         now = [queue.pop(0) if queue else None for queue in queues]
-        for image, data in zip(x_hat, now, strict=True):
+        distances: dict[int, float] = {}
+        for i, data in enumerate(now):
+            if data is None:
+                continue
+            decoded = codec.decompress(data).astype(np.float32) / 255
+            height, width = decoded.shape[:2]
+            x_hat[i, :height, :width] = decoded
+            if measurable[i]:
+                real = original[i : i + 1, :height, :width]
+                distances[i] = 1 - float(ms_ssim(real, decoded[None])[0])
+        value = np.array(_image_terms(static, frozen, images, weights, x_hat).value)
+        if distances:
+            squares = np.asarray(_structure_distance(images, x_hat))
+            for i, distance in distances.items():
+                value[i] += structure_weight * (distance - squares[i])
+        for i, data in enumerate(now):
             if data is not None:
-                decoded = codec.decompress(data)
-                height, width = decoded.shape[:2]
-                image[:height, :width] = decoded.astype(np.float32) / 255
-        terms = _image_terms(static, frozen, images, weights, x_hat)
-        for own, data, value in zip(values, now, np.asarray(terms.value), strict=True):
-            if data is not None:
-                own[data] = float(value)
+                values[i][data] = float(value[i])
     return values
+
+
+def _with_ms_ssim(images: Images) -> np.ndarray:
+    """Whose objective has a term that MS-SSIM can take the place of: bool [B]."""
+    sizes = np.asarray(images.sizes)
+    if not images.structure:
+        return np.zeros(len(sizes), bool)
+    pixels = zip(np.asarray(images.weights), sizes, strict=True)
+    equal = [bool((own[:height, :width] == 1).all()) for own, (height, width) in pixels]
+    return np.array(equal) & (sizes.min(axis=1) >= MS_SSIM_LEAST_SIDE)

@@ -463,10 +463,16 @@ def terms_of(
             )
             texture = local_mean_style(weighted, weighted_made, size)
             value = value + weights.gamma * weights.mean_style * texture
-    for residual in _structure_parts(images, x_hat):
-        structure = jnp.sum(jnp.square(residual), (1, 2, 3))
+    if images.structure:
+        structure = structure_distance(images, x_hat)
         value = value + weights.gamma * weights.structure * structure
     return Terms(value, bits / pixels, mse, distance)
+
+
+def structure_distance(images: Images, x_hat: Array) -> Array:
+    """About 1 - MS-SSIM of decoded images [B, H, W, 3], float32 [B]."""
+    parts = _structure_parts(images, x_hat)
+    return sum((jnp.sum(jnp.square(part), (1, 2, 3)) for part in parts), jnp.zeros(()))
 
 
 def objective_residuals(
