@@ -11,6 +11,9 @@ INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 DEMO_OUT ?= demo
 # A file of tests is run by one process; each takes about 3 GB.
 TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
+EXACT_TESTS := $(foreach name,codec entropy_coding golden integer_networks,\
+	tests/test_$(name).py)
 NOTEBOOKS_VENV := .venv-notebooks
 NOTEBOOKS_OUT ?= executed
 TFC_VENV := .venv-tfc
@@ -27,10 +30,8 @@ test-tfc: $(TFC_VENV)/.done  ## the codec with both coders, under the JAX that t
 	$(TFC_VENV)/bin/python -m pytest -W ignore::DeprecationWarning \
 		tests/test_tfc_coding.py tests/test_codec.py tests/test_golden.py
 
-# In an environment of their own, which has just what their extra names. Nearly all of
-# their time is compilation, so LLVM optimises little.
-notebooks: export XLA_FLAGS = --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true
+# In an environment of their own, which has just what their extra names.
+notebooks: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
 notebooks: export SEMLIC_NOTEBOOK_QUICK = 1
 notebooks: $(NOTEBOOKS_VENV)/.done  ## run the notebooks from start to end, shortened
 	rm -rf $(NOTEBOOKS_OUT)
@@ -48,9 +49,12 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# What decides whether files decode is compiled as users compile it. Most of the time of
+# the others is compilation, so for them LLVM optimises little, as for the notebooks.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \
-		$(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS) $(EXACT_TESTS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) $(PYTEST_ARGS) \
+		$(addprefix --ignore=,$(EXACT_TESTS))
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
