@@ -130,6 +130,17 @@ def random_integers(config, seed: int = 0, *, saturated: bool = False):
     return tree
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """For programs that run for milliseconds: not worth optimising."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def photograph():
     """Function (height, width, seed=0) -> uint8 [height, width, 3]."""

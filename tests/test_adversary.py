@@ -26,12 +26,7 @@ SMALL_LABELLER = dict(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """These programs run for milliseconds: not worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def count(tree) -> int:

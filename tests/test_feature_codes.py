@@ -22,13 +22,7 @@ from semlic_jax.training.sources import open_sources
 from semlic_jax.training.steps import Trunk
 from semlic_jax.training.train import initial_params, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """These programs run for milliseconds: not worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 class Flat:

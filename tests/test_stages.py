@@ -48,12 +48,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """These programs run for milliseconds: not worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def load(name: str, *arguments):
