@@ -11,7 +11,9 @@ INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
 DEMO_OUT ?= demo
 # A file of tests is run by one process; each takes about 3 GB.
 TEST_PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
+# Not the files of many tests first: those of few take the longest.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \
+	--no-loadscope-reorder
 EXACT_TESTS := $(foreach name,codec entropy_coding golden integer_networks,\
 	tests/test_$(name).py)
 NOTEBOOKS_VENV := .venv-notebooks
