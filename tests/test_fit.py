@@ -87,6 +87,35 @@ def test_where_there_is_no_ms_ssim_it_is_the_sum_of_squares(judged, case):
     assert (squares > 1e-3).all()
 
 
+def test_images_of_a_batch_are_judged_as_alone(judged, mini_codec, photograph):
+    """One by MS-SSIM, the other, with a region, by the sum of squares."""
+    mask = np.zeros(SIZE, np.float32)
+    mask[:, :80] = 1
+    region = refinement.Region(mask, 0.9, 0.1)
+    image = photograph(*SIZE, seed=3)
+    files = [mini_codec.compress(image, quality=q) for q in (0.2, 0.6)]
+    budgets, unrefined = [len(files[0])] * 2, [files[0]] * 2
+    made = Batch(
+        mini_codec,
+        SETTINGS,
+        [image, image],
+        budgets,
+        [None, region],
+        [None, None],
+        unrefined,
+    )
+    found = decoded_values(
+        mini_codec,
+        made.static,
+        made.frozen,
+        made.images,
+        made.weights,
+        [dict.fromkeys(files), dict.fromkeys(files)],
+    )
+    for own, alone in zip(found, (judged(), judged(region)), strict=True):
+        np.testing.assert_allclose(list(own.values()), alone[0], rtol=1e-4)
+
+
 def test_for_psnr_files_are_judged_by_the_squared_error(mini_codec, photograph):
     image = photograph(*SIZE, seed=3)
     data = mini_codec.compress(image, quality=0.4)

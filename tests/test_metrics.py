@@ -101,6 +101,23 @@ def test_ms_ssim_equals_a_float64_computation(pair):
     assert float(same[0]) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(192, 256), (205, 211)])
+def test_ms_ssim_of_parts_of_any_size(photograph, shape):
+    sizes = [(161, 200), (178, 169), (187, 211), (189, 163), shape]
+    rng = np.random.default_rng(0)
+    x = np.stack([photograph(*shape, seed=i) for i in range(len(sizes))])
+    x_hat = rng.integers(0, 256, x.shape, np.uint8)  # beyond the part, anything
+    expected = []
+    for image, made, (height, width) in zip(x, x_hat, sizes, strict=True):
+        part = image[:height, :width]
+        noisy = np.rint(part + 12 * rng.standard_normal(part.shape)).clip(0, 255)
+        made[:height, :width] = noisy
+        expected.append(float(metrics.ms_ssim(part, noisy.astype(np.uint8))[0]))
+    found = metrics.ms_ssim_within(x, x_hat, np.array(sizes, np.int32))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert max(expected) < 0.99
+
+
 def test_ms_ssim_equals_pytorch_msssim_on_photographs():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     package = pytest.importorskip(

@@ -124,6 +124,15 @@ def _blur(x: jax.Array) -> jax.Array:
 def ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Means over pixels of SSIM and of its contrast-structure part, [B, 3] each.
 
+    Pixels 0..255 come shifted by -128.
+    """
+    ssim, contrast = _ssim_maps(x, x_hat)
+    return jnp.mean(ssim, axis=(1, 2)), jnp.mean(contrast, axis=(1, 2))
+
+
+def _ssim_maps(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """SSIM and its contrast-structure part in each window, [B, H - 10, W - 10, 3].
+
     Pixels 0..255 come shifted by -128: variances do not change, and float32 keeps two
     more of their bits.
     """
@@ -135,10 +144,7 @@ def ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     contrast = (2 * covariance + c2) / (variances + c2)
     mean, mean_hat = mean + 128, mean_hat + 128
     luminance = (2 * mean * mean_hat + c1) / (mean * mean + mean_hat * mean_hat + c1)
-    return (
-        jnp.mean(luminance * contrast, axis=(1, 2)),
-        jnp.mean(contrast, axis=(1, 2)),
-    )
+    return luminance * contrast, contrast
 
 
 def halve(x: jax.Array) -> jax.Array:
@@ -176,6 +182,53 @@ def ms_ssim(reference: Images, image: Images) -> jax.Array:
         if not last:
             x, x_hat = halve(x), halve(x_hat)
     return jnp.mean(product, axis=-1)
+
+
+@_exact
+def ms_ssim_within(reference: Images, image: Images, sizes: jax.Array) -> jax.Array:
+    """`ms_ssim` of the upper left part of each image, of any size by one program.
+
+    Args:
+        reference, image: [B, H, W, 3], see `ms_ssim`.
+        sizes: int [B, 2], height and width of each part; what one gives for sides under
+            161 pixels means nothing.
+    """
+    x, x_hat = _as_pair(reference, image)
+    _require_side(x.shape, MS_SSIM_LEAST_SIDE, "MS-SSIM")
+    return jax.vmap(_ms_ssim_within)(x - 128, x_hat - 128, sizes)
+
+
+def _ms_ssim_within(x: jax.Array, x_hat: jax.Array, size: jax.Array) -> jax.Array:
+    """Of one pair [H, W, 3], shifted by -128, the part of a size [2]: a scalar."""
+    product = jnp.ones(3, jnp.float32)
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
+        last = scale == len(MS_SSIM_WEIGHTS) - 1
+        factors = _ssim_maps(x[None], x_hat[None])[0 if last else 1][0]
+        windows = size - (_WINDOW_SIDE - 1)
+        factors = jnp.where(_inside(factors, windows), factors, 0)
+        factor = jnp.sum(factors, axis=(0, 1)) / jnp.prod(windows)
+        product = product * jnp.maximum(factor, 0) ** weight
+        if not last:
+            x, x_hat = (_halve_within(pixels, size) for pixels in (x, x_hat))
+            size = (size + 1) // 2
+    return jnp.mean(product)
+
+
+def _inside(x: jax.Array, size: jax.Array) -> jax.Array:
+    """Which places of x [H, W, C] are in its upper left part: bool [H, W, 1]."""
+    rows, columns = (jnp.arange(side) for side in x.shape[:2])
+    return (rows[:, None] < size[0])[..., None] & (columns < size[1])[None, :, None]
+
+
+def _halve_within(x: jax.Array, size: jax.Array) -> jax.Array:
+    """`halve` of the upper left part of x [H, W, C], in its upper left part."""
+    height, width, channels = x.shape
+    even = (height + height % 2, width + width % 2, channels)
+    pads = ((1, height % 2), (1, width % 2), (0, 0))
+    x = jnp.pad(x, pads, constant_values=-128.0)
+    # An odd side has the row of black before it; that after it makes no whole cell.
+    x = jax.lax.dynamic_slice(x, (1 - size[0] % 2, 1 - size[1] % 2, 0), even)
+    return halve(x[None])[0]
 
 
 def _require_side(shape: Sequence[int], least: int, metric: str) -> None:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from semlic_jax.compilation import FloatProgram
-from semlic_jax.objectives.metrics import MS_SSIM_LEAST_SIDE, ms_ssim
+from semlic_jax.objectives.metrics import MS_SSIM_LEAST_SIDE, ms_ssim_within
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -166,24 +166,20 @@ def decoded_values(
     while any(queues):
         x_hat = original.copy()
         now = [queue.pop(0) if queue else None for queue in queues]
-        distances: dict[int, float] = {}
-        for i, data in enumerate(now):
-            if data is None:
-                continue
-            decoded = codec.decompress(data).astype(np.float32) / 255
-            height, width = decoded.shape[:2]
-            x_hat[i, :height, :width] = decoded
-            if measurable[i]:
-                real = original[i : i + 1, :height, :width]
-                distances[i] = 1 - float(ms_ssim(real, decoded[None])[0])
-        value = np.array(_image_terms(static, frozen, images, weights, x_hat).value)
-        if distances:
-            squares = np.asarray(_structure_distance(images, x_hat))
-            for i, distance in distances.items():
-                value[i] += structure_weight * (distance - squares[i])
-        for i, data in enumerate(now):
+        for image, data in zip(x_hat, now, strict=True):
             if data is not None:
-                values[i][data] = float(value[i])
+                decoded = codec.decompress(data)
+                height, width = decoded.shape[:2]
+                image[:height, :width] = decoded.astype(np.float32) / 255
+        terms = _image_terms(static, frozen, images, weights, x_hat)
+        value = np.asarray(terms.value)
+        if measurable.any():
+            distance = 1 - ms_ssim_within(original, x_hat, images.sizes)
+            change = np.asarray(distance - _structure_distance(images, x_hat))
+            value = value + structure_weight * np.where(measurable, change, 0)
+        for own, data, found in zip(values, now, value, strict=True):
+            if data is not None:
+                own[data] = float(found)
     return values
 
 
