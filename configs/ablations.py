@@ -17,8 +17,13 @@ from ml_collections import ConfigDict
 ABLATIONS = {
     "full": {},
     "without_style": {"weights": {"style": 0.0, "local_style": 0.0, "mean_style": 0.0}},
+    "without_mean_style": {"weights": {"mean_style": 0.0}},
     "without_perceptual": {"weights": {"perceptual": 0.0}},
     "without_adversary": {"weights": {"adversarial": 0.0}},
+    "without_adversary_and_mean_style": {
+        "weights": {"adversarial": 0.0, "mean_style": 0.0}
+    },
+    "without_noise": {},
     "binary_discriminator": {"adversary": {"binary": True}},
     # MS-ILLM's loss: squared error + perceptual + non-binary adversary, no style.
     "msillm": {
@@ -32,6 +37,8 @@ ABLATIONS = {
         }
     },
 }
+# Fields of the model that an ablation changes.
+ARCHITECTURES = {"without_noise": {"texture_channels": 0}}
 
 
 def get_config(argument: str = "full") -> ConfigDict:
@@ -44,4 +51,5 @@ def get_config(argument: str = "full") -> ConfigDict:
     path = Path(__file__).with_name(f"{base or 'small'}.py")
     config = runpy.run_path(str(path))["get_config"]()
     config.perceptual.update(ABLATIONS[name])
+    config.architecture.update(ARCHITECTURES.get(name, {}))
     return config

@@ -79,9 +79,12 @@ def test_ablations_change_one_stage_in_one_way():
     for name, change in changes.items():
         found = load("ablations", name).to_dict()
         read_settings(found)
-        stage = found.pop("perceptual")
+        stage, architecture = found.pop("perceptual"), found.pop("architecture")
         expected = copy.deepcopy(full["perceptual"])
-        assert found == {k: v for k, v in full.items() if k != "perceptual"}
+        changed = ("perceptual", "architecture")
+        assert found == {k: v for k, v in full.items() if k not in changed}
+        # One of the two, but for the config that changes nothing.
+        assert (architecture != full["architecture"]) + bool(change) == (name != "full")
         for group, values in change.items():
             assert any(expected[group][key] != value for key, value in values.items())
             for key, value in values.items():
@@ -91,7 +94,7 @@ def test_ablations_change_one_stage_in_one_way():
         assert stage == expected
     assert set(changes) >= {
         *("without_style", "without_perceptual", "without_adversary"),
-        *("binary_discriminator", "msillm"),
+        *("binary_discriminator", "msillm", "without_noise", "without_mean_style"),
     }
 
 
