@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import lively_params
 
 from semlic_jax.model.compression import CompressionModel
 from semlic_jax.model.texture import Texture, texture_noise
@@ -90,11 +91,7 @@ def test_training_moves_the_noise_and_files_do_not(tiny_config):
     model = CompressionModel(config)
     x = np.random.default_rng(0).random((1, 64, 64, 3)).astype(np.float32)
     quality = jnp.asarray([0.5])
-    key = jax.random.key(0)
-    params = model.init(key, x, quality, key)["params"]
-    params = jax.tree.map(
-        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), params
-    )
+    params = jax.tree.map(jnp.asarray, lively_params(config))
 
     @jax.jit
     def run(rng):
@@ -113,18 +110,13 @@ def test_a_picture_does_not_depend_on_its_padding(tiny_config):
     """Far from the padding, where the convolutions do not reach it."""
     config = dataclasses.replace(tiny_config, texture_channels=4)
     model = CompressionModel(config)
-    key = jax.random.key(0)
-    y_hat = jax.random.normal(key, (1, 4, 12, config.latent_channels))
+    y_hat = jax.random.normal(jax.random.key(0), (1, 4, 12, config.latent_channels))
     quality = jnp.asarray([0.5])
-    params = model.init(key, y_hat, quality, method="synthesis")["params"]
-    params = jax.tree.map(
-        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), params
-    )
+    params = jax.tree.map(jnp.asarray, lively_params(config))
 
+    @jax.jit
     def decode(y_hat):
-        return np.asarray(
-            model.apply({"params": params}, y_hat, quality, method="synthesis")
-        )
+        return model.apply({"params": params}, y_hat, quality, method="synthesis")
 
     wide = decode(jnp.pad(y_hat, ((0, 0), (0, 0), (0, 8), (0, 0))))
     np.testing.assert_allclose(wide[:, :, :64], decode(y_hat)[:, :, :64], atol=1e-5)
