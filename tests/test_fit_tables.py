@@ -200,6 +200,8 @@ def test_the_command_exports_fitted_tables(
     assert "fitted to 2 photographs" in capsys.readouterr().out
     # What the photographs lack is said before anything is read or written.
     monkeypatch.setattr(export, "read_params", None)
-    with pytest.raises(ValueError, match="in .*nowhere, found none"):
+    with pytest.raises(SystemExit) as ended:
         nowhere = ["--fit-tables", str(tmp_path / "nowhere")]
         export.main(["run/integer", str(tmp_path / "new.npz"), *nowhere])
+    assert ended.value.code == 2
+    assert "nowhere, found none" in capsys.readouterr().err

@@ -116,6 +116,37 @@ def test_export_keeps_the_rest_of_a_model(
     assert converted.read_bytes() == path.read_bytes()
 
 
+def test_the_architecture_is_that_of_the_run(
+    tiny_model, tiny_file, tmp_path, monkeypatch, capsys
+):
+    config, params = textured(tiny_file.config, training_params(tiny_file))
+    monkeypatch.setattr(export, "read_params", lambda stage, step: params)
+    path, run = tmp_path / "new.npz", tmp_path / "run"
+    arguments = [f"{run}/perceptual", str(path), "--decoder-for", str(tiny_model)]
+    settings = get_config()
+    settings.architecture = dataclasses.asdict(config)
+    run.mkdir()
+    (run / "config.json").write_text(settings.to_json_best_effort())
+    export.main(arguments)
+    assert load_model(path).config == config
+
+    def refusal(*more):
+        before = path.read_bytes()
+        with pytest.raises(SystemExit) as ended:
+            export.main([*arguments, "--force", *more])
+        assert ended.value.code == 2 and path.read_bytes() == before
+        return capsys.readouterr().err
+
+    assert "found that of small" in refusal("--size", "small")
+    settings.architecture = dict(no_such=1)
+    (run / "config.json").write_text(settings.to_json_best_effort())
+    assert "cannot read the model's architecture" in refusal()
+    (run / "config.json").write_text("[]")
+    assert "cannot read the model's architecture" in refusal()
+    (run / "config.json").unlink()
+    assert "found none: give --size" in refusal()
+
+
 # Means of decoders.
 
 

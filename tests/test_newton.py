@@ -305,10 +305,11 @@ def test_structure_is_that_of_ms_ssim(photograph):
     x = np.pad(image, (*pads, (0, 0)), mode="edge")[None].astype(np.float32) / 255
     weights = equal_weights(x, [size])
     structure = structure_weights(jnp.asarray(x), jnp.asarray(weights), [size])
+    residuals = jax.jit(structure_residuals)
     for changed in (np.asarray(softer, float), noisy):
         x_hat = rng.random(x.shape, np.float32)  # beyond the image, anything
         x_hat[0, : size[0], : size[1]] = changed / 255
-        parts = structure_residuals(x, jnp.asarray(x_hat), weights, structure)
+        parts = residuals(x, x_hat, weights, structure)
         found = sum(float(jnp.sum(part**2)) for part in parts)
         distance = 1 - float(ms_ssim(image[None] / 255, changed[None] / 255)[0])
         assert found == pytest.approx(distance, rel=0.25)
@@ -318,6 +319,7 @@ def exact_diagonal(made, y_hat):
     """Twice the squares of the columns of the Jacobian, [h, w, M], one by one."""
     static, frozen, images, weights = fixed(made)
 
+    @jax.jit
     def residuals(y):
         def forward(model):
             return reconstruct(model, static, images, y.reshape(y_hat.shape))

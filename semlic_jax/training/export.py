@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a training checkpoint into a model file.
 
-    python -m semlic_jax.training.export RUN/STAGE MODEL.npz --size small \
-        --fit-tables photos/train
+    python -m semlic_jax.training.export RUN/STAGE MODEL.npz --fit-tables photos/train
 
-The stage is the last one: `integer`, or the one after it. Without photographs the
-tables of y are those of the model's Gaussians, and files are about two percent larger.
+The stage is the last one: `integer`, or the one after it. The architecture is that of
+RUN/config.json, or a size that `--size` names. Without photographs the tables of y are
+those of the model's Gaussians, and files are about two percent larger.
 `--decoder-for small.npz`, in place of photographs, takes g_s alone from a stage that
 started from that model: files of the one are files of the other.
 """
@@ -13,13 +13,15 @@ started from that model: files of the one are files of the other.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
 
 from semlic_jax.images import check_outputs
-from semlic_jax.model.compression import SIZES
+from semlic_jax.model.compression import SIZES, ModelConfig
 from semlic_jax.training.checkpoints import read_params
 from semlic_jax.training.fit_tables import report, with_fitted_tables
 from semlic_jax.training.model_files import with_decoder
@@ -27,11 +29,40 @@ from semlic_jax.training.sources import open_sources
 from semlic_jax.weights import ModelFile, export_model, load_model, save_model
 
 
+def trained_config(stage: epath.Path) -> ModelConfig:
+    """The architecture of a run, from the configuration that it keeps.
+
+    Args:
+        stage: folder of a stage's checkpoints; `config.json` is beside it.
+
+    Raises:
+        ValueError: there is no such file, or it names no model.
+    """
+    path = stage.parent / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        changed = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record["architecture"].items()
+        }
+        return dataclasses.replace(SIZES[record["model"]], **changed)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"expected the configuration of the run in {path}, found none: give --size"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read the model's architecture from {path}: {error!r}; give --size"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", type=epath.Path, help="folder of its checkpoints")
     parser.add_argument("model", type=Path, help="file to write")
-    parser.add_argument("--size", default="small", choices=sorted(SIZES))
+    parser.add_argument(
+        "--size", choices=sorted(SIZES), help="default: what the run says"
+    )
     parser.add_argument("--step", type=int, help="of the checkpoint; default: last")
     parser.add_argument(
         "--fit-tables",
@@ -53,20 +84,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_outputs([options.model], force=options.force)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        model = _model(options)
+    except ValueError as error:
+        parser.error(str(error))
+    save_model(options.model, model)
+
+
+def _model(options: argparse.Namespace) -> ModelFile:
     source = open_sources(options.fit_tables) if options.fit_tables else None
+    config = SIZES[options.size] if options.size else trained_config(options.stage)
     params = read_params(options.stage, options.step)
-    config = SIZES[options.size]
     if options.decoder_for:
         kept = load_model(options.decoder_for)
         if not isinstance(kept, ModelFile):
-            parser.error(f"{options.decoder_for} is a converted model")
-        model = with_decoder(kept, config, params)
-    else:
-        model = export_model(config, params)
+            raise ValueError(f"{options.decoder_for} is a converted model")
+        return with_decoder(kept, config, params)
+    model = export_model(config, params)
     if source is not None:
         model, found, saved_percent = with_fitted_tables(model, source)
         print(report(found, saved_percent))
-    save_model(options.model, model)
+    return model
 
 
 if __name__ == "__main__":
