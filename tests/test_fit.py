@@ -57,7 +57,7 @@ def judged(mini_codec, photograph):
             )
             parts.append(
                 (
-                    float(terms(*known, plain, x_hat).value[0]),
+                    float(terms(*known, plain, np.zeros(1), x_hat).value[0]),
                     1 - similarity,
                     float(structure_distance(made.images, x_hat)[0]),
                 )

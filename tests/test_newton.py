@@ -72,6 +72,10 @@ def perceptual(mini_codec, photograph):
     return new_batch(mini_codec, photograph(SIZE[0], SIZE[1] - 10, seed=3), PERCEPTUAL)
 
 
+terms_of_image = jax.jit(image_terms, static_argnums=0)
+NO_BITS = jnp.zeros(1)
+
+
 def fixed(made):
     """What the functions of a batch's objective take first."""
     return made.static, made.frozen, made.images, made.weights
@@ -255,7 +259,7 @@ def test_residuals_add_up_to_the_objective(perceptual, blurred):
     assert perceptual.static.mean_style
     known = fixed(perceptual)[:-1]
     weights = perceptual.weights._replace(mean_style=jnp.float32(0))
-    terms = jax.jit(image_terms, static_argnums=0)(*known, weights, blurred)
+    terms = terms_of_image(*known, weights, NO_BITS, blurred)
     parts = jax.jit(objective_residuals, static_argnums=0)(*known, weights, blurred)
     pixels, features, *scales = (float(jnp.sum(part**2)) for part in parts)
     structure = sum(scales)
@@ -270,9 +274,7 @@ def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, b
     def value(images, weight):
         weights = perceptual.weights._replace(mean_style=jnp.float32(weight))
         static, frozen = fixed(perceptual)[:2]
-        found = jax.jit(image_terms, static_argnums=0)(
-            static, frozen, images, weights, blurred
-        )
+        found = terms_of_image(static, frozen, images, weights, NO_BITS, blurred)
         return float(found.value[0])
 
     images = perceptual.images
@@ -288,9 +290,8 @@ def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, b
     mixed = jnp.where(upper[..., None], images.x, blurred)
     static, frozen, _, weights = fixed(perceptual)
     only = weights._replace(alpha=0 * weights.alpha, structure=0 * weights.structure)
-    terms = jax.jit(image_terms, static_argnums=0)
-    near = terms(static, frozen, halved, only, mixed)
-    far = terms(static, frozen, images, only, mixed)
+    near = terms_of_image(static, frozen, halved, only, NO_BITS, mixed)
+    far = terms_of_image(static, frozen, images, only, NO_BITS, mixed)
     assert near.value[0] - near.perceptual[0] < 0.1 * (far.value[0] - far.perceptual[0])
 
 

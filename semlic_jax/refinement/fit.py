@@ -26,9 +26,10 @@ from semlic_jax.refinement.objective import (
     Images,
     Rounding,
     Static,
+    Terms,
     Weights,
+    decoded_image,
     hard_latents,
-    hard_terms,
     image_terms,
     structure_distance,
 )
@@ -56,11 +57,31 @@ class _Candidate(NamedTuple):
     value: float
 
 
-# Compiled: the rounded latents as the coder sees them, with and without the decoder.
-score = FloatProgram(hard_terms, static_argnums=0)
+# Three programs in the place of one, since each is needed by itself too.
 _latents = FloatProgram(hard_latents, static_argnums=0)
+_decoded_image = FloatProgram(decoded_image, static_argnums=0)
 _image_terms = FloatProgram(image_terms, static_argnums=0)
 _structure_distance = FloatProgram(structure_distance)
+
+
+def score(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    rounding: Rounding,
+    y_scaled: Array,
+    z: Array,
+) -> tuple[Terms, Array]:
+    """The terms of the rounded latents as the coder sees them, and y_hat_scaled.
+
+    Args:
+        static, frozen, images, weights: of the refinement.
+        rounding, y_scaled, z: as in `objective.hard_latents`.
+    """
+    bits, y_hat = _latents(static, frozen, images, rounding, y_scaled, z)
+    x_hat = _decoded_image(static, frozen, images, y_hat)
+    return _image_terms(static, frozen, images, weights, bits, x_hat), y_hat
 
 
 def fit_files(
@@ -161,6 +182,7 @@ def decoded_values(
     values: list[dict[bytes, float]] = [{} for _ in files]
     queues = [list(own) for own in files]
     original = np.asarray(images.x)
+    no_bits = np.zeros(len(files), np.float32)
     measurable = _with_ms_ssim(images)
     structure_weight = float(weights.gamma * weights.structure)
     while any(queues):
@@ -171,7 +193,7 @@ def decoded_values(
                 decoded = codec.decompress(data)
                 height, width = decoded.shape[:2]
                 image[:height, :width] = decoded.astype(np.float32) / 255
-        terms = _image_terms(static, frozen, images, weights, x_hat)
+        terms = _image_terms(static, frozen, images, weights, no_bits, x_hat)
         value = np.asarray(terms.value)
         if measurable.any():
             distance = 1 - ms_ssim_within(original, x_hat, images.sizes)

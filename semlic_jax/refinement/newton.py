@@ -21,6 +21,7 @@ of z (Adam with one second moment per image).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -154,7 +155,6 @@ def curvature_of(
     return smoothed(diagonal_of(static, frozen, images, weights, y_hat, rng, probes))
 
 
-@float_program(static_argnums=(0, 6))
 def diagonal_of(
     static: Static,
     frozen: Frozen,
@@ -174,6 +174,19 @@ def diagonal_of(
         rng: one key per image, [B].
         probes: random signs to take the mean over.
     """
+    made, pull_back = _residuals(static, frozen, images, weights, y_hat)
+    squares = jnp.zeros_like(y_hat)
+    for probe in range(probes):
+        squares = _add_square(squares, made, pull_back, rng, np.int32(probe))
+    return 2 * squares / probes
+
+
+# Two programs: in one the compiler would see the way back once for each probe.
+@float_program(static_argnums=0)
+def _residuals(
+    static: Static, frozen: Frozen, images: Images, weights: Weights, y_hat: Array
+) -> tuple[tuple[Array, ...], Callable[..., Any]]:
+    """The residuals of the objective at y_hat, and the product with J^T, a pytree."""
 
     def residuals(y: Array) -> tuple[Array, ...]:
         def forward(model: CompressionModel | MeanScaleModel) -> Array:
@@ -182,18 +195,26 @@ def diagonal_of(
         x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
         return objective_residuals(static, frozen, images, weights, x_hat)
 
-    made, pull_back = jax.vjp(residuals, y_hat)
-    squares = jnp.zeros_like(y_hat)
-    for probe in range(probes):
-        signs = tuple(
-            _random_signs(rng, probe, part, values.shape)
-            for part, values in enumerate(made)
-        )
-        squares = squares + jnp.square(pull_back(signs)[0])
-    return 2 * squares / probes
+    return jax.vjp(residuals, y_hat)
 
 
-def _random_signs(rng: Array, probe: int, part: int, shape: tuple[int, ...]) -> Array:
+@float_program(donate_argnums=0)
+def _add_square(
+    squares: Array,
+    made: tuple[Array, ...],
+    pull_back: Callable[..., Any],
+    rng: Array,
+    probe: Array,
+) -> Array:
+    """squares + (J^T e)^2 for the random signs e of a probe."""
+    signs = tuple(
+        _random_signs(rng, probe, part, values.shape)
+        for part, values in enumerate(made)
+    )
+    return squares + jnp.square(pull_back(signs)[0])
+
+
+def _random_signs(rng: Array, probe: Array, part: int, shape: tuple[int, ...]) -> Array:
     """float32 of the shape [B, ...], each 1 or -1; those of an image are its key's."""
 
     def draw(key: Array) -> Array:

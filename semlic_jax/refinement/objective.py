@@ -247,24 +247,15 @@ def hard_latents(
     return nn.apply(forward, twin(static))({"params": frozen.params})
 
 
-def hard_terms(
-    static: Static,
-    frozen: Frozen,
-    images: Images,
-    weights: Weights,
-    rounding: Rounding,
-    y_scaled: Array,
-    z: Array,
-) -> tuple[Terms, Array]:
-    """The terms of `hard_latents`, and its y_hat_scaled."""
-    bits, y_hat = hard_latents(static, frozen, images, rounding, y_scaled, z)
+def decoded_image(
+    static: Static, frozen: Frozen, images: Images, y_hat: Array
+) -> Array:
+    """What the decoder shows of y_hat_scaled [B, h, w, M]: [B, H, W, 3] in [0, 1]."""
 
     def forward(model: Network) -> Array:
         return reconstruct(model, static, images, y_hat)
 
-    x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
-    terms = terms_of(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
-    return terms, y_hat
+    return nn.apply(forward, twin(static))({"params": frozen.params})
 
 
 def chosen_symbols(
@@ -306,10 +297,19 @@ def chosen_symbols(
 
 
 def image_terms(
-    static: Static, frozen: Frozen, images: Images, weights: Weights, x_hat: Array
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    bits: Array,
+    x_hat: Array,
 ) -> Terms:
-    """The terms of decoded images, float32 [B, H, W, 3] in [0, 1]; their bpp is 0."""
-    bits = jnp.zeros(x_hat.shape[0])
+    """The terms of decoded images, seen from the first corner.
+
+    Args:
+        bits: of the payload, float32 [B].
+        x_hat: float32 [B, H, W, 3] in [0, 1].
+    """
     return terms_of(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
 
 
