@@ -9,6 +9,7 @@ import pytest
 
 from semlic_jax.objectives import losses, style_losses
 from semlic_jax.objectives.features import FeatureNetwork
+from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.losses import LossWeights, RateTarget
 
 
@@ -74,7 +75,7 @@ def test_lattice_equals_its_equation():
                 variance = real.var((0, 1)).mean()
                 values.append((error**2).mean() / (variance + (4 / 255) ** 2))
         expected[image] = np.mean(values)
-    np.testing.assert_allclose(losses.lattice(x, x_hat), expected, rtol=1e-4)
+    np.testing.assert_allclose(lattice(x, x_hat), expected, rtol=1e-4)
 
 
 def test_lattice_sees_what_repeats_and_little_else():
@@ -83,17 +84,17 @@ def test_lattice_sees_what_repeats_and_little_else():
     cell = rng.normal(size=(16, 16, 3)) / 100
     weave = np.tile(cell - cell.mean((0, 1)), (6, 6, 1)).astype(np.float32)
     grain = (rng.normal(size=x.shape) * weave.std()).astype(np.float32)
-    seen = float(losses.lattice(x, x + weave)[0])
+    seen = float(lattice(x, x + weave)[0])
     assert seen == pytest.approx(weave.var() / (4 / 255) ** 2, rel=1e-3)
-    assert float(losses.lattice(x, x + grain)[0]) < 0.15 * seen
-    assert float(losses.lattice(x, x + 0.1)[0]) < 1e-6 * seen
+    assert float(lattice(x, x + grain)[0]) < 0.15 * seen
+    assert float(lattice(x, x + 0.1)[0]) < 1e-6 * seen
     textured = np.random.default_rng(5).random(x.shape).astype(np.float32)
-    assert float(losses.lattice(textured, textured + weave)[0]) < 0.01 * seen
+    assert float(lattice(textured, textured + weave)[0]) < 0.01 * seen
 
 
 def test_lattice_refuses_images_under_a_window(pair):
     with pytest.raises(ValueError, match="48 pixels, found 32 x 40"):
-        losses.lattice(*pair)
+        lattice(*pair)
 
 
 def test_charbonnier_with_pixel_weights_is_the_weighted_mean(pair):

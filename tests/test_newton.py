@@ -17,6 +17,7 @@ from small_trunk import load_small_trunk
 from semlic_jax import cli, refinement
 from semlic_jax.model.context import checkerboard
 from semlic_jax.objectives import style_losses
+from semlic_jax.objectives.lattice import lattice, repeated_part, visibility
 from semlic_jax.objectives.metrics import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
@@ -31,7 +32,12 @@ from semlic_jax.refinement.objective import (
     twin,
 )
 from semlic_jax.refinement.settings import METHODS
-from semlic_jax.refinement.structure import structure_residuals, structure_weights
+from semlic_jax.refinement.structure import (
+    lattice_residuals,
+    lattice_weights,
+    structure_residuals,
+    structure_weights,
+)
 
 # One size for all: an image that does not fill its bucket, so that masks matter.
 SIZE = (56, 64)
@@ -39,7 +45,12 @@ SETTINGS = refinement.preset(
     12, gamma=0.0, chunk_steps=4, method="newton", noise=0.5, probes=2
 )
 PERCEPTUAL = dataclasses.replace(
-    SETTINGS, alpha=1e-4, gamma=1.0, structure=1.0, features=load_small_trunk()
+    SETTINGS,
+    alpha=1e-4,
+    gamma=1.0,
+    structure=1.0,
+    lattice=1.0,
+    features=load_small_trunk(),
 )
 
 
@@ -261,13 +272,14 @@ def test_residuals_add_up_to_the_objective(perceptual, blurred):
     weights = perceptual.weights._replace(mean_style=jnp.float32(0))
     terms = terms_of_image(*known, weights, NO_BITS, blurred)
     parts = jax.jit(objective_residuals, static_argnums=0)(*known, weights, blurred)
-    pixels, features, *scales = (float(jnp.sum(part**2)) for part in parts)
+    pixels, features, *scales, pattern = (float(jnp.sum(part**2)) for part in parts)
     structure = sum(scales)
     assert pixels == pytest.approx(PERCEPTUAL.alpha * float(terms.mse[0]), rel=1e-4)
     assert features == pytest.approx(float(terms.perceptual[0]), rel=1e-4)
-    total = pixels + features + structure
+    total = pixels + features + structure + pattern
     assert total == pytest.approx(float(terms.value[0]), rel=1e-4)
     assert 0.1 < features / pixels < 10 and 0.1 < structure / pixels < 10
+    assert 0.01 < pattern / pixels < 10
 
 
 def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, blurred):
@@ -289,7 +301,8 @@ def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, b
     halved = images._replace(feature_weights=images.feature_weights * upper)
     mixed = jnp.where(upper[..., None], images.x, blurred)
     static, frozen, _, weights = fixed(perceptual)
-    only = weights._replace(alpha=0 * weights.alpha, structure=0 * weights.structure)
+    zero = jnp.float32(0)
+    only = weights._replace(alpha=zero, structure=zero, lattice=zero)
     near = terms_of_image(static, frozen, halved, only, NO_BITS, mixed)
     far = terms_of_image(static, frozen, images, only, NO_BITS, mixed)
     assert near.value[0] - near.perceptual[0] < 0.1 * (far.value[0] - far.perceptual[0])
@@ -315,6 +328,50 @@ def test_structure_is_that_of_ms_ssim(photograph):
         found = sum(float(jnp.sum(part**2)) for part in parts)
         distance = 1 - float(similarity(image[None] / 255, changed[None] / 255)[0])
         assert found == pytest.approx(distance, rel=0.25)
+
+
+def lattice_by_rows(x, x_hat):
+    """The share of each row of windows in the lattice term of an image."""
+    shape = {"period": 16, "tiles": 2}
+    energy = jnp.mean(jnp.square(repeated_part(x_hat - x, **shape)), (3, 4))
+    terms = (energy * visibility(x, **shape))[0]
+    return np.asarray(jnp.sum(terms, 1) / terms.size, float)
+
+
+def test_lattice_is_that_of_the_image(photograph):
+    """Padding counts for nothing, and a region by its weight."""
+    size, padded = (112, 100), (128, 128)
+    image = photograph(*size, seed=5)
+    pads = [(0, big - own) for big, own in zip(padded, size, strict=True)]
+    x = np.pad(image, (*pads, (0, 0)), mode="edge")[None].astype(np.float32) / 255
+    rng = np.random.default_rng(0)
+    x_hat = rng.random(x.shape, np.float32)  # beyond the image, anything
+    weave = np.tile(rng.normal(size=(16, 16, 3)) / 20, (8, 8, 1)).astype(np.float32)
+    inside = np.s_[:, : size[0], : size[1]]
+    x_hat[inside] = (x + weave)[inside]
+    sizes = np.array([size])
+
+    def found(weights):
+        windows = jax.jit(lattice_weights)(x, weights, sizes)
+        parts = jax.jit(lattice_residuals)(x, x_hat, windows)
+        return float(jnp.sum(parts**2))
+
+    equal = equal_weights(x, [size])
+    whole = found(equal)
+    assert whole == pytest.approx(
+        float(lattice(x[inside], x_hat[inside], tiles=2)[0]), rel=1e-4
+    )
+    assert found(3 * equal) == pytest.approx(3 * whole, rel=1e-4)
+    upper = equal * np.where(np.arange(padded[0]) < 48, 0.9, 0.1)[:, None]
+    most = found(upper.astype(np.float32))
+    rest = found((equal - upper).astype(np.float32))
+    assert most + rest == pytest.approx(whole, rel=1e-4)
+    # Two rows of windows lie in the upper part, one half, three below.
+    image_rows = lattice_by_rows(x[inside], x_hat[inside])
+    assert most == pytest.approx(image_rows @ [0.9, 0.9, 0.5, 0.1, 0.1, 0.1], rel=1e-3)
+    # An image under a window has no such term.
+    tiny = np.array([(31, 100)])
+    assert float(jnp.sum(jax.jit(lattice_weights)(x, equal, tiny))) == 0
 
 
 def exact_diagonal(made, y_hat):

@@ -405,6 +405,7 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
         (("--refine", 5, "--method", "magic"), 1, "unknown rounding method"),
         (("--alpha", 1), 1, "expected --refine with --alpha"),
         (("--mean-style", 1), 1, "expected --refine with --mean-style"),
+        (("--lattice", 1), 1, "expected --refine with --lattice"),
         (("--roi", "auto"), 1, "expected --refine with --roi"),
         ((*STEPS, "--roi", "no.png"), 1, "found nothing at no.png"),
         ((*STEPS, "--roi", "1,2,3"), 1, "x,y,width,height"),

@@ -171,6 +171,7 @@ def add_objective(group: argparse._ActionsContainer) -> None:
         ("gamma", "weight of the perceptual terms; 0 refines for PSNR"),
         ("mean-style", "weight of the strength of textures among the perceptual terms"),
         ("structure", "weight of 1 - MS-SSIM among the perceptual terms"),
+        ("lattice", "weight of patterns of the latents' grid among them"),
     ):
         group.add_argument(f"--{name}", metavar="W", type=float, help=text)
     group.add_argument(
@@ -207,7 +208,7 @@ def settings_of(
     options: argparse.Namespace, refine: str | int | None
 ) -> Settings | None:
     """How to refine; None where that was not asked for."""
-    weights = ("alpha", "beta", "gamma", "mean_style", "structure")
+    weights = ("alpha", "beta", "gamma", "mean_style", "structure", "lattice")
     names = (*weights, "method", "features", "seed")
     changes = {name: getattr(options, name) for name in names}
     if refine is None:

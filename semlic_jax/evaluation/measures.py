@@ -69,6 +69,7 @@ SET_METRICS = {
 }
 
 _WITHOUT_NETWORKS = ("psnr_db", "ms_ssim", "ssimulacra2")
+_LATTICE = "lattice"  # without a network too, none of the defaults
 _OF_SQUEEZENET = ("feature_distance", "frechet", "kernel")
 _OF_PACKAGED = ("compact_distance", "compact_frechet", "compact_kernel")
 _MEAN_STYLE = "compact_mean_style"  # of the packaged network too, none of the defaults
@@ -172,7 +173,7 @@ class Measures:
 
     def identity(self, metric: str) -> str:
         """Changes when the values of a metric of images would."""
-        if metric in _WITHOUT_NETWORKS:
+        if metric in (*_WITHOUT_NETWORKS, _LATTICE):
             return ""
         packaged = metric in (*_OF_PACKAGED, _MEAN_STYLE)
         return _packaged_digest() if packaged else self._weights

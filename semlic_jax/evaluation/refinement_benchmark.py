@@ -215,7 +215,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.steps,
         method="sga",  # what the loop in PyTorch does
         gamma=0.0 if options.features is None else None,
-        structure=0.0,  # as in that loop
+        structure=0.0,  # as in that loop, and the next two
+        mean_style=0.0,
+        lattice=0.0,
         features=options.features,
         dtype=options.dtype,
     )

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from semlic_jax.refinement import Settings
 
 _PLAIN, _REFINED = "semlic", "refined"
-_WEIGHTS = ("alpha", "gamma", "mean_style", "structure")
+_WEIGHTS = ("alpha", "gamma", "mean_style", "structure", "lattice")
 _OBJECTIVE = "objective_db"
 _RATES = (0.1, 0.15, 0.25, 0.4)
 
@@ -119,6 +119,7 @@ def gain(
     if settings.gamma and settings.features is None:
         metrics += ["ms_ssim", "compact_distance"]
         metrics += ["compact_mean_style"] if settings.mean_style else []
+        metrics += ["lattice"] if settings.lattice else []
     if weights is not None or os.environ.get("SEMLIC_FEATURES"):
         metrics.append("feature_distance")
     contestants: list[Entrant] = [
@@ -159,10 +160,13 @@ def gain(
 def with_objective(results: Results, settings: Settings) -> Results:
     """Adds `objective_db`: what the files were refined for, on the scale of PSNR.
 
-    It is -10 log10(alpha * D + gamma * (P + m * MeanStyle + s * (1 - MS-SSIM))) and
-    differs from PSNR by a constant where gamma is 0. Refinement takes a sum of squares
-    for 1 - MS-SSIM. It is left out where P is not of the packaged feature network, or
-    where there is a style term of Gram matrices, which no metric measures.
+    It is -10 log10 of
+
+        alpha * D + gamma * (P + m * MeanStyle + s * (1 - MS-SSIM) + l * Lattice)
+
+    and differs from PSNR by a constant where gamma is 0. Refinement takes a sum of
+    squares for 1 - MS-SSIM. It is left out where P is not of the packaged feature
+    network, or where there is a style term of Gram matrices, which no metric measures.
     """
     perceptual = bool(settings.gamma)
     if perceptual and (settings.features is not None or settings.style):
@@ -173,6 +177,7 @@ def with_objective(results: Results, settings: Settings) -> Results:
         needed |= {"compact_distance"}
         needed |= {"ms_ssim"} if settings.structure else set()
         needed |= {"compact_mean_style"} if settings.mean_style else set()
+        needed |= {"lattice"} if settings.lattice else set()
 
     def with_value(row: Row) -> Row:
         if not needed <= set(row.values):
@@ -184,6 +189,8 @@ def with_objective(results: Results, settings: Settings) -> Results:
                 distance += settings.structure * (1 - row.values["ms_ssim"])
             if settings.mean_style:
                 distance += settings.mean_style * row.values["compact_mean_style"]
+            if settings.lattice:
+                distance += settings.lattice * row.values["lattice"]
             value += settings.gamma * distance
         objective = {_OBJECTIVE: -10 * math.log10(max(value, 1e-9))}
         return replace(row, values=row.values | objective)

@@ -211,7 +211,7 @@ def objective_name(settings: Settings) -> str:
     features = settings.load_features()
     if features is None:
         return name
-    for weight in ("style", "mean_style", "structure"):
+    for weight in ("style", "mean_style", "structure", "lattice"):
         if getattr(settings, weight):
             name += f", {weight} {getattr(settings, weight):g}"
     digest = hashlib.sha256()

@@ -25,12 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from semlic_jax.objectives.features import FeatureNetwork, feature_distance
+from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve, ssim_terms
 from semlic_jax.objectives.style_losses import local_style, mean_style, style
 
-LATTICE_PIXELS = 16  # of the latents, and so of what a decoder may repeat
-LATTICE_TILES = 3
-_LATTICE_CONTRAST = 4 / 255  # what hides a pattern in a plain surface: sensor noise
 # The rate target of the first steps is this much looser (HiFiC: 0.20 bpp for 0.14).
 WARM_UP_STEPS = 50_000
 WARM_UP_TARGET_FACTOR = 0.20 / 0.14
@@ -96,65 +94,6 @@ def structural(x: jax.Array, x_hat: jax.Array) -> jax.Array:
         product = product * jnp.maximum(factor, 1e-3) ** (weight / sum(weights))
         x, x_hat = halve(x), halve(x_hat)
     return 1 - jnp.mean(product, axis=-1)
-
-
-def lattice(
-    x: jax.Array,
-    x_hat: jax.Array,
-    *,
-    period: int = LATTICE_PIXELS,
-    tiles: int = LATTICE_TILES,
-) -> jax.Array:
-    """Pattern of the decoder's own grid, relative to the local contrast, float32 [B].
-
-    A decoder repeats what it does in every cell of the latents, which shows as a weave
-    on plain surfaces. Photographs have no such period: the error r = x_hat - x,
-    averaged over neighbouring cells at equal places within the cell, is small unless
-    the decoder repeats itself. With t[i, j] the mean of r at place (i, j) of the cells
-    of a window, less the mean of t, and v the variance of x in the window:
-
-        mean over windows of (mean of t^2) / (v + c^2)
-
-    Errors that do not repeat count 1/tiles^2 of their energy. This term is ours.
-
-    Args:
-        x, x_hat: float [B, H, W, C] in [0, 1]; no gradient flows to x. Rows and columns
-            beyond whole cells are left out.
-        period: side of a cell in pixels.
-        tiles: side of a window in cells; windows overlap, one starts at each cell.
-
-    Raises:
-        ValueError: a side under `tiles` cells.
-    """
-    rows, columns = (side // period for side in x.shape[1:3])
-    if min(rows, columns) < tiles:
-        raise ValueError(
-            f"the lattice term needs sides of at least {period * tiles} pixels, "
-            f"found {x.shape[1]} x {x.shape[2]}"
-        )
-
-    def over_windows(image: jax.Array) -> jax.Array:
-        """Means over windows at each place in the cell: [B, n, m, period^2, C]."""
-        batch, channels = image.shape[0], image.shape[-1]
-        image = image[:, : rows * period, : columns * period]
-        cells = image.reshape(batch, rows, period, columns, period, channels)
-        cells = cells.transpose(0, 1, 3, 2, 4, 5)
-        for axis, count in ((1, rows), (2, columns)):
-            shifted = (
-                jax.lax.slice_in_dim(cells, i, count - tiles + 1 + i, axis=axis)
-                for i in range(tiles)
-            )
-            cells = sum(shifted, jnp.zeros(())) / tiles
-        return cells.reshape(*cells.shape[:3], period**2, channels)
-
-    x = jax.lax.stop_gradient(x.astype(jnp.float32))
-    repeated = over_windows(x_hat.astype(jnp.float32) - x)
-    repeated = repeated - jnp.mean(repeated, axis=3, keepdims=True)
-    energy = jnp.mean(jnp.square(repeated), axis=(3, 4))
-    means = jnp.mean(over_windows(x), axis=3)
-    squares = jnp.mean(over_windows(jnp.square(x)), axis=3)
-    variance = jnp.mean(jnp.maximum(squares - jnp.square(means), 0.0), axis=-1)
-    return jnp.mean(energy / (variance + _LATTICE_CONTRAST**2), axis=(1, 2))
 
 
 def perceptual(

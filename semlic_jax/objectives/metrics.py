@@ -36,6 +36,7 @@ from semlic_jax.objectives.features import (
     feature_distance,
     load_features,
 )
+from semlic_jax.objectives.lattice import LATTICE_PIXELS, REFINED_TILES, lattice
 from semlic_jax.objectives.style_losses import local_mean_style
 from semlic_jax.objectives.trunks import LPIPS_TAPS
 
@@ -377,6 +378,16 @@ def load_dists(folder: str | Path) -> DISTS:
     )
 
 
+@_exact
+def lattice_pattern(reference: Images, image: Images) -> jax.Array:
+    """What the image repeats in cells of 16 pixels, `lattice.lattice`, float32 [B].
+
+    In windows of 2 x 2 cells, as in the objective of refinement.
+    """
+    x, x_hat = _as_pair(reference, image)
+    return lattice(x / 255, x_hat / 255, tiles=REFINED_TILES)
+
+
 def ssimulacra2(reference: Images, image: Images) -> np.ndarray:
     """SSIMULACRA2 through its PyPI package, float64 [B]; 100 for equal images.
 
@@ -432,6 +443,7 @@ IMAGE_METRICS = {
     "lpips_vgg": MetricInfo("LPIPS (VGG-16)", False, 16),
     "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 3),
     "dists": MetricInfo("DISTS", False, 16),
+    "lattice": MetricInfo("lattice", False, LATTICE_PIXELS * REFINED_TILES),
     "ssimulacra2": MetricInfo("SSIMULACRA2", True, 8),
 }
 
@@ -464,7 +476,12 @@ class ImageMetrics:
 
     @staticmethod
     def _load(name: str, weights: str | Path | None) -> Callable[..., Any]:
-        plain = {"psnr_db": psnr_db, "ms_ssim": ms_ssim, "ssimulacra2": ssimulacra2}
+        plain = {
+            "psnr_db": psnr_db,
+            "ms_ssim": ms_ssim,
+            "ssimulacra2": ssimulacra2,
+            "lattice": lattice_pattern,
+        }
         if name in plain:
             return plain[name]
         if name == "feature_distance":

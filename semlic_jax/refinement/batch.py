@@ -3,7 +3,7 @@
 
 The weights stay as they are. Steps move y and z of each image to lower
 
-    alpha * D + gamma * (Perceptual + k * Style + s * Structure)
+    alpha * D + gamma * (Perceptual and the terms beside it, see `objective.py`)
 
 with a rate R within the budget, through the fake-quantised twin of the entropy
 networks: Adam through a relaxed rounding (`steps.py`, `sga.py`) or Newton steps between
@@ -41,7 +41,7 @@ from semlic_jax.refinement.objective import (
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target, pick
-from semlic_jax.refinement.structure import structure_weights
+from semlic_jax.refinement.structure import lattice_weights, structure_weights
 
 Array = jax.Array
 
@@ -100,6 +100,7 @@ class Refined(NamedTuple):
 
 _original_taps = FloatProgram(original_taps)
 _structure_weights = partial(jax.jit, static_argnums=2)(structure_weights)
+_lattice_weights = jax.jit(lattice_weights)
 
 
 class Batch:
@@ -158,6 +159,7 @@ class Batch:
             jnp.float32(settings.style),
             jnp.float32(settings.mean_style),
             jnp.float32(settings.structure),
+            jnp.float32(settings.lattice),
         )
         y_bits, _ = codec.entropy.y_tables.bits_lookup()
         z_bits, _ = codec.entropy.z_tables.bits_lookup()
@@ -170,6 +172,9 @@ class Batch:
         structure: tuple[Any, ...] = ()
         if features is not None and settings.structure:
             structure = _structure_weights(x, weights, tuple(self.sizes))
+        lattice: tuple[Any, ...] = ()
+        if features is not None and settings.lattice:
+            lattice = (_lattice_weights(x, weights, sizes),)
         self.images = Images(
             x=place(x, 0),
             sizes=place(sizes, 0),
@@ -178,6 +183,7 @@ class Batch:
             feature_weights=place(feature_weights, 0),
             taps=place(taps, 1),
             structure=place(structure, 0),
+            lattice=place(lattice, 0),
         )
         self.start = place(self._scaled(analysed, self.levels), 0)
         self.place = place

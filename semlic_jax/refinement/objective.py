@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What refinement minimises: the terms of one batch of images, soft or hard.
 
-    alpha * D + gamma * (Perceptual + k * Style + m * MeanStyle + s * Structure)
-        + beta * R
+    alpha * D + gamma * (Perceptual + k * Style + m * MeanStyle + s * Structure
+        + l * Lattice) + beta * R
 
 * D: mean squared error in 8-bit levels (100 is 28.1 dB), over the real pixels of the
   image, weighted by the region of interest.
@@ -12,6 +12,8 @@
   normalised. All other terms take texture away that is not where the original has it.
 * Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`; in a region of
   interest its errors count as those of D.
+* Lattice: what repeats in every cell of the latents, see `structure.py`; with the
+  weights of D too. The terms before it let a mesh of dots pass for texture.
 * R: bits per pixel, of relaxed latents under the densities or of rounded latents under
   the tables of the coder.
 
@@ -48,7 +50,7 @@ from semlic_jax.objectives.features import (
 )
 from semlic_jax.objectives.style_losses import local_mean_style, local_style
 from semlic_jax.refinement.sga import draw_noise, relaxed_round
-from semlic_jax.refinement.structure import structure_residuals
+from semlic_jax.refinement.structure import lattice_residuals, structure_residuals
 
 Array = jax.Array
 Network = CompressionModel | MeanScaleModel
@@ -87,6 +89,7 @@ class Images(NamedTuple):
         taps: features of x for each of TRUNK_SHIFTS, each [S, B, h, w, C]; empty
             without perceptual terms.
         structure: `structure_weights` of x; empty where the term has no weight.
+        lattice: `lattice_weights` of x alone; empty where the term has no weight.
     """
 
     x: Array
@@ -96,6 +99,7 @@ class Images(NamedTuple):
     feature_weights: Array
     taps: tuple[Array, ...]
     structure: tuple[Array, ...] = ()
+    lattice: tuple[Array, ...] = ()
 
 
 class Weights(NamedTuple):
@@ -106,6 +110,7 @@ class Weights(NamedTuple):
     style: Array
     mean_style: Array
     structure: Array
+    lattice: Array
 
 
 class Static(NamedTuple):
@@ -466,6 +471,9 @@ def terms_of(
     if images.structure:
         structure = structure_distance(images, x_hat)
         value = value + weights.gamma * weights.structure * structure
+    for part in _lattice_parts(images, x_hat):
+        pattern = jnp.sum(jnp.square(part), (1, 2, 3, 4))
+        value = value + weights.gamma * weights.lattice * pattern
     return Terms(value, bits / pixels, mse, distance)
 
 
@@ -484,8 +492,8 @@ def objective_residuals(
         x_hat: float32 [B, H, W, 3] in [0, 1].
 
     Returns:
-        of the pixels [B, H, W, 3], and of each tap [B, h, w, C] where there are
-        perceptual terms.
+        of the pixels [B, H, W, 3]; where there are perceptual terms also of each tap
+        [B, h, w, C], of each scale of the structure, and of the lattice.
     """
     pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)[:, None, None, None]
     scale = jnp.sqrt(weights.alpha * images.weights[..., None] / (3 * pixels))
@@ -501,11 +509,17 @@ def objective_residuals(
             residuals.append(jnp.sqrt(cells)[..., None] * difference)
     scale = jnp.sqrt(weights.gamma * weights.structure)
     residuals += [scale * part for part in _structure_parts(images, x_hat)]
+    scale = jnp.sqrt(weights.gamma * weights.lattice)
+    residuals += [scale * part for part in _lattice_parts(images, x_hat)]
     return tuple(residuals)
 
 
 def _structure_parts(images: Images, x_hat: Array) -> list[Array]:
     return structure_residuals(images.x, x_hat, images.weights, images.structure)
+
+
+def _lattice_parts(images: Images, x_hat: Array) -> list[Array]:
+    return [lattice_residuals(images.x, x_hat, windows) for windows in images.lattice]
 
 
 def _weigh(tap: Array, pixel_weights: Array, root: int) -> Array:

@@ -16,13 +16,14 @@ from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
 # Counts up when the same settings give other files: kept files are named by it.
-REVISION = 4
+REVISION = 5
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
     "style",
     "mean_style",
     "structure",
+    "lattice",
     "learning_rate",
     "noise",
     "z_travel",
@@ -38,8 +39,8 @@ class Settings:
         steps: of the optimiser.
         method: of the relaxed rounding, see `sga.METHODS`, or `newton` (`newton.py`).
         alpha: weight of the mean squared error in 8-bit levels.
-        gamma: weight of the perceptual terms, `style`, `mean_style` and `structure`
-            among them; 0 refines for PSNR.
+        gamma: weight of the perceptual terms, `style`, `mean_style`, `structure`
+            and `lattice` among them; 0 refines for PSNR.
         beta: multiplier of the rate (per bit per pixel) to start with; None takes the
             slope of the unrefined files.
         style: weight of the style within the perceptual terms.
@@ -49,6 +50,9 @@ class Settings:
         structure: weight of 1 - MS-SSIM, in the form of `structure.py`, within the
             perceptual terms. Without it refinement takes faint contrast away, which
             squared errors and features hardly see.
+        lattice: weight of what repeats in every cell of the latents, within the
+            perceptual terms (`structure.py`). Without it refinement makes texture of
+            a mesh of dots.
         features: the trunk, or where its weights are (`load_features`); None takes the
             packaged one.
         learning_rate: Adam's, in steps of the quantiser.
@@ -78,6 +82,7 @@ class Settings:
     style: float = 0.0
     mean_style: float = 2.0
     structure: float = 50.0
+    lattice: float = 30.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
     learning_rate: float = 0.01
     decay: float = 0.3

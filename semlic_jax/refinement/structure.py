@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1 - MS-SSIM (Wang et al. 2003) as a weighted sum of squared errors.
+"""Terms of the objective that are weighted sums of squared errors.
+
+1 - MS-SSIM (Wang et al. 2003), nearly:
 
 The contrast-structure part of SSIM is exactly
 
@@ -8,7 +10,12 @@ The contrast-structure part of SSIM is exactly
 over a window. With the variance of x for both, the mean of the window left in, and
 small distances, 1 - MS-SSIM is a sum over five scales of squared errors with weights
 that depend on x alone. On six photographs at 0.1 and 0.3 bpp it came to 0.86 to 1.25
-times the true distance. A sum of squares has a Gauss-Newton matrix.
+times the true distance.
+
+And the lattice term (`objectives/lattice.py`) as it is, in windows of 2 x 2 cells: what
+refinement repeats, it repeats over one to three of them.
+
+A sum of squares has a Gauss-Newton matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.objectives.lattice import (
+    LATTICE_PIXELS,
+    REFINED_TILES,
+    repeated_part,
+    visibility,
+    window_means,
+)
 from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve
 
 Array = jax.Array
@@ -92,3 +106,40 @@ def structure_residuals(
         residuals.append(jnp.sqrt(tolerance) * error)
         error = halve(error)
     return residuals
+
+
+def lattice_weights(x: Array, weights: Array, sizes: Array) -> Array:
+    """Of what repeats in each window of the lattice term: float32 [B, n, m].
+
+    Windows that reach beyond the image have none. Of an image that fills its bucket
+    and has no region of interest the term is `objectives.lattice.lattice`.
+
+    Args:
+        x: float32 [B, H, W, 3] in [0, 1].
+        weights: of each pixel, [B, H, W]; 0 outside of the image.
+        sizes: real height and width of each, [B, 2].
+    """
+    shape = {"period": LATTICE_PIXELS, "tiles": REFINED_TILES}
+    visible = visibility(x, **shape)
+    side = LATTICE_PIXELS * REFINED_TILES
+    ends = (jnp.arange(count) * LATTICE_PIXELS + side for count in visible.shape[1:])
+    rows, columns = (
+        (end[None] <= sizes[:, axis, None]).astype(jnp.float32)
+        for axis, end in enumerate(ends)
+    )
+    inside = rows[:, :, None] * columns[:, None, :]
+    means = jnp.mean(window_means(weights[..., None], **shape), axis=(3, 4))
+    count = jnp.maximum(jnp.sum(inside, axis=(1, 2), keepdims=True), 1.0)
+    return visible * means * inside / count
+
+
+def lattice_residuals(x: Array, x_hat: Array, windows: Array) -> Array:
+    """Residuals whose squares add up to the lattice term, [B, n, m, places, 3].
+
+    Args:
+        x, x_hat: float32 [B, H, W, 3] in [0, 1].
+        windows: what `lattice_weights` gave.
+    """
+    repeated = repeated_part(x_hat - x, period=LATTICE_PIXELS, tiles=REFINED_TILES)
+    size = repeated.shape[3] * repeated.shape[4]
+    return jnp.sqrt(windows / size)[..., None, None] * repeated
