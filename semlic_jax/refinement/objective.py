@@ -13,7 +13,8 @@
 * Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`; in a region of
   interest its errors count as those of D.
 * Lattice: what repeats in every cell of the latents, see `structure.py`; with the
-  weights of D too. The terms before it let a mesh of dots pass for texture.
+  weights of D too. The terms before it let a mesh of dots pass for texture. No preset
+  has it.
 * R: bits per pixel, of relaxed latents under the densities or of rounded latents under
   the tables of the coder.
 

@@ -16,7 +16,7 @@ from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
 # Counts up when the same settings give other files: kept files are named by it.
-REVISION = 5
+REVISION = 4
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
@@ -51,8 +51,9 @@ class Settings:
             perceptual terms. Without it refinement takes faint contrast away, which
             squared errors and features hardly see.
         lattice: weight of what repeats in every cell of the latents, within the
-            perceptual terms (`structure.py`). Without it refinement makes texture of
-            a mesh of dots.
+            perceptual terms (`structure.py`). Without it refinement makes some of its
+            texture of a mesh of dots; 30 takes most of that away, and with it part of
+            what refinement gains in statistics of features.
         features: the trunk, or where its weights are (`load_features`); None takes the
             packaged one.
         learning_rate: Adam's, in steps of the quantiser.
@@ -82,7 +83,7 @@ class Settings:
     style: float = 0.0
     mean_style: float = 2.0
     structure: float = 50.0
-    lattice: float = 30.0
+    lattice: float = 0.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
     learning_rate: float = 0.01
     decay: float = 0.3
