@@ -31,6 +31,7 @@ MAX_SIDE = 65535
 MAX_PIXELS = 2**27
 
 # What Pillow's decoders raise on damaged data, beside their own errors.
+_GRID_LEVELS = 18  # of each colour, to compare profiles
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -62,7 +63,8 @@ class Photograph:
 
     Attributes:
       pixels: uint8 [H, W, 3], upright: EXIF orientation is applied.
-      icc_profile: the RGB profile that the pixels are in, or None for sRGB.
+      icc_profile: the RGB profile that the pixels are in, or None for sRGB, also
+        where the file has a profile that says sRGB.
       notes: one clause for each conversion that was made, for people to read.
     """
 
@@ -244,6 +246,8 @@ def _to_rgb(
             f"{name} has floating-point samples: expected 8 or 16 bits per sample"
         )
     space = icc_profile[16:20] if icc_profile else None
+    if icc_profile and space == b"RGB " and _is_srgb(icc_profile):
+        icc_profile, space = None, None  # 3 kB that say what no profile says
     if image.mode == "RGB" and space in (None, b"RGB "):
         return image, icc_profile
     kinds = {
@@ -294,6 +298,18 @@ def _through_profile(image: Image.Image, icc_profile: bytes) -> Image.Image:
     )
     assert converted is not None  # only an in-place conversion gives None
     return converted
+
+
+def _is_srgb(icc_profile: bytes) -> bool:
+    """Whether no colour of a grid differs from sRGB by more than one level."""
+    levels = np.linspace(0, 255, _GRID_LEVELS).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), -1)
+    grid = colours.reshape(_GRID_LEVELS, -1, 3)
+    try:
+        seen = _through_profile(Image.fromarray(grid), icc_profile)
+    except (ImageCms.PyCMSError, OSError):
+        return False
+    return int(np.abs(np.asarray(seen, int) - grid).max()) <= 1
 
 
 def _one_line(error: BaseException | str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageCms
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -233,3 +234,11 @@ def kodak_paths():
         if paths:
             return paths
     pytest.skip("needs the Kodak photographs in $SEMLIC_DATA/kodak")
+
+
+@pytest.fixture(scope="session")
+def other_profile():
+    """An RGB profile with red and green exchanged, bytes."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red, green, free = b"rXYZ", b"gXYZ", b"????"
+    return profile.replace(red, free).replace(green, red).replace(free, green)

@@ -62,10 +62,17 @@ def test_damaged_exif_does_not_stop_reading(pixels):
     assert any("EXIF" in note for note in photograph.notes)
 
 
-def test_rgb_icc_profile_is_kept(pixels):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    photograph = read(Image.fromarray(pixels), icc_profile=profile)
-    assert photograph.icc_profile == profile
+def test_rgb_icc_profile_is_kept_where_it_says_something(pixels, other_profile):
+    photograph = read(Image.fromarray(pixels), icc_profile=other_profile)
+    assert photograph.icc_profile == other_profile
+    # One that cannot be used here may mean something elsewhere.
+    broken = other_profile[:200]
+    photograph = read(Image.fromarray(pixels), icc_profile=broken)
+    assert photograph.icc_profile == broken
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photograph = read(Image.fromarray(pixels), icc_profile=srgb)
+    assert photograph.icc_profile is None and photograph.notes == ()
+    np.testing.assert_array_equal(photograph.pixels, pixels)
 
 
 def test_profile_of_another_colour_space_is_not_kept(pixels):
