@@ -30,8 +30,9 @@ MAX_SIDE = 65535
 # 134 megapixels: 400 MB of pixels. Pillow's own limit (179 megapixels) stays in force.
 MAX_PIXELS = 2**27
 
-# What Pillow's decoders raise on damaged data, beside their own errors.
 _GRID_LEVELS = 18  # of each colour, to compare profiles
+
+# What Pillow's decoders raise on damaged data, beside their own errors.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,

@@ -12,8 +12,8 @@ small distances, 1 - MS-SSIM is a sum over five scales of squared errors with we
 that depend on x alone. On six photographs at 0.1 and 0.3 bpp it came to 0.86 to 1.25
 times the true distance.
 
-And the lattice term (`objectives/lattice.py`) as it is, in windows of 2 x 2 cells: what
-refinement repeats, it repeats over one to three of them.
+And the lattice term (`objectives/lattice.py`) as it is, in windows of 2 x 2 cells:
+refinement repeats itself over a few cells only.
 
 A sum of squares has a Gauss-Newton matrix.
 """
@@ -111,8 +111,8 @@ def structure_residuals(
 def lattice_weights(x: Array, weights: Array, sizes: Array) -> Array:
     """Of what repeats in each window of the lattice term: float32 [B, n, m].
 
-    Windows that reach beyond the image have none. Of an image that fills its bucket
-    and has no region of interest the term is `objectives.lattice.lattice`.
+    Windows that reach beyond the image have none. Without a region of interest the
+    term is `objectives.lattice.lattice` of the image.
 
     Args:
         x: float32 [B, H, W, 3] in [0, 1].
