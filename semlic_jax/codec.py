@@ -364,10 +364,15 @@ class Codec:
         if size(0) > budget or (exact_target and size(MAX_LEVEL) < budget):
             pixels = latents.size[0] * latents.size[1]
             low, high = size(0), size(MAX_LEVEL)
+            profile = (
+                f" with its ICC profile of {len(icc_profile)} bytes"
+                if icc_profile
+                else ""
+            )
             raise ValueError(
                 f"expected a budget from {low} to {high} bytes "
                 f"({low * 8 / pixels:.4f} to {high * 8 / pixels:.4f} bpp), which is "
-                f"what this model reaches for this image, found {budget} bytes"
+                f"what this model reaches for this image{profile}, found {budget} bytes"
             )
         if size(MAX_LEVEL) <= budget:
             return files[MAX_LEVEL]

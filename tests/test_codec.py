@@ -191,6 +191,8 @@ def test_budgets_include_the_profile(codec, photograph):
     assert codec.icc_profile(plain) is None
     np.testing.assert_array_equal(codec.decompress(tagged), codec.decompress(plain))
     assert len(codec.compress(image, max_bytes=2000, icc_profile=profile)) <= 2000
+    with pytest.raises(ValueError, match="with its ICC profile of 512 bytes, found"):
+        codec.compress(image, max_bytes=512, icc_profile=profile)
 
 
 # Wrong inputs
