@@ -49,6 +49,9 @@ _ICC_CHUNK = b"ICCP"
 # rise with the quality, but not strictly.
 _LOOK_AHEAD = 3
 _INTERPOLATIONS = 5
+# Latents along a side of what g_a and the fine levels of g_s work on at once: 2048
+# pixels, more than most pictures have.
+_TILE = 128
 
 
 class Latents(NamedTuple):
@@ -78,7 +81,8 @@ def bucket_side(side: int) -> int:
 @float_program(static_argnums=0)
 def _analyse(config: Config, params: Any, pixels: Array) -> Array:
     x = pixels[None].astype(jnp.float32) / 255
-    y: Any = network_of(config).apply({"params": params}, x, method="analysis")
+    network = network_of(config, tile=_TILE)
+    y: Any = network.apply({"params": params}, x, method="analysis")
     return y[0]
 
 
@@ -95,7 +99,8 @@ def _scale(config: Config, params: Any, y: Array, level: Array) -> tuple[Array, 
 @float_program(static_argnums=0)
 def _synthesise(config: Config, params: Any, y_hat: Array, level: Array) -> Array:
     quality = level[None].astype(jnp.float32) / MAX_LEVEL
-    x_hat: Any = network_of(config).apply(
+    network = network_of(config, tile=_TILE)
+    x_hat: Any = network.apply(
         {"params": params}, y_hat[None], quality, method="synthesis"
     )
     return jnp.round(jnp.clip(x_hat[0], 0.0, 1.0) * 255).astype(jnp.uint8)

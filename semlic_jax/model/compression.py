@@ -281,12 +281,14 @@ class CompressionModel(nn.Module):
         arithmetic: of the entropy networks, in floats (see `model.context`).
         dtype: of g_a and g_s.
         remat: recompute the residual blocks in the backward pass.
+        tile: most latents along a side in the fine levels at once, 0 for all.
     """
 
     config: ModelConfig
     arithmetic: str = "float"
     dtype: Any = jnp.float32
     remat: bool = False
+    tile: int = 0
 
     def setup(self) -> None:
         config = self.config
@@ -298,6 +300,7 @@ class CompressionModel(nn.Module):
             config.level_blocks,
             self.remat,
             self.dtype,
+            self.tile,
         )
         self.g_s = SynthesisTransform(
             config.widths,
@@ -309,6 +312,7 @@ class CompressionModel(nn.Module):
             level_blocks=config.level_blocks,
             block_remat=self.remat,
             dtype=self.dtype,
+            tile=self.tile,
         )
         self.h_a = HyperAnalysis(config.hyper_channels, config.linear_skip)
         self.prior = FactorizedPrior(config.hyper_channels)

@@ -163,17 +163,21 @@ class MeanScaleModel(nn.Module):
     Attributes:
         config: the architecture.
         dtype: of g_a and g_s.
+        tile: most latents along a side in the fine levels at once, 0 for all.
     """
 
     config: MeanScaleConfig
     dtype: Any = jnp.float32
+    tile: int = 0
 
     def setup(self) -> None:
         config = self.config
         self.g_a = AnalysisTransform(
-            config.widths, config.latent_channels, dtype=self.dtype
+            config.widths, config.latent_channels, dtype=self.dtype, tile=self.tile
         )
-        self.g_s = SynthesisTransform(config.widths, config.blocks, dtype=self.dtype)
+        self.g_s = SynthesisTransform(
+            config.widths, config.blocks, dtype=self.dtype, tile=self.tile
+        )
         self.h_a = HyperAnalysis(config.hyper_channels)
         self.prior = FactorizedPrior(config.hyper_channels, config.prior_filters)
         self.entropy = HyperSynthesis(config.latent_channels, config.hyper_channels)
@@ -266,7 +270,10 @@ Config = ModelConfig | MeanScaleConfig
 
 
 def network_of(
-    config: Config, arithmetic: str = "float", dtype: Any = jnp.float32
+    config: Config,
+    arithmetic: str = "float",
+    dtype: Any = jnp.float32,
+    tile: int = 0,
 ) -> CompressionModel | MeanScaleModel:
     """The model of a configuration.
 
@@ -274,7 +281,8 @@ def network_of(
         config: the architecture.
         arithmetic: of integer entropy networks (see `CompressionModel`).
         dtype: of g_a and g_s.
+        tile: most latents along a side in the fine levels at once, 0 for all.
     """
     if isinstance(config, MeanScaleConfig):
-        return MeanScaleModel(config, dtype)
-    return CompressionModel(config, arithmetic, dtype)
+        return MeanScaleModel(config, dtype, tile)
+    return CompressionModel(config, arithmetic, dtype, tile=tile)

@@ -20,6 +20,7 @@ Two options make small models train in hours instead of weeks:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -36,12 +37,23 @@ from semlic_jax.model.layers import (
     space_to_depth,
 )
 from semlic_jax.model.texture import Texture
+from semlic_jax.model.tiles import over_tiles
 
 Array = jax.Array
 
 STRIDE = 16  # pixels per latent
 HYPER_STRIDE = 64  # pixels per hyper-latent
 _MID_GREY = 0.5
+
+
+def _halo(level_blocks: int) -> int:
+    """Latents around a place that g_a or the fine levels of g_s see at most.
+
+    A step between levels and a residual block reach one position of the coarser level
+    each, and each level is half as coarse as the one before; the other layers reach
+    less than one latent.
+    """
+    return 2 * (1 + level_blocks) + 1
 
 
 def lapping_matrix() -> np.ndarray:
@@ -101,6 +113,8 @@ class AnalysisTransform(nn.Module):
         level_blocks: residual blocks at each level but the last.
         block_remat: recompute the residual blocks in the backward pass.
         dtype: of the computation.
+        tile: most latents along a side that are computed at once, where there are
+            parameters already (see `tiles`); 0 for all.
     """
 
     widths: tuple[int, ...]
@@ -110,11 +124,27 @@ class AnalysisTransform(nn.Module):
     level_blocks: int = 0
     block_remat: bool = False
     dtype: Any = jnp.float32
+    tile: int = 0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps float [B, H, W, 3] in [0, 1], H and W multiples of 16, to float32
         [B, H/16, W/16, M]."""
+        grid = (x.shape[1] // STRIDE, x.shape[2] // STRIDE)
+        if not self.tile or max(grid) <= self.tile:
+            return self._latents(x)
+        return over_tiles(
+            self,
+            lambda g_a, _, x: g_a._latents(x),
+            [x],
+            grid,
+            self.tile,
+            _halo(self.level_blocks),
+            (1, self.latent_channels),
+        )
+
+    @nn.nowrap
+    def _latents(self, x: Array) -> Array:
         kernel = 7 if self.patch == 1 else 5
         h = space_to_depth(x, self.patch)
         h = Conv(self.widths[0], kernel, dtype=self.dtype)(h)
@@ -153,6 +183,7 @@ class SynthesisTransform(nn.Module):
         texture_channels: of noise after each step up (see `texture`); 0 for none.
         level_blocks: residual blocks after each step up, and its noise.
         block_remat: recompute the residual blocks in the backward pass.
+        tile: as in `AnalysisTransform`, of the levels finer than 1/16.
     """
 
     widths: tuple[int, ...]
@@ -164,13 +195,34 @@ class SynthesisTransform(nn.Module):
     level_blocks: int = 0
     block_remat: bool = False
     dtype: Any = jnp.float32
+    tile: int = 0
 
     @nn.compact
     def __call__(
         self, y_hat: Array, quality: Array, noise_origin: Array | None = None
     ) -> Array:
         """Maps y_hat float32 [B, h, w, M] and quality [B] in [0, 1] to x_hat float32
-        [B, 16h, 16w, 3], about [0, 1], not clipped; `texture_noise` has the origin."""
+        [B, 16h, 16w, 3], about [0, 1], not clipped; `texture_noise` has the origin,
+        which tiles start from zero."""
+        h = self._coarse(y_hat, quality)
+        grid = (y_hat.shape[1], y_hat.shape[2])
+        if not self.tile or max(grid) <= self.tile:
+            return self._fine(h, y_hat, lambda level: noise_origin)
+        return over_tiles(
+            self,
+            lambda g_s, start, h, y_hat: g_s._fine(
+                h, y_hat, lambda level: start[None] << (level + 1)
+            ),
+            [h, y_hat],
+            grid,
+            self.tile,
+            _halo(self.level_blocks),
+            (STRIDE, 3),
+        )
+
+    @nn.nowrap
+    def _coarse(self, y_hat: Array, quality: Array) -> Array:
+        """What the finer levels start from, [B, h, w, C]."""
         channels = y_hat.shape[-1]
         if self.head_norm:
             h = ChannelNorm()(y_hat)
@@ -188,14 +240,21 @@ class SynthesisTransform(nn.Module):
         block = nn.remat(ResidualBlock) if self.block_remat else ResidualBlock
         for i in range(self.blocks):
             h = block(dtype=self.dtype, name=f"block_{i}")(h)
-        h = h + head
+        return h + head
+
+    @nn.nowrap
+    def _fine(
+        self, h: Array, y_hat: Array, noise_origin: Callable[[int], Array | None]
+    ) -> Array:
+        """x_hat from the end of the coarse level, and the linear part beside it."""
+        block = nn.remat(ResidualBlock) if self.block_remat else ResidualBlock
         for level, width in enumerate(self.widths[-2::-1]):
             h = nn.relu(ChannelNorm()(ConvTranspose(width, dtype=self.dtype)(h)))
             if self.texture_channels:
                 texture = Texture(
                     self.texture_channels, level, self.dtype, name=f"texture_{level}"
                 )
-                h = texture(h, noise_origin)
+                h = texture(h, noise_origin(level))
             for i in range(self.level_blocks):
                 h = block(dtype=self.dtype, name=f"level_{level}_block_{i}")(h)
         kernel = 7 if self.patch == 1 else 5

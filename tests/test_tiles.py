@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large images a tile at a time: the same numbers as all at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semlic_jax.model.mean_scale import network_of
+from semlic_jax.model.tiles import cuts
+from semlic_jax.model.transforms import AnalysisTransform, SynthesisTransform
+
+# Of the transforms of `base` (texture, blocks at every level) and of HiFiC.
+KINDS = {
+    "base": (
+        (6, 8, 8, 10),
+        {"patch": 2, "linear_skip": True, "level_blocks": 1},
+        {"head_norm": False, "texture_channels": 4},
+    ),
+    "small": (
+        (6, 8, 8, 10),
+        {"patch": 2, "linear_skip": True},
+        {"head_norm": False, "texture_channels": 4},
+    ),
+    "hific": ((4, 6, 8, 8, 10), {"patch": 1}, {}),
+}
+LATENTS = 12
+
+
+def lively(module, *inputs):
+    """Parameters of which none is zero, as some are at the start of a training."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), shapes
+    )
+
+
+@pytest.mark.parametrize("side, tile, halo", [(129, 128, 5), (400, 30, 3), (30, 30, 7)])
+def test_cuts_cover_a_side_within_the_tile(side, tile, halo):
+    cut = cuts(side, tile, halo)
+    assert cut.window <= tile
+    covered = {first + i for first in cut.firsts for i in range(cut.core)}
+    assert covered == set(range(side))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_give_what_the_whole_image_gives(kind):
+    widths, shared, of_synthesis = KINDS[kind]
+    rng = np.random.default_rng(0)
+    # 3 tiles by 2 of g_a and g_s each, the last of the rows overlapping.
+    x = jnp.asarray(rng.uniform(size=(1, 25 * 16, 16 * 16, 3)), jnp.float32)
+    g_a = AnalysisTransform(widths, LATENTS, **shared)
+    params = lively(g_a, x)
+    whole = np.asarray(jax.jit(g_a.apply)(params, x))
+    tiled = np.asarray(jax.jit(g_a.clone(tile=15).apply)(params, x))
+    np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+    y_hat = jnp.asarray(rng.normal(size=(1, 25, 16, LATENTS)), jnp.float32)
+    quality = jnp.array([0.5])
+    g_s = SynthesisTransform(widths, 1, **shared, **of_synthesis)
+    params = lively(g_s, y_hat, quality)
+    whole = np.asarray(jax.jit(g_s.apply)(params, y_hat, quality))
+    tiled = np.asarray(jax.jit(g_s.clone(tile=15).apply)(params, y_hat, quality))
+    np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_codec_uses_tiles_and_gives_the_same_picture(codec, photograph):
+    """144 latents along a side are more than one tile."""
+    image = photograph(2300, 64)
+    padded = np.pad(image, ((0, 4), (0, 0), (0, 0)), mode="edge")
+    network = network_of(codec.config)
+    whole = network.apply(
+        {"params": codec.params},
+        padded[None].astype(np.float32) / 255,
+        method="analysis",
+    )
+    found = codec.analyse(image).y
+    np.testing.assert_allclose(found, whole[0], rtol=0, atol=1e-4)
+
+    data = codec.compress(image, quality=0.5)
+    header, y_hat = codec.decode_latents(data)
+    x_hat = network.apply(
+        {"params": codec.params},
+        y_hat[None],
+        np.array([header.quality / 255], np.float32),
+        method="synthesis",
+    )
+    expected = np.round(np.clip(x_hat[0, :2300], 0, 1) * 255).astype(int)
+    difference = np.abs(codec.decompress(data).astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
