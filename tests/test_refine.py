@@ -17,7 +17,7 @@ from PIL import Image
 from small_trunk import load_small_trunk
 
 from semlic_jax import cli, refinement
-from semlic_jax.refinement import fit
+from semlic_jax.refinement import fit, memory
 from semlic_jax.refinement import folder as folder_module
 from semlic_jax.refinement import steps as steps_module
 from semlic_jax.refinement.batch import Batch
@@ -262,6 +262,42 @@ def test_too_large_batches_are_halved(mini_codec, image, monkeypatch):
     ]
     assert len(found) == 3
     assert all(len(f.data) <= b for f, b in zip(found, budgets, strict=True))
+
+
+def test_batches_that_a_cpu_has_no_room_for_are_halved(mini_codec, image, monkeypatch):
+    """A byte is left for two images, and enough for one."""
+    left = iter([1, None, None])
+    monkeypatch.setattr(memory, "available_bytes", lambda: next(left))
+    budget = len(mini_codec.compress(image, quality=0.5))
+    settings = dataclasses.replace(SETTINGS, steps=2)
+    with pytest.warns(refinement.RefinementWarning, match="a batch of 2: going on"):
+        found = refinement.refine_batch(
+            mini_codec, [image] * 2, max_bytes=[budget] * 2, settings=settings
+        )
+    assert len(found) == 2 and next(left, "none") == "none"
+
+
+@pytest.mark.parametrize("method", ["newton", "sga"])
+def test_an_image_that_a_cpu_has_no_room_for(mini_codec, image, monkeypatch, method):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1)
+    settings = dataclasses.replace(SETTINGS, method=method)
+    with pytest.raises(MemoryError, match=r"refining \d+ pixels .* found 0.0 GiB"):
+        refinement.refine(mini_codec, image, quality=0.5, settings=settings)
+
+
+def test_enough_room_is_not_refused(monkeypatch):
+    def not_asked():
+        raise AssertionError("plenty is left")
+
+    left = memory.available_bytes()
+    if left is not None:
+        assert 2**20 < left < 2**50
+    memory.require_memory(1, not_asked)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2000)
+    memory.require_memory(1, lambda: 2000)
+    memory.require_memory(1, lambda: None)
+    with pytest.raises(MemoryError):
+        memory.require_memory(1, lambda: 2001)
 
 
 def test_batches_are_of_one_bucket(mini_codec, image, photograph):
@@ -523,6 +559,17 @@ def test_images_that_fail_do_not_end_the_run(semlic, album):
     status, out, err = semlic(*REFINE)
     assert status == 4 and out.startswith("a.semlic: ")
     assert "skipped b.png: " in err and "skipped c.png: expected a budget" in err
+
+
+def test_images_without_room_do_not_end_the_run(semlic, album, monkeypatch):
+    left = iter([1])
+    monkeypatch.setattr(memory, "available_bytes", lambda: next(left, None))
+    status, out, err = semlic(*REFINE)
+    assert status == 4 and "skipped a.png: not enough memory: refining" in err
+    assert [line.split(":")[0] for line in out.splitlines()[:2]] == [
+        "b.semlic",
+        "c.semlic",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import numpy as np
 from semlic_jax.compilation import FloatProgram
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement import steps as relaxed
+from semlic_jax.refinement.memory import require_memory
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -187,6 +188,7 @@ class Batch:
         )
         self.start = place(self._scaled(analysed, self.levels), 0)
         self.place = place
+        self._require_memory()
         log_beta, scale = self._slope(analysed)
         self.log_beta = place(log_beta, 0)
         aim_bits = _AIM * self.payload_bits
@@ -208,6 +210,22 @@ class Batch:
             for image in pixels
         ]
         self.rng = place(jnp.stack(keys), 0)
+
+    def _require_memory(self) -> None:
+        """MemoryError where there is no room for the steps.
+
+        Before anything of their size has run: a stepper with numbers of no meaning.
+        """
+        count, pixels = len(self.sizes), math.prod(self.images.x.shape[:3])
+        zeros = self.place(np.zeros(count, np.float32), 0)
+        keys = self.place(jax.random.split(jax.random.key(0), count), 0)
+        target = Target(zeros, zeros, jnp.float32(0), jnp.float32(0))
+        problem = self._problem(target, keys)
+
+        def needed_bytes() -> int | None:
+            return self._stepper(problem, zeros).memory_bytes()
+
+        require_memory(pixels, needed_bytes)
 
     def _start(self, latents: Any, i: int) -> tuple[int, float]:
         """The level to start from, and the bits of a file besides its symbols."""
@@ -362,22 +380,28 @@ class Batch:
 
     def stepper(self) -> Stepper:
         """The steps of this batch, from its start."""
-        problem = Problem(
-            self.static,
-            self.frozen,
-            self.images,
-            self.weights,
-            self.target,
-            self.rng,
-        )
+        problem = self._problem(self.target, self.rng)
         if not self._newton:
-            state = relaxed.start_state(self.start, self.log_beta)
-            schedule = relaxed.make_schedule(self.settings)
-            return Stepper(problem, state, schedule, relaxed.run_steps)
+            return self._stepper(problem, self.log_beta)
         curvature = newton.curvature_of(
             *problem[:4], jnp.round(self.start[0]), self.rng, self.settings.probes
         )
-        newton_state = newton.start_state(self.start, curvature, self.log_beta)
+        return self._stepper(problem, self.log_beta, curvature)
+
+    def _problem(self, target: Target, rng: Array) -> Problem:
+        return Problem(self.static, self.frozen, self.images, self.weights, target, rng)
+
+    def _stepper(
+        self, problem: Problem, log_beta: Array, curvature: Array | None = None
+    ) -> Stepper:
+        """A stepper; of the method `newton`, without a curvature, not one to use."""
+        if not self._newton:
+            state = relaxed.start_state(self.start, log_beta)
+            schedule = relaxed.make_schedule(self.settings)
+            return Stepper(problem, state, schedule, relaxed.run_steps)
+        if curvature is None:
+            curvature = jnp.ones_like(self.start[0])
+        newton_state = newton.start_state(self.start, curvature, log_beta)
         newton_schedule = newton.make_schedule(self.settings)
         return Stepper(problem, newton_state, newton_schedule, newton.run_steps)
 

@@ -185,15 +185,20 @@ def refine_folder(
             continue
         listener = _Listener(progress, len(report.rows), len(share))
         begun_s = time.perf_counter()
-        refined = refine_batch(
-            codec,
-            [photograph.pixels for _, photograph, _ in ready],
-            max_bytes=budgets,
-            settings=settings,
-            icc_profiles=[photograph.icc_profile for _, photograph, _ in ready],
-            unrefined=[start for _, _, start in ready],
-            progress=listener,
-        )
+        try:
+            refined = refine_batch(
+                codec,
+                [photograph.pixels for _, photograph, _ in ready],
+                max_bytes=budgets,
+                settings=settings,
+                icc_profiles=[photograph.icc_profile for _, photograph, _ in ready],
+                unrefined=[start for _, _, start in ready],
+                progress=listener,
+            )
+        except MemoryError as error:  # they are of one size
+            for path, _, _ in ready:
+                report.skipped[path.name] = f"not enough memory: {error}"
+            continue
         seconds = (time.perf_counter() - begun_s) / len(ready)
         for (path, photograph, _), budget, result in zip(
             ready, budgets, refined, strict=True

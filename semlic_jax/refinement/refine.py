@@ -54,6 +54,7 @@ def refine(
     Raises:
         ValueError: as `Codec.compress`, and for a region of another size or
             perceptual terms without feature weights.
+        MemoryError: the image is too large for this machine.
     """
     start = codec.compress(
         image,
@@ -102,6 +103,7 @@ def refine_batch(
 
     Raises:
         ValueError: as `refine`, and for images of several buckets.
+        MemoryError: one image is too large for this machine.
     """
     settings = settings or preset("default")
     count = len(images)
@@ -120,8 +122,10 @@ def refine_batch(
             progress,
         )
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if count == 1 or not _is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
+        if count == 1:
+            raise MemoryError(str(error)) from error
     half = count // 2
     warnings.warn(
         f"not enough memory for a batch of {count}: going on with {count - half}",

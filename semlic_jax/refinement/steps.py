@@ -244,13 +244,24 @@ class Stepper:
 
     def flops(self) -> float | None:
         """Floating point operations of a step, as the compiler counts them."""
-        schedule = self._part(slice(1))
-        program: Any = self._program
-        cost = program.lower(*self._problem, self.state, schedule).compile()
-        found: Any = cost.cost_analysis() or {}
+        found: Any = self._one_step().cost_analysis() or {}
         if isinstance(found, list):
             found = found[0]
         return found.get("flops")
+
+    def memory_bytes(self) -> int | None:
+        """What a step takes beside its arguments, as the compiler plans it."""
+        plan = self._one_step().memory_analysis()
+        if plan is None:
+            return None
+        own = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return plan.temp_size_in_bytes + own
+
+    def _one_step(self) -> Any:
+        """The compiled program of one step."""
+        program: Any = self._program
+        schedule = self._part(slice(1))
+        return program.lower(*self._problem, self.state, schedule).compile()
 
     def _part(self, steps: slice) -> Any:
         return type(self._schedule)(*(values[steps] for values in self._schedule))
