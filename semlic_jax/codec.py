@@ -8,7 +8,6 @@ image = codec.decompress(data)
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 import os
@@ -33,6 +32,7 @@ from semlic_jax.coding.float_networks import FloatEntropyModel
 from semlic_jax.coding.integer_networks import IntegerEntropyModel, float_twin
 from semlic_jax.coding.symbol_passes import PassCoder, Symbols
 from semlic_jax.compilation import float_program
+from semlic_jax.level_search import best_level
 from semlic_jax.model.compression import QUALITY_LEVELS
 from semlic_jax.model.mean_scale import Config, network_of
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
@@ -45,10 +45,6 @@ Array = jax.Array
 
 MAX_LEVEL = QUALITY_LEVELS - 1
 _ICC_CHUNK = b"ICCP"
-# Sizes that a search for a budget looks at beyond the first that does not fit: sizes
-# rise with the quality, but not strictly.
-_LOOK_AHEAD = 3
-_INTERPOLATIONS = 5
 # Latents along a side of what g_a and the fine levels of g_s work on at once: 2048
 # pixels, more than most pictures have.
 _TILE = 128
@@ -366,9 +362,13 @@ class Codec:
                 files[level] = self.encode(latents, level, icc_profile)
             return len(files[level])
 
-        if size(0) > budget or (exact_target and size(MAX_LEVEL) < budget):
+        level = best_level(size, budget, MAX_LEVEL)
+        if level is None or (
+            exact_target and level == MAX_LEVEL and size(level) < budget
+        ):
             pixels = latents.size[0] * latents.size[1]
-            low, high = size(0), size(MAX_LEVEL)
+            high, low = size(MAX_LEVEL), size(0)
+            low = min(low, *map(len, files.values()))  # sizes dip
             profile = (
                 f" with its ICC profile of {len(icc_profile)} bytes"
                 if icc_profile
@@ -379,30 +379,7 @@ class Codec:
                 f"({low * 8 / pixels:.4f} to {high * 8 / pixels:.4f} bpp), which is "
                 f"what this model reaches for this image{profile}, found {budget} bytes"
             )
-        if size(MAX_LEVEL) <= budget:
-            return files[MAX_LEVEL]
-        fits, too_big = 0, MAX_LEVEL
-        for step in itertools.count():
-            if too_big - fits <= 1:
-                break
-            # log(size) is nearly linear in the quality, so a few steps are enough.
-            # Where it is not, halving the range ends the search soon.
-            position = math.log(budget / size(fits)) / math.log(
-                size(too_big) / size(fits)
-            )
-            if step >= _INTERPOLATIONS and step % 2:
-                position = 0.5
-            guess = fits + round(position * (too_big - fits))
-            guess = min(max(guess, fits + 1), too_big - 1)
-            if size(guess) <= budget:
-                fits = guess
-            else:
-                too_big = guess
-        for level in range(too_big + 1, min(too_big + _LOOK_AHEAD, MAX_LEVEL) + 1):
-            size(level)
-        fitting = [level for level in files if size(level) <= budget]
-        # Of files of one size, that of the highest quality.
-        return files[max(fitting, key=lambda level: (size(level), level))]
+        return files[level]
 
 
 def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
