@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable
 
 # Where the search starts, and by how much the log of the size rises from one level to
-# the next: on photographs at 0.1 to 0.3 bpp, 1.6 to 1.9 % of it.
+# the next: 0.014 to 0.023 on the images of Kodak between 0.1 and 0.3 bpp.
 _FIRST_LEVEL = 100
-_USUAL_RISE = 0.0175
+_USUAL_RISE = 0.018
 # Steps until the search no longer trusts the sizes to rise evenly.
 _EXTRAPOLATIONS = 4
 _INTERPOLATIONS = 7

@@ -216,16 +216,15 @@ class Batch:
 
         Before anything of their size has run: a stepper with numbers of no meaning.
         """
-        count, pixels = len(self.sizes), math.prod(self.images.x.shape[:3])
-        zeros = self.place(np.zeros(count, np.float32), 0)
-        keys = self.place(jax.random.split(jax.random.key(0), count), 0)
-        target = Target(zeros, zeros, jnp.float32(0), jnp.float32(0))
-        problem = self._problem(target, keys)
 
         def needed_bytes() -> int | None:
-            return self._stepper(problem, zeros).memory_bytes()
+            count = len(self.sizes)
+            zeros = self.place(np.zeros(count, np.float32), 0)
+            keys = self.place(jax.random.split(jax.random.key(0), count), 0)
+            target = Target(zeros, zeros, jnp.float32(0), jnp.float32(0))
+            return self._stepper(self._problem(target, keys), zeros).memory_bytes()
 
-        require_memory(pixels, needed_bytes)
+        require_memory(math.prod(self.images.x.shape[:3]), needed_bytes)
 
     def _start(self, latents: Any, i: int) -> tuple[int, float]:
         """The level to start from, and the bits of a file besides its symbols."""
