@@ -30,6 +30,7 @@ MAX_SIDE = 65535
 # 134 megapixels: 400 MB of pixels. Pillow's own limit (179 megapixels) stays in force.
 MAX_PIXELS = 2**27
 
+_TIFF_BITS = 258  # the tag BitsPerSample
 _GRID_LEVELS = 18  # of each colour, to compare profiles
 
 # What Pillow's decoders raise on damaged data, beside their own errors.
@@ -175,6 +176,8 @@ def _convert(
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         notes.append(f"only the first of {frames} frames is used")
+    if image.mode == "I" and _raw_bits(image) > 16:
+        raise ValueError(f"{name} has 32-bit samples: expected 8 or 16 bits per sample")
     if _raw_bits(image) == 16:
         notes.append("16-bit samples were rounded to 8 bits")
     try:
@@ -191,7 +194,10 @@ def _convert(
 
 
 def _raw_bits(image: Image.Image) -> int:
-    """Bits per sample in the file, where Pillow narrows them without saying so."""
+    """Bits per sample in the file, where the image's mode does not say."""
+    of_tiff = getattr(image, "tag_v2", {}).get(_TIFF_BITS)
+    if isinstance(of_tiff, tuple):  # whatever else a damaged file has there
+        return max((bits for bits in of_tiff if isinstance(bits, int)), default=8)
     tiles = getattr(image, "tile", None) or ()
     for tile in tiles:
         args = tile[3] if isinstance(tile[3], tuple | list) else (tile[3],)

@@ -147,7 +147,10 @@ def test_floating_point_samples_are_refused():
 
 def test_samples_beyond_16_bits_are_refused():
     with pytest.raises(ValueError, match="0 to 65535"):
-        read(Image.fromarray(np.full((2, 2), 70000, np.int32)), kind="TIFF")
+        images.photograph_of(Image.fromarray(np.full((2, 2), 70000, np.int32)))
+    # Small ones would be taken for 16 bits, and be black.
+    with pytest.raises(ValueError, match="32-bit samples: expected 8 or 16 bits"):
+        read(Image.fromarray(np.full((2, 2), 200, np.int32)), kind="TIFF")
 
 
 TRANSPARENT = {
