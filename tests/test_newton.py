@@ -22,10 +22,7 @@ from semlic_jax.objectives.metrics import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.objective import (
-    Rounding,
-    chosen_symbols,
     equal_weights,
-    hard_latents,
     image_terms,
     objective_residuals,
     reconstruct,
@@ -38,6 +35,7 @@ from semlic_jax.refinement.structure import (
     structure_residuals,
     structure_weights,
 )
+from semlic_jax.refinement.symbols import Rounding, chosen_symbols, hard_latents
 
 # One size for all: an image that does not fill its bucket, so that masks matter.
 SIZE = (56, 64)

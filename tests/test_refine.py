@@ -21,8 +21,8 @@ from semlic_jax.refinement import fit, memory
 from semlic_jax.refinement import folder as folder_module
 from semlic_jax.refinement import steps as steps_module
 from semlic_jax.refinement.batch import Batch
-from semlic_jax.refinement.objective import Rounding, soft_terms
-from semlic_jax.refinement.steps import Schedule, State
+from semlic_jax.refinement.steps import Schedule, State, soft_terms
+from semlic_jax.refinement.symbols import Rounding
 
 # One size for all: an image that does not fill its bucket, so that masks matter.
 SIZE = (56, 64)

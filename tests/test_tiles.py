@@ -67,6 +67,27 @@ def test_tiles_give_what_the_whole_image_gives(kind):
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
+def test_a_window_has_the_noise_of_its_place():
+    """With an origin in latents, alone and cut into tiles again."""
+    widths, shared, of_synthesis = KINDS["base"]
+    g_s = SynthesisTransform(widths, 1, **shared, **of_synthesis)
+    y_hat = jnp.ones((1, 40, 30, LATENTS))  # whatever differs is noise
+    quality = jnp.array([0.5])
+    params = lively(g_s, y_hat, quality)
+    whole = np.asarray(jax.jit(g_s.apply)(params, y_hat, quality))
+    row, column, margin = 3, 6, 8
+    part = y_hat[:, row : row + 30, column : column + 20]
+    inner = np.s_[:, 16 * margin : -16 * margin, 16 * margin : -16 * margin]
+    expected = whole[:, 16 * row : 16 * (row + 30), 16 * column : 16 * (column + 20)]
+    origin = jnp.array([[row, column]])
+    assert expected[inner].std((1, 2)).max() > 0.01
+    for module in (g_s, g_s.clone(tile=15)):
+        found = np.asarray(jax.jit(module.apply)(params, part, quality, origin))
+        np.testing.assert_allclose(found[inner], expected[inner], rtol=0, atol=1e-4)
+        elsewhere = np.asarray(jax.jit(module.apply)(params, part, quality))
+        assert np.abs(elsewhere - expected)[inner].max() > 0.01
+
+
 def test_codec_uses_tiles_and_gives_the_same_picture(codec, photograph):
     """144 latents along a side are more than one tile."""
     image = photograph(2300, 64)

@@ -48,7 +48,7 @@ Array = jax.Array
 
 QUALITY_LEVELS = 256
 _LARGEST_GAIN = 6.0
-_NOISE_ORIGINS = 2**20  # of a training crop, along each axis
+_NOISE_ORIGINS = 2**20  # of a training crop, in latents along each axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -352,7 +352,8 @@ class CompressionModel(nn.Module):
     ) -> Array:
         """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped.
 
-        The origin of the noise is for training, see `texture_noise`.
+        The noise is that of latents which start at `noise_origin`, int [B, 2], row and
+        column; None is (0, 0).
         """
         return self.g_s(y_hat_scaled / self.gain(quality), quality, noise_origin)
 

@@ -40,7 +40,8 @@ def texture_noise(
         channels: C; independent of each other.
         level: of the upward path; levels are independent.
         origin: int [B, 2], row and column that the map starts at: training draws them,
-            so that no place is always the same. None is (0, 0), where files decode.
+            so that no place is always the same, and parts of an image have their own.
+            None is (0, 0), where files decode.
 
     Returns:
         float32 [B, H, W, C], B = 1 without an origin.

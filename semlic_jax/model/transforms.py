@@ -20,7 +20,6 @@ Two options make small models train in hours instead of weeks:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -202,17 +201,16 @@ class SynthesisTransform(nn.Module):
         self, y_hat: Array, quality: Array, noise_origin: Array | None = None
     ) -> Array:
         """Maps y_hat float32 [B, h, w, M] and quality [B] in [0, 1] to x_hat float32
-        [B, 16h, 16w, 3], about [0, 1], not clipped; `texture_noise` has the origin,
-        which tiles start from zero."""
+        [B, 16h, 16w, 3], about [0, 1], not clipped. The noise is that of latents which
+        start at `noise_origin`, int [B, 2], row and column; None is (0, 0)."""
         h = self._coarse(y_hat, quality)
         grid = (y_hat.shape[1], y_hat.shape[2])
         if not self.tile or max(grid) <= self.tile:
-            return self._fine(h, y_hat, lambda level: noise_origin)
+            return self._fine(h, y_hat, noise_origin)
+        origin = jnp.int32(0) if noise_origin is None else noise_origin
         return over_tiles(
             self,
-            lambda g_s, start, h, y_hat: g_s._fine(
-                h, y_hat, lambda level: start[None] << (level + 1)
-            ),
+            lambda g_s, start, h, y_hat: g_s._fine(h, y_hat, origin + start[None]),
             [h, y_hat],
             grid,
             self.tile,
@@ -243,9 +241,7 @@ class SynthesisTransform(nn.Module):
         return h + head
 
     @nn.nowrap
-    def _fine(
-        self, h: Array, y_hat: Array, noise_origin: Callable[[int], Array | None]
-    ) -> Array:
+    def _fine(self, h: Array, y_hat: Array, noise_origin: Array | None) -> Array:
         """x_hat from the end of the coarse level, and the linear part beside it."""
         block = nn.remat(ResidualBlock) if self.block_remat else ResidualBlock
         for level, width in enumerate(self.widths[-2::-1]):
@@ -254,7 +250,10 @@ class SynthesisTransform(nn.Module):
                 texture = Texture(
                     self.texture_channels, level, self.dtype, name=f"texture_{level}"
                 )
-                h = texture(h, noise_origin(level))
+                origin = None
+                if noise_origin is not None:
+                    origin = noise_origin << (level + 1)
+                h = texture(h, origin)
             for i in range(self.level_blocks):
                 h = block(dtype=self.dtype, name=f"level_{level}_block_{i}")(h)
         kernel = 7 if self.patch == 1 else 5

@@ -185,6 +185,7 @@ def local_mean_style(
     image_size: tuple[int, int],
     *,
     patch_pixels: int = LOCAL_MEAN_PIXELS,
+    powers: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
     """Relative distance of mean features over patches, float32 [B].
 
@@ -194,16 +195,33 @@ def local_mean_style(
     Args:
         taps, taps_hat: as in `mean_style`.
         image_size, patch_pixels: as in `local_style`.
+        powers: what to be relative to in the place of mean_p |m_lp(x)|^2, [B] per
+            layer; of the whole, where the taps are of a part.
     """
+    if powers is None:
+        powers = local_mean_powers(taps, image_size, patch_pixels=patch_pixels)
     total = jnp.zeros(taps[0].shape[0], jnp.float32)
-    for f, g in zip(taps, taps_hat, strict=True):
+    for f, g, power in zip(taps, taps_hat, powers, strict=True):
         mean, mean_hat = (
             jnp.mean(_split(tap, image_size, patch_pixels), axis=(2, 4))
             for tap in (jax.lax.stop_gradient(f), g)
         )
-        square, power = (
-            jnp.mean(jnp.sum(jnp.square(values), axis=-1), axis=(1, 2))
-            for values in (mean - mean_hat, mean)
-        )
-        total = total + square / (power + 1e-6)
+        total = total + _mean_square(mean - mean_hat) / (power + 1e-6)
     return total
+
+
+def local_mean_powers(
+    taps: Sequence[jax.Array],
+    image_size: tuple[int, int],
+    *,
+    patch_pixels: int = LOCAL_MEAN_PIXELS,
+) -> list[jax.Array]:
+    """mean_p |m_lp(x)|^2 of each layer, float32 [B]; see `local_mean_style`."""
+    return [
+        _mean_square(jnp.mean(_split(tap, image_size, patch_pixels), axis=(2, 4)))
+        for tap in jax.lax.stop_gradient(list(taps))
+    ]
+
+
+def _mean_square(means: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.sum(jnp.square(means), axis=-1), axis=(1, 2))

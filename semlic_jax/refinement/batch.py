@@ -33,7 +33,6 @@ from semlic_jax.refinement.memory import require_memory
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
-    Rounding,
     Static,
     Weights,
     equal_weights,
@@ -43,6 +42,7 @@ from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target, pick
 from semlic_jax.refinement.structure import lattice_weights, structure_weights
+from semlic_jax.refinement.symbols import Rounding
 
 Array = jax.Array
 
@@ -100,7 +100,7 @@ class Refined(NamedTuple):
 
 
 _original_taps = FloatProgram(original_taps)
-_structure_weights = partial(jax.jit, static_argnums=2)(structure_weights)
+_structure_weights = jax.jit(structure_weights)
 _lattice_weights = jax.jit(lattice_weights)
 
 
@@ -167,27 +167,17 @@ class Batch:
         frozen = Frozen(
             codec.twin_params(), jnp.asarray(y_bits), jnp.asarray(z_bits), features
         )
-        place = _placement(len(pixels))
+        self.place = place = _placement(len(pixels))
         self.frozen = place(frozen, None)
-        taps = () if features is None else _original_taps(features, x)
-        structure: tuple[Any, ...] = ()
-        if features is not None and settings.structure:
-            structure = _structure_weights(x, weights, tuple(self.sizes))
-        lattice: tuple[Any, ...] = ()
-        if features is not None and settings.lattice:
-            lattice = (_lattice_weights(x, weights, sizes),)
-        self.images = Images(
+        images = Images(
             x=place(x, 0),
             sizes=place(sizes, 0),
             quality=place(self._quality(0), 0),
             weights=place(weights, 0),
             feature_weights=place(feature_weights, 0),
-            taps=place(taps, 1),
-            structure=place(structure, 0),
-            lattice=place(lattice, 0),
         )
+        self.images = self._prepared(images)
         self.start = place(self._scaled(analysed, self.levels), 0)
-        self.place = place
         self._require_memory()
         log_beta, scale = self._slope(analysed)
         self.log_beta = place(log_beta, 0)
@@ -211,6 +201,21 @@ class Batch:
         ]
         self.rng = place(jnp.stack(keys), 0)
 
+    def _prepared(self, images: Images) -> Images:
+        """With what the objective wants to know of the originals."""
+        features = self.frozen.features
+        if features is None:
+            return images
+        taps = self.place(_original_taps(features, images.x), 1)
+        known = images.x, images.weights, images.sizes
+        structure: tuple[Any, ...] = ()
+        if self.settings.structure:
+            structure = self.place(_structure_weights(*known), 0)
+        lattice: tuple[Any, ...] = ()
+        if self.settings.lattice:
+            lattice = (self.place(_lattice_weights(*known), 0),)
+        return images._replace(taps=taps, structure=structure, lattice=lattice)
+
     def _require_memory(self) -> None:
         """MemoryError where there is no room for the steps.
 
@@ -222,9 +227,14 @@ class Batch:
             zeros = self.place(np.zeros(count, np.float32), 0)
             keys = self.place(jax.random.split(jax.random.key(0), count), 0)
             target = Target(zeros, zeros, jnp.float32(0), jnp.float32(0))
-            return self._stepper(self._problem(target, keys), zeros).memory_bytes()
+            problem = self._problem(target, keys)
+            return self._stepper(problem, zeros, self.start[0]).memory_bytes()
 
-        require_memory(math.prod(self.images.x.shape[:3]), needed_bytes)
+        require_memory(self._pixels_at_once(), needed_bytes)
+
+    def _pixels_at_once(self) -> int:
+        """That a step works on."""
+        return math.prod(self.images.x.shape[:3])
 
     def _start(self, latents: Any, i: int) -> tuple[int, float]:
         """The level to start from, and the bits of a file besides its symbols."""
@@ -380,26 +390,25 @@ class Batch:
     def stepper(self) -> Stepper:
         """The steps of this batch, from its start."""
         problem = self._problem(self.target, self.rng)
-        if not self._newton:
-            return self._stepper(problem, self.log_beta)
-        curvature = newton.curvature_of(
-            *problem[:4], jnp.round(self.start[0]), self.rng, self.settings.probes
-        )
+        y_hat = jnp.round(self.start[0])
+        curvature = self._curvature(problem, y_hat) if self._newton else y_hat
         return self._stepper(problem, self.log_beta, curvature)
+
+    def _curvature(self, problem: Problem, y_hat: Array) -> Array:
+        """See `newton.curvature_of`."""
+        return newton.curvature_of(
+            *problem[:4], y_hat, problem.rng, self.settings.probes
+        )
 
     def _problem(self, target: Target, rng: Array) -> Problem:
         return Problem(self.static, self.frozen, self.images, self.weights, target, rng)
 
-    def _stepper(
-        self, problem: Problem, log_beta: Array, curvature: Array | None = None
-    ) -> Stepper:
-        """A stepper; of the method `newton`, without a curvature, not one to use."""
+    def _stepper(self, problem: Problem, log_beta: Array, curvature: Array) -> Stepper:
+        """A stepper; the curvature is for the method `newton` alone."""
         if not self._newton:
             state = relaxed.start_state(self.start, log_beta)
             schedule = relaxed.make_schedule(self.settings)
             return Stepper(problem, state, schedule, relaxed.run_steps)
-        if curvature is None:
-            curvature = jnp.ones_like(self.start[0])
         newton_state = newton.start_state(self.start, curvature, log_beta)
         newton_schedule = newton.make_schedule(self.settings)
         return Stepper(problem, newton_state, newton_schedule, newton.run_steps)
@@ -409,6 +418,14 @@ class Batch:
         excess = terms.bpp - np.asarray(self.target.bpp)
         return terms.value + beta * (np.minimum(excess, 0) + 2 * np.maximum(excess, 0))
 
+    def _decoded_values(
+        self, files: Sequence[dict[bytes, None]]
+    ) -> list[dict[bytes, float]]:
+        """The objective of what each of the files of each image decodes to."""
+        return fit.decoded_values(
+            self.codec, self.static, self.frozen, self.images, self.weights, files
+        )
+
     def finish(self, steps: int) -> list[Refined]:
         """The files."""
         finished = fit.fit_files(
@@ -416,9 +433,9 @@ class Batch:
             self.static,
             self.frozen,
             self.images,
-            self.weights,
             self.best,
             self._rounding_at,
+            self._decoded_values,
             levels=self.levels,
             sizes=self.sizes,
             budgets=self.budgets,

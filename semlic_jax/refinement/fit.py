@@ -24,15 +24,14 @@ from semlic_jax.objectives.metrics import MS_SSIM_LEAST_SIDE, ms_ssim_within
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
-    Rounding,
     Static,
     Terms,
     Weights,
     decoded_image,
-    hard_latents,
     image_terms,
     structure_distance,
 )
+from semlic_jax.refinement.symbols import Rounding, hard_latents
 
 Array = jax.Array
 
@@ -77,7 +76,7 @@ def score(
 
     Args:
         static, frozen, images, weights: of the refinement.
-        rounding, y_scaled, z: as in `objective.hard_latents`.
+        rounding, y_scaled, z: as in `symbols.hard_latents`.
     """
     bits, y_hat = _latents(static, frozen, images, rounding, y_scaled, z)
     x_hat = _decoded_image(static, frozen, images, y_hat)
@@ -89,9 +88,9 @@ def fit_files(
     static: Static,
     frozen: Frozen,
     images: Images,
-    weights: Weights,
     latents: tuple[Array, Array],
     rounding_at: Callable[[np.ndarray], Rounding],
+    values_of: Callable[[Sequence[dict[bytes, None]]], list[dict[bytes, float]]],
     *,
     levels: Sequence[int],
     sizes: Sequence[tuple[int, int]],
@@ -104,10 +103,11 @@ def fit_files(
 
     Args:
         codec: a `semlic_jax.Codec`.
-        static, frozen, images, weights: of the refinement.
+        static, frozen, images: of the refinement.
         latents: y_scaled [B, h, w, M] and z [B, h/4, w/4, N], refined.
         rounding_at: how they are rounded at a strictness [B] from -0.2 to 0.45: the
             rate falls with it, and 0 is how the refinement left them.
+        values_of: gives the objectives of files, as `decoded_values`.
         levels, sizes, budgets: quality level, height and width, and most bytes of each
             image.
         payload_bits: float [B], what the budget leaves for symbols, about.
@@ -154,9 +154,8 @@ def fit_files(
             break
         target -= np.where(excess > 0, excess + _STREAM_BITS, 0)
 
-    values = decoded_values(codec, static, frozen, images, weights, files)
     fitted = []
-    for own in values:
+    for own in values_of(files):
         candidates = [_Candidate(*pair) for pair in own.items()]
         start = candidates[0]
         # The unrefined file is one of them, so that this is never worse.
@@ -176,7 +175,7 @@ def decoded_values(
     """The objective of what each file decodes to.
 
     Args:
-        codec, static, frozen, images, weights: as in `fit_files`.
+        codec, static, frozen, images, weights: of the refinement.
         files: of each image, the keys of a dictionary.
     """
     values: list[dict[bytes, float]] = [{} for _ in files]

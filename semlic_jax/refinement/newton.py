@@ -30,24 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.compilation import float_program
-from semlic_jax.model.compression import CompressionModel, image_masks
+from semlic_jax.model.compression import image_masks
 from semlic_jax.model.layers import round_straight_through
-from semlic_jax.model.mean_scale import MeanScaleModel
 from semlic_jax.model.priors import gaussian_bits, scale_from_index
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
-    Rounding,
+    Network,
     Static,
     Terms,
     Weights,
-    chosen_symbols,
-    look_up,
+    decoded_image,
     objective_residuals,
-    reconstruct,
     terms_of,
     twin,
-    walk,
 )
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import (
@@ -58,6 +54,7 @@ from semlic_jax.refinement.steps import (
     rate_excess,
     trunk_shifts,
 )
+from semlic_jax.refinement.symbols import Rounding, chosen_symbols, look_up, walk
 
 Array = jax.Array
 
@@ -130,7 +127,7 @@ class State(NamedTuple):
 def stiffness(
     curvature: Array, log_beta: Array, images: Images, kappa: Array | float
 ) -> Array:
-    """kappa * H in bits, [B, h, w, M]; see `objective.Rounding`.
+    """kappa * H in bits, [B, h, w, M]; see `symbols.Rounding`.
 
     Args:
         curvature: H, [B, h, w, M].
@@ -189,10 +186,7 @@ def _residuals(
     """The residuals of the objective at y_hat, and the product with J^T, a pytree."""
 
     def residuals(y: Array) -> tuple[Array, ...]:
-        def forward(model: CompressionModel | MeanScaleModel) -> Array:
-            return reconstruct(model, static, images, y)
-
-        x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+        x_hat = decoded_image(static, frozen, images, y)
         return objective_residuals(static, frozen, images, weights, x_hat)
 
     return jax.vjp(residuals, y_hat)
@@ -232,6 +226,67 @@ def smoothed(diagonal: Array) -> Array:
     return channel * (position + _FLATTEST)
 
 
+class Walked(NamedTuple):
+    """Latents as coded, from `hard_walk`.
+
+    Attributes:
+        bits: of the densities, float32 [B].
+        coded_bits: of the payload under the tables of the coder, float32 [B].
+        y_hat: scaled, [B, h, w, M].
+    """
+
+    bits: Array
+    coded_bits: Array
+    y_hat: Array
+
+
+def hard_walk(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    y: Array,
+    z: Array,
+    rounding: Rounding,
+    offset: Array,
+) -> Walked:
+    """The chosen symbols in the order of coding, with gradients as the module says.
+
+    Args:
+        y, z: latents, [B, h, w, M] and [B, h/4, w/4, N].
+        rounding: how symbols are chosen, with a stiffness.
+        offset: [B, h, w, M], added to the cost of the neighbour; see
+            `symbols.chosen_symbols`.
+    """
+
+    def round_y(v: Array, index: Array, channels: slice) -> Array:
+        symbols = chosen_symbols(
+            jax.lax.stop_gradient(v),
+            jax.lax.stop_gradient(index),
+            channels,
+            rounding,
+            frozen.y_bits,
+            offset,
+        )
+        return v + jax.lax.stop_gradient(symbols - v)
+
+    def forward(model: Network) -> Walked:
+        masks = image_masks(images.sizes, (y.shape[1], y.shape[2]))
+        z_hat = round_straight_through(z) * masks.z
+        z_bits = jnp.sum(model.z_bits(z_hat) * masks.z, (1, 2, 3))
+        residual, index, y_hat = walk(model, images.quality, masks, y, z_hat, round_y)
+        coded = look_up(frozen.y_bits, index, residual)
+        coded_bits = jnp.sum(coded * masks.y, (1, 2, 3))
+        coded = look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
+        coded_bits = coded_bits + jnp.sum(coded * masks.z, (1, 2, 3))
+        # Bits fall and rise with the means of the symbols alone.
+        residual = residual - (y - jax.lax.stop_gradient(y)) * masks.y
+        y_bits = gaussian_bits(residual, scale_from_index(index))
+        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
+        return Walked(z_bits + y_bits, coded_bits, y_hat)
+
+    return nn.apply(forward, twin(static))({"params": frozen.params})
+
+
 def hard_step_terms(
     static: Static,
     frozen: Frozen,
@@ -246,51 +301,71 @@ def hard_step_terms(
     """The terms of the chosen symbols, with gradients as the module says.
 
     Args:
-        y, z: latents, [B, h, w, M] and [B, h/4, w/4, N].
-        rounding: how symbols are chosen, with a stiffness.
-        offset: [B, h, w, M], added to the cost of the neighbour; see
-            `objective.chosen_symbols`.
-        shift: as in `objective.soft_terms`.
+        y, z, rounding, offset: as in `hard_walk`.
+        shift: as in `steps.soft_terms`.
 
     Returns:
         the terms, with the bits of the densities; y_hat_scaled [B, h, w, M]; and the
         bits of the payload under the tables of the coder, [B].
     """
+    walked = hard_walk(static, frozen, images, y, z, rounding, offset)
+    x_hat = decoded_image(static, frozen, images, walked.y_hat)
+    terms = terms_of(static, frozen, images, weights, walked.bits, x_hat, shift)
+    return terms, walked.y_hat, walked.coded_bits
 
-    def round_y(v: Array, index: Array, channels: slice) -> Array:
-        symbols = chosen_symbols(
-            jax.lax.stop_gradient(v),
-            jax.lax.stop_gradient(index),
-            channels,
-            rounding,
-            frozen.y_bits,
-            offset,
-        )
-        return v + jax.lax.stop_gradient(symbols - v)
 
-    def forward(
-        model: CompressionModel | MeanScaleModel,
-    ) -> tuple[Array, Array, Array, Array]:
-        masks = image_masks(images.sizes, (y.shape[1], y.shape[2]))
-        z_hat = round_straight_through(z) * masks.z
-        z_bits = jnp.sum(model.z_bits(z_hat) * masks.z, (1, 2, 3))
-        residual, index, y_hat = walk(model, images.quality, masks, y, z_hat, round_y)
-        coded = look_up(frozen.y_bits, index, residual)
-        coded_bits = jnp.sum(coded * masks.y, (1, 2, 3))
-        coded = look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
-        coded_bits = coded_bits + jnp.sum(coded * masks.z, (1, 2, 3))
-        # Bits fall and rise with the means of the symbols alone.
-        residual = residual - (y - jax.lax.stop_gradient(y)) * masks.y
-        y_bits = gaussian_bits(residual, scale_from_index(index))
-        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
-        x_hat = reconstruct(model, static, images, y_hat)
-        return z_bits + y_bits, coded_bits, y_hat, x_hat
+def step_choice(
+    images: Images, rng: Array, state: State, now: Schedule
+) -> tuple[Rounding, Array]:
+    """How a step chooses symbols: the last two arguments of `hard_walk`.
 
-    bits, coded_bits, y_hat, x_hat = nn.apply(forward, twin(static))(
-        {"params": frozen.params}
-    )
-    terms = terms_of(static, frozen, images, weights, bits, x_hat, shift)
-    return terms, y_hat, coded_bits
+    Args:
+        images: whose sizes count.
+        rng: one key per image, [B].
+        state: before the step.
+        now: of the schedule, scalars.
+    """
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
+    shape = state.latents[0].shape
+
+    def noise(key: Array) -> Array:
+        return jax.random.logistic(key, shape[1:]) * now.temperature
+
+    stiff = stiffness(state.curvature, state.log_beta, images, now.kappa)
+    return Rounding(jnp.zeros(shape[0]), stiff), jax.vmap(noise)(keys)
+
+
+def moved(
+    state: State,
+    now: Schedule,
+    gradients: Latents,
+    y_hat: Array,
+    excess: Array,
+    integral: Array,
+) -> State:
+    """The state after a step, with the best of the state before.
+
+    Args:
+        state: before the step.
+        now: of the schedule, scalars.
+        gradients: of value and rate to y and z.
+        y_hat: of the step's symbols, [B, h, w, M].
+        excess: `rate_excess` of the step, [B].
+        integral: gain of the dual ascent.
+    """
+    y, z = state.latents
+    newton_step = gradients[0] / state.curvature
+    goal = y_hat - jnp.clip(newton_step, -_FARTHEST, _FARTHEST)
+    y = y + now.trust * (goal - y)
+    first = _B1 * state.first + (1 - _B1) * gradients[1]
+    second = _B2 * state.second + (1 - _B2) * jnp.square(gradients[1])
+    time = now.step + 1
+    move = first / (1 - _B1**time)
+    square = jnp.mean(second / (1 - _B2**time), (1, 2, 3), keepdims=True)
+    move = jnp.clip(move / (jnp.sqrt(square) + ADAM_EPS), -_STEEPEST, _STEEPEST)
+    z = z - now.learning_rate * move
+    log_beta = state.log_beta + integral * excess
+    return State((y, z), first, second, state.curvature, log_beta, state.best)
 
 
 @float_program(static_argnums=0, donate_argnums=6)
@@ -307,15 +382,7 @@ def run_steps(
     """Some steps, and the mean terms of their symbols, with the bits of the coder."""
 
     def step(state: State, now: Schedule) -> tuple[State, Terms]:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
-        y, z = state.latents
-
-        def noise(key: Array) -> Array:
-            return jax.random.logistic(key, y.shape[1:]) * now.temperature
-
-        offset = jax.vmap(noise)(keys)
-        stiff = stiffness(state.curvature, state.log_beta, images, now.kappa)
-        rounding = Rounding(jnp.zeros(len(y)), stiff)
+        rounding, offset = step_choice(images, rng, state, now)
 
         def loss(y: Array, z: Array) -> tuple[Array, tuple[Terms, Array]]:
             terms, y_hat, coded_bits = hard_step_terms(
@@ -326,25 +393,16 @@ def run_steps(
             coded_bpp = coded_bits / jnp.prod(images.sizes.astype(jnp.float32), axis=1)
             return total, (terms._replace(bpp=coded_bpp), y_hat)
 
-        gradients, (terms, y_hat) = jax.grad(loss, (0, 1), has_aux=True)(y, z)
+        gradients, (terms, y_hat) = jax.grad(loss, (0, 1), has_aux=True)(*state.latents)
         best = state.best
         if not static.perceptual:
+            assert rounding.stiffness is not None
             allowed = (terms.bpp <= target.bpp) & (now.temperature == 0)
-            found = Best(terms.value, state.latents, stiff)
+            found = Best(terms.value, state.latents, rounding.stiffness)
             best = pick(allowed & (terms.value < best.value), found, best)
-        excess = rate_excess(terms, target)
-        newton_step = gradients[0] / state.curvature
-        goal = y_hat - jnp.clip(newton_step, -_FARTHEST, _FARTHEST)
-        y = y + now.trust * (goal - y)
-        first = _B1 * state.first + (1 - _B1) * gradients[1]
-        second = _B2 * state.second + (1 - _B2) * jnp.square(gradients[1])
-        time = now.step + 1
-        move = first / (1 - _B1**time)
-        square = jnp.mean(second / (1 - _B2**time), (1, 2, 3), keepdims=True)
-        move = jnp.clip(move / (jnp.sqrt(square) + ADAM_EPS), -_STEEPEST, _STEEPEST)
-        z = z - now.learning_rate * move
-        log_beta = state.log_beta + target.integral * excess
-        return State((y, z), first, second, state.curvature, log_beta, best), terms
+        excess = rate_excess(terms.bpp, target)
+        state = moved(state, now, gradients, y_hat, excess, target.integral)
+        return state._replace(best=best), terms
 
     if len(schedule.step) == 1:  # no loop
         return step(state, jax.tree.map(lambda values: values[0], schedule))

@@ -25,7 +25,7 @@ are computed once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,24 +33,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.model.compression import CompressionModel, image_masks
-from semlic_jax.model.context import (
-    MEAN_STEPS,
-    Masks,
-    Pass,
-    checkerboard,
-    coding_order,
-)
+from semlic_jax.model.compression import CompressionModel
 from semlic_jax.model.mean_scale import Config, MeanScaleModel, network_of
-from semlic_jax.model.priors import gaussian_bits, scale_from_index
 from semlic_jax.model.transforms import STRIDE
 from semlic_jax.objectives.features import (
     FeatureNetwork,
     feature_distance,
     normalise_channels,
 )
-from semlic_jax.objectives.style_losses import local_mean_style, local_style
-from semlic_jax.refinement.sga import draw_noise, relaxed_round
+from semlic_jax.objectives.style_losses import (
+    local_mean_powers,
+    local_mean_style,
+    local_style,
+)
 from semlic_jax.refinement.structure import lattice_residuals, structure_residuals
 
 Array = jax.Array
@@ -87,10 +82,13 @@ class Images(NamedTuple):
         quality: float32 [B] in [0, 1].
         weights: float32 [B, H, W], of each pixel in D; 0 outside the image.
         feature_weights: float32 [B, H, W], of each pixel in the perceptual terms.
-        taps: features of x for each of TRUNK_SHIFTS, each [S, B, h, w, C]; empty
-            without perceptual terms.
+        taps: features of x for each of TRUNK_SHIFTS, each [S, B, h, w, C]. Where
+            these are not given they are computed when they are needed.
         structure: `structure_weights` of x; empty where the term has no weight.
         lattice: `lattice_weights` of x alone; empty where the term has no weight.
+        mean_powers: of the image that this is a window of, see `mean_powers`; empty
+            where it is a whole image.
+        noise_origin: of a window in its image, see `CompressionModel.synthesis`.
     """
 
     x: Array
@@ -98,9 +96,11 @@ class Images(NamedTuple):
     quality: Array
     weights: Array
     feature_weights: Array
-    taps: tuple[Array, ...]
+    taps: tuple[Array, ...] = ()
     structure: tuple[Array, ...] = ()
     lattice: tuple[Array, ...] = ()
+    mean_powers: tuple[Array, ...] = ()
+    noise_origin: Array | None = None
 
 
 class Weights(NamedTuple):
@@ -134,25 +134,6 @@ class Static(NamedTuple):
     dtype: str = "float32"
 
 
-class Rounding(NamedTuple):
-    """How latents become whole numbers.
-
-    Without stiffness, to the nearest one but for the zone. With it a symbol is chosen
-    among the nearest number, its neighbour towards zero (or from zero towards v), and
-    zero: that with the least
-
-        stiffness / 2 * (symbol - v)^2 + bits of the symbol
-
-    Attributes:
-        zone: float32 [B]; by how much the threshold of the nearest number lies beyond
-            1/2. Negative values round more away from zero.
-        stiffness: float32 [B, h, w, M], in bits, or None.
-    """
-
-    zone: Array
-    stiffness: Array | None = None
-
-
 class Terms(NamedTuple):
     """Of each image, float32 [B] each.
 
@@ -174,85 +155,6 @@ def twin(static: Static) -> Network:
     return network_of(static.config, "twin", jnp.dtype(static.dtype))
 
 
-def soft_terms(
-    static: Static,
-    frozen: Frozen,
-    images: Images,
-    weights: Weights,
-    y_scaled: Array,
-    z: Array,
-    rng: Array,
-    temperature: Array,
-    shift: Array,
-) -> Terms:
-    """The terms at one relaxed sample of the latents.
-
-    Args:
-        y_scaled: float32 [B, h, w, M].
-        z: float32 [B, h/4, w/4, N].
-        rng: one key per image, [B].
-        temperature: scalar.
-        shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
-    """
-    keys = jax.vmap(lambda key: jax.random.split(key))(rng)
-    y_noise = draw_noise(static.method, keys[:, 0], y_scaled.shape[1:])
-    z_noise = draw_noise(static.method, keys[:, 1], z.shape[1:])
-    three = static.method == "ssl3"
-
-    def round_y(v: Array, _: Array, channels: slice) -> Array:
-        part = y_noise[..., channels, :] if three else y_noise[..., channels]
-        return relaxed_round(v, part, temperature, static.method)
-
-    def forward(model: Network) -> tuple[Array, Array]:
-        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
-        z_tilde = relaxed_round(z, z_noise, temperature, static.method) * masks.z
-        z_bits = jnp.sum(model.z_bits(z_tilde) * masks.z, (1, 2, 3))
-        residual, index, y_hat = walk(
-            model, images.quality, masks, y_scaled, z_tilde, round_y
-        )
-        y_bits = gaussian_bits(residual, scale_from_index(index))
-        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
-        return z_bits + y_bits, reconstruct(model, static, images, y_hat)
-
-    bits, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
-    return terms_of(static, frozen, images, weights, bits, x_hat, shift)
-
-
-def hard_latents(
-    static: Static,
-    frozen: Frozen,
-    images: Images,
-    rounding: Rounding,
-    y_scaled: Array,
-    z: Array,
-) -> tuple[Array, Array]:
-    """Rounded latents and their payload with the tables of the coder.
-
-    Args:
-        y_scaled, z: as in `soft_terms`.
-
-    Returns:
-        bits, float32 [B], and y_hat_scaled [B, h, w, M] (the mean plus whole numbers).
-    """
-
-    def forward(model: Network) -> tuple[Array, Array]:
-        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
-        z_hat = jnp.round(z) * masks.z
-        z_bits = look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
-        z_bits = jnp.sum(z_bits * masks.z, (1, 2, 3))
-
-        def round_y(v: Array, index: Array, channels: slice) -> Array:
-            return chosen_symbols(v, index, channels, rounding, frozen.y_bits)
-
-        residual, index, y_hat = walk(
-            model, images.quality, masks, y_scaled, z_hat, round_y
-        )
-        y_bits = look_up(frozen.y_bits, index, residual)
-        return z_bits + jnp.sum(y_bits * masks.y, (1, 2, 3)), y_hat
-
-    return nn.apply(forward, twin(static))({"params": frozen.params})
-
-
 def decoded_image(
     static: Static, frozen: Frozen, images: Images, y_hat: Array
 ) -> Array:
@@ -262,44 +164,6 @@ def decoded_image(
         return reconstruct(model, static, images, y_hat)
 
     return nn.apply(forward, twin(static))({"params": frozen.params})
-
-
-def chosen_symbols(
-    v: Array,
-    index: Array,
-    channels: slice,
-    rounding: Rounding,
-    y_bits: Array,
-    offset: Array | None = None,
-) -> Array:
-    """Whole numbers of the least cost near v, see `Rounding`; float32 like v.
-
-    Args:
-        v: float32 [B, h, w, C], relative to the mean.
-        index: of their tables.
-        channels: which of the M these are.
-        rounding: see there.
-        y_bits: see `Frozen`.
-        offset: float32 [B, h, w, M], added to the cost of the neighbour.
-    """
-    zone = rounding.zone[:, None, None, None]
-    best = jnp.sign(v) * jnp.maximum(jnp.ceil(jnp.abs(v) - 0.5 - zone), 0.0)
-    if rounding.stiffness is None:
-        return best
-    stiffness = rounding.stiffness[..., channels]
-
-    def cost(symbol: Array) -> Array:
-        error = 0.5 * stiffness * jnp.square(symbol - v)
-        return error + look_up(y_bits, index, symbol)
-
-    other = best - jnp.where(best == 0, -jnp.sign(v), jnp.sign(best))
-    least = cost(best)
-    extra = 0.0 if offset is None else offset[..., channels]
-    for candidate, handicap in ((other, extra), (jnp.zeros_like(best), 0.0)):
-        found = cost(candidate) + handicap
-        best = jnp.where(found < least, candidate, best)
-        least = jnp.minimum(found, least)
-    return best
 
 
 def image_terms(
@@ -333,59 +197,6 @@ def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray
     return weights
 
 
-def walk(
-    model: Network,
-    quality: Array,
-    masks: Masks,
-    y_scaled: Array,
-    z_hat: Array,
-    round_y: Callable[[Array, Array, slice], Array],
-) -> tuple[Array, Array, Array]:
-    """Residuals, table indexes and y_hat_scaled, each [B, h, w, M].
-
-    Args:
-        model: the twin, bound to its parameters.
-        quality: [B] in [0, 1].
-        masks: where the images are.
-        y_scaled: [B, h, w, M].
-        z_hat: [B, h/4, w/4, N], whole numbers.
-        round_y: called as `round_y(v, index, channels)` for each pass, with v the
-            latents of its channels relative to their means. Returns the residuals.
-    """
-    grid = (y_scaled.shape[1], y_scaled.shape[2])
-    residuals: list[Array] = []
-    indexes: list[Array] = []
-
-    def visit(pass_: Pass, index: Array, mean: Array) -> Array:
-        channels = slice(pass_.start, pass_.stop)
-        v = y_scaled[..., channels] - mean / MEAN_STEPS
-        residual = round_y(v, index, channels) * masks.y
-        residuals.append(residual)
-        indexes.append(index)
-        return residual * MEAN_STEPS + mean
-
-    y_hat = model.traverse_latents(z_hat, quality, masks, visit)
-
-    def joined(parts: list[Array]) -> Array:
-        passes = coding_order(model.config.groups)
-        groups = [
-            jnp.where(checkerboard(*grid, first.parity), parts[i], parts[i + 1])
-            for i, first in enumerate(passes)
-            if i % 2 == 0
-        ]
-        return jnp.concatenate(groups, -1)
-
-    return joined(residuals), joined(indexes), y_hat
-
-
-def look_up(bits: Array, index: Array, symbol: Array) -> Array:
-    """Bits of symbols [...] under the tables `index`, which broadcasts to them."""
-    radius = (bits.shape[1] - 1) // 2
-    column = jnp.clip(symbol, -radius, radius).astype(jnp.int32) + radius
-    row = jnp.broadcast_to(index, column.shape).astype(jnp.int32)
-    return bits[row, column]
-
-
 def reconstruct(model: Network, static: Static, images: Images, y_hat: Array) -> Array:
     """The decoder's image of y_hat_scaled: [B, H, W, 3], clipped to [0, 1]."""
     if static.padded:
@@ -397,7 +208,12 @@ def reconstruct(model: Network, static: Static, images: Images, y_hat: Array) ->
             shape = [-1, 1, 1, 1]
             shape[axis] = y_hat.shape[axis]
             y_hat = jnp.take_along_axis(y_hat, source.reshape(shape), axis)
-    return jnp.clip(model.synthesis(y_hat, images.quality), 0.0, 1.0)
+    if images.noise_origin is None:
+        x_hat = model.synthesis(y_hat, images.quality)
+    else:
+        assert isinstance(model, CompressionModel)
+        x_hat = model.synthesis(y_hat, images.quality, images.noise_origin)
+    return jnp.clip(x_hat, 0.0, 1.0)
 
 
 def _shifted(x: Array, row: Array | int, column: Array | int) -> Array:
@@ -452,7 +268,7 @@ def terms_of(
         assert frozen.features is not None
         seen, cell_weights = _trunk_view(static, images, x_hat, shift)
         made = frozen.features.apply(seen)
-        real = [jax.lax.dynamic_index_in_dim(t, shift, 0, False) for t in images.taps]
+        real = _original_seen(frozen.features, images, shift)
         distance = feature_distance(real, made, pixel_weights=cell_weights)
         value = value + weights.gamma * distance
         size = (seen.shape[1], seen.shape[2])
@@ -467,7 +283,8 @@ def terms_of(
             weighted, weighted_made = (
                 [_weigh(tap, cell_weights, 2) for tap in taps] for taps in (real, made)
             )
-            texture = local_mean_style(weighted, weighted_made, size)
+            powers = images.mean_powers or None
+            texture = local_mean_style(weighted, weighted_made, size, powers=powers)
             value = value + weights.gamma * weights.mean_style * texture
     if images.structure:
         structure = structure_distance(images, x_hat)
@@ -476,6 +293,24 @@ def terms_of(
         pattern = jnp.sum(jnp.square(part), (1, 2, 3, 4))
         value = value + weights.gamma * weights.lattice * pattern
     return Terms(value, bits / pixels, mse, distance)
+
+
+def mean_powers(static: Static, frozen: Frozen, images: Images) -> tuple[Array, ...]:
+    """What the mean style is relative to: of each layer of the trunk float32 [B]."""
+    assert frozen.features is not None
+    seen, cell_weights = _trunk_view(static, images, images.x, 0)
+    taps = [_weigh(tap, cell_weights, 2) for tap in frozen.features.apply(seen)]
+    return tuple(local_mean_powers(taps, (seen.shape[1], seen.shape[2])))
+
+
+def _original_seen(
+    features: FeatureNetwork, images: Images, shift: Array | int
+) -> list[Array]:
+    """What the trunk makes of the originals, seen from one of TRUNK_SHIFTS."""
+    if images.taps:
+        return [jax.lax.dynamic_index_in_dim(t, shift, 0, False) for t in images.taps]
+    row, column = jnp.asarray(TRUNK_SHIFTS)[shift]
+    return list(features.apply(_shifted(images.x, row, column)))
 
 
 def structure_distance(images: Images, x_hat: Array) -> Array:
@@ -503,10 +338,11 @@ def objective_residuals(
         assert frozen.features is not None
         seen, cell_weights = _trunk_view(static, images, x_hat, 0)
         made = frozen.features.apply(seen)
-        for tap, real in zip(made, images.taps, strict=True):
+        originals = _original_seen(frozen.features, images, 0)
+        for tap, real in zip(made, originals, strict=True):
             cells = jax.image.resize(cell_weights, tap.shape[:3], "linear")
             cells = cells * weights.gamma / (tap.shape[1] * tap.shape[2])
-            difference = normalise_channels(tap) - normalise_channels(real[0])
+            difference = normalise_channels(tap) - normalise_channels(real)
             residuals.append(jnp.sqrt(cells)[..., None] * difference)
     scale = jnp.sqrt(weights.gamma * weights.structure)
     residuals += [scale * part for part in _structure_parts(images, x_hat)]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from semlic_jax.refinement.batch import Batch, Progress, Refined
+from semlic_jax.refinement.large import LargeImage, goes_in_tiles, is_large
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings, preset
 
@@ -92,7 +93,9 @@ def refine_batch(
     """Refine images of one bucket together, each to its own budget.
 
     The batch is split over the devices where its size is a multiple of their number.
-    Where the memory does not suffice it is halved, with a RefinementWarning.
+    Where the memory does not suffice it is halved, and one image is refined in tiles,
+    with a RefinementWarning. Images of more than 2 megapixels are refined one by one
+    and in tiles anyway; all of that by the method `newton` alone.
 
     Args:
         codec, settings, progress: as in `refine`.
@@ -116,35 +119,51 @@ def refine_batch(
                 images, max_bytes, icc_profiles, strict=True
             )
         ]
-    try:
-        return _refine_together(
-            Batch(codec, settings, images, max_bytes, regions, icc_profiles, unrefined),
-            progress,
-        )
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
+    arguments = (images, max_bytes, regions, icc_profiles, unrefined)
+
+    def refined(kind: type[Batch]) -> list[Refined] | str:
+        """The images together, or what was missing for that."""
+        try:
+            return _refine_together(kind(codec, settings, *arguments), progress)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return str(error)
+
+    tiles = goes_in_tiles(settings)
+    large = tiles and is_large(codec, images[0].shape[:2])
+    shares = [slice(i, i + 1) for i in range(count)]
+    if count == 1 or not large:
+        found = refined(LargeImage if large else Batch)
+        if not isinstance(found, str):
+            return found
+        if count == 1 and tiles and not large:
+            _warn("not enough memory for the image at once: going on in tiles")
+            found = refined(LargeImage)
+            if not isinstance(found, str):
+                return found
         if count == 1:
-            raise MemoryError(str(error)) from error
-    half = count // 2
-    warnings.warn(
-        f"not enough memory for a batch of {count}: going on with {count - half}",
-        RefinementWarning,
-        stacklevel=2,
-    )
-    parts = []
-    for part in (slice(half), slice(half, count)):
+            raise MemoryError(found)
+        half = count // 2
+        _warn(f"not enough memory for a batch of {count}: going on with {count - half}")
+        shares = [slice(half), slice(half, count)]
+    parts: list[Refined] = []
+    for share in shares:
         parts += refine_batch(
             codec,
-            images[part],
-            max_bytes=max_bytes[part],
+            images[share],
+            max_bytes=max_bytes[share],
             settings=settings,
-            regions=regions[part],
-            icc_profiles=icc_profiles[part],
-            unrefined=unrefined[part],
+            regions=regions[share],
+            icc_profiles=icc_profiles[share],
+            unrefined=unrefined[share],
             progress=progress,
         )
     return parts
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RefinementWarning, stacklevel=3)
 
 
 def _refine_together(

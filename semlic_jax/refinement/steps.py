@@ -13,22 +13,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.compilation import float_program
+from semlic_jax.model.compression import image_masks
+from semlic_jax.model.priors import gaussian_bits, scale_from_index
 from semlic_jax.refinement.objective import (
     TRUNK_SHIFTS,
     Frozen,
     Images,
+    Network,
     Static,
     Terms,
     Weights,
-    soft_terms,
+    reconstruct,
+    terms_of,
+    twin,
 )
 from semlic_jax.refinement.settings import Settings
-from semlic_jax.refinement.sga import temperatures
+from semlic_jax.refinement.sga import draw_noise, relaxed_round, temperatures
+from semlic_jax.refinement.symbols import walk
 
 Array = jax.Array
 Latents = tuple[Array, Array]  # y_scaled [B, h, w, M] and z [B, h/4, w/4, N]
@@ -70,6 +77,50 @@ class Target(NamedTuple):
     proportional: Array
 
 
+def soft_terms(
+    static: Static,
+    frozen: Frozen,
+    images: Images,
+    weights: Weights,
+    y_scaled: Array,
+    z: Array,
+    rng: Array,
+    temperature: Array,
+    shift: Array,
+) -> Terms:
+    """The terms at one relaxed sample of the latents.
+
+    Args:
+        y_scaled: float32 [B, h, w, M].
+        z: float32 [B, h/4, w/4, N].
+        rng: one key per image, [B].
+        temperature: scalar.
+        shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
+    """
+    keys = jax.vmap(lambda key: jax.random.split(key))(rng)
+    y_noise = draw_noise(static.method, keys[:, 0], y_scaled.shape[1:])
+    z_noise = draw_noise(static.method, keys[:, 1], z.shape[1:])
+    three = static.method == "ssl3"
+
+    def round_y(v: Array, _: Array, channels: slice) -> Array:
+        part = y_noise[..., channels, :] if three else y_noise[..., channels]
+        return relaxed_round(v, part, temperature, static.method)
+
+    def forward(model: Network) -> tuple[Array, Array]:
+        masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
+        z_tilde = relaxed_round(z, z_noise, temperature, static.method) * masks.z
+        z_bits = jnp.sum(model.z_bits(z_tilde) * masks.z, (1, 2, 3))
+        residual, index, y_hat = walk(
+            model, images.quality, masks, y_scaled, z_tilde, round_y
+        )
+        y_bits = gaussian_bits(residual, scale_from_index(index))
+        y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
+        return z_bits + y_bits, reconstruct(model, static, images, y_hat)
+
+    bits, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
+    return terms_of(static, frozen, images, weights, bits, x_hat, shift)
+
+
 @float_program(static_argnums=0, donate_argnums=6)
 def run_steps(
     static: Static,
@@ -97,7 +148,7 @@ def run_steps(
                 now.temperature,
                 now.shift,
             )
-            excess = rate_excess(terms, target)
+            excess = rate_excess(terms.bpp, target)
             beta = jnp.exp(state.log_beta + target.proportional * excess)
             total = target.scale * (terms.value + beta * terms.bpp)
             return jnp.sum(total), (terms, excess)
@@ -113,9 +164,9 @@ def run_steps(
     return state, jax.tree.map(lambda values: jnp.mean(values, 0), terms)
 
 
-def rate_excess(terms: Terms, target: Target) -> Array:
-    """log of the rate relative to its target, clipped, without gradient: [B]."""
-    excess = jnp.log(jax.lax.stop_gradient(terms.bpp) / target.bpp)
+def rate_excess(bpp: Array, target: Target) -> Array:
+    """log of the rate [B] relative to its target, clipped, without gradient: [B]."""
+    excess = jnp.log(jax.lax.stop_gradient(bpp) / target.bpp)
     return jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
 
 

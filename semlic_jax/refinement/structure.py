@@ -43,9 +43,7 @@ _WINDOW = 7
 _CONTRAST = (0.03 * 255) ** 2  # c of SSIM, in 8-bit levels squared
 
 
-def structure_weights(
-    x: Array, weights: Array, sizes: Sequence[tuple[int, int]]
-) -> tuple[Array, ...]:
+def structure_weights(x: Array, weights: Array, sizes: Array) -> tuple[Array, ...]:
     """Of squared errors at each scale of MS-SSIM: float32 [B, H / 2^s, W / 2^s, 3].
 
     As many scales as leave a window, their weights scaled to a sum of 1.
@@ -53,9 +51,9 @@ def structure_weights(
     Args:
         x: float32 [B, H, W, 3] in [0, 1].
         weights: of each pixel, [B, H, W]; 0 outside of the image.
-        sizes: real height and width of each.
+        sizes: real height and width of each, [B, 2].
     """
-    pixels = np.array([height * width for height, width in sizes], np.float32)
+    pixels = jnp.prod(jnp.asarray(sizes).astype(jnp.float32), axis=1)
     shares = np.array(MS_SSIM_WEIGHTS)
     shares = shares[
         : sum(min(x.shape[1:3]) >> s >= _WINDOW for s in range(len(shares)))
