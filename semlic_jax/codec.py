@@ -33,6 +33,7 @@ from semlic_jax.coding.integer_networks import IntegerEntropyModel, float_twin
 from semlic_jax.coding.symbol_passes import PassCoder, Symbols
 from semlic_jax.compilation import float_program
 from semlic_jax.level_search import best_level
+from semlic_jax.memory import require_memory
 from semlic_jax.model.compression import QUALITY_LEVELS
 from semlic_jax.model.mean_scale import Config, network_of
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
@@ -45,6 +46,10 @@ Array = jax.Array
 
 MAX_LEVEL = QUALITY_LEVELS - 1
 _ICC_CHUNK = b"ICCP"
+# Larger images are not begun where they have no room. The least that they take was
+# measured on images of zeros, from 17 to 67 megapixels, with `small`.
+_MANY_PIXELS = 2**24
+_LEAST_BYTES = 30  # of a pixel
 # Latents along a side of what g_a and the fine levels of g_s work on at once: 2048
 # pixels, more than most pictures have.
 _TILE = 128
@@ -183,6 +188,7 @@ class Codec:
         Raises:
             ValueError: the image, the budget or the region is not of this form, or the
                 model does not reach the budget; names the range that it reaches.
+            MemoryError: the image is too large for this machine.
         """
         if refine is not None:
             from semlic_jax import refinement
@@ -223,7 +229,10 @@ class Codec:
             BitstreamError: the data is damaged or not a `.semlic` file.
             IncompatibleModelError: another model made it.
             IncompatibleMachineError: a converted model made it, on another machine.
+            MemoryError: the image is too large for this machine.
         """
+        header, _ = unpack(data, max_pixels=max_pixels)
+        _require_room("decoding", header.height * header.width)
         header, y_hat = self.decode_latents(data, max_pixels=max_pixels)
         height, width = header.height, header.width
         # Positions outside the image repeat its edge, as the encoder's padding does.
@@ -293,6 +302,7 @@ class Codec:
             image: uint8 [H, W, 3].
         """
         height, width = image.shape[:2]
+        _require_room("encoding", height * width)
         pads = ((0, bucket_side(height) - height), (0, bucket_side(width) - width))
         padded = np.pad(image, (*pads, (0, 0)), mode="edge")
         return Latents(_analyse(self.config, self.params, padded), (height, width))
@@ -394,6 +404,12 @@ def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
         ValueError: no such model, or not a valid model file.
     """
     return Codec(load_model(name_or_path), Path(name_or_path).stem, coder=coder)
+
+
+def _require_room(work: str, pixels: int) -> None:
+    """MemoryError where there is certainly not enough memory."""
+    if pixels > _MANY_PIXELS:
+        require_memory(work, pixels, lambda: _LEAST_BYTES * pixels)
 
 
 def _checked_image(image: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import semlic_jax
-from semlic_jax import BitstreamError, IncompatibleModelError
+from semlic_jax import BitstreamError, IncompatibleModelError, memory
 from semlic_jax.codec import (
     MAX_LEVEL,
     _checked_budget,
@@ -328,6 +328,26 @@ def test_pixels_beyond_the_readers_limit_are_refused(codec, small_file):
     assert codec.decompress(small_file, max_pixels=33 * 20).shape == (33, 20, 3)
     with pytest.raises(BitstreamError, match="at most 659 pixels, found 20 x 33"):
         codec.decompress(small_file, max_pixels=33 * 20 - 1)
+
+
+def test_what_has_no_room_is_refused_before_it_starts(codec, small_file, monkeypatch):
+    """A file of a few bytes that claims 200 megapixels, and an image of 20."""
+    claims = resealed(small_file, width=20_000, height=10_000)
+    image = np.zeros((4000, 5000, 3), np.uint8)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**29)
+    monkeypatch.setattr(codec, "entropy", None)  # nothing is decoded
+    with pytest.raises(MemoryError, match="decoding 200000000 pixels .* found 0.5 GiB"):
+        codec.decompress(claims)
+    with pytest.raises(MemoryError, match="encoding 20000000 pixels"):
+        codec.compress(image, quality=0.5)
+
+
+def test_usual_sizes_are_not_asked_for_room(codec, small_file, monkeypatch):
+    def not_asked():
+        raise AssertionError("that is no large image")
+
+    monkeypatch.setattr(memory, "available_bytes", not_asked)
+    assert codec.decompress(small_file).shape == (33, 20, 3)
 
 
 def test_files_of_another_model_name_both(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from small_trunk import load_small_trunk
 
-from semlic_jax import refinement
-from semlic_jax.refinement import large, memory
+from semlic_jax import memory, refinement
+from semlic_jax.refinement import large
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.large import LargeImage
 from semlic_jax.refinement.symbols import Rounding

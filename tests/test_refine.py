@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from small_trunk import load_small_trunk
 
-from semlic_jax import cli, refinement
-from semlic_jax.refinement import fit, memory
+from semlic_jax import cli, memory, refinement
+from semlic_jax.refinement import fit
 from semlic_jax.refinement import folder as folder_module
 from semlic_jax.refinement import steps as steps_module
 from semlic_jax.refinement.batch import Batch
@@ -292,12 +292,12 @@ def test_enough_room_is_not_refused(monkeypatch):
     left = memory.available_bytes()
     if left is not None:
         assert 2**20 < left < 2**50
-    memory.require_memory(1, not_asked)
+    memory.require_memory("refining", 1, not_asked)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2000)
-    memory.require_memory(1, lambda: 2000)
-    memory.require_memory(1, lambda: None)
+    memory.require_memory("refining", 1, lambda: 2000)
+    memory.require_memory("refining", 1, lambda: None)
     with pytest.raises(MemoryError):
-        memory.require_memory(1, lambda: 2001)
+        memory.require_memory("refining", 1, lambda: 2001)
 
 
 def test_batches_are_of_one_bucket(mini_codec, image, photograph):

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.compilation import FloatProgram
+from semlic_jax.memory import require_memory
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement import steps as relaxed
-from semlic_jax.refinement.memory import require_memory
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -230,7 +230,7 @@ class Batch:
             problem = self._problem(target, keys)
             return self._stepper(problem, zeros, self.start[0]).memory_bytes()
 
-        require_memory(self._pixels_at_once(), needed_bytes)
+        require_memory("refining", self._pixels_at_once(), needed_bytes)
 
     def _pixels_at_once(self) -> int:
         """That a step works on."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a refinement has room, asked before it starts.
+"""Whether work has room, asked before it starts.
 
 An accelerator without room says so in an error. On a CPU the system ends the process,
 and with it all that the others of a folder would have become.
@@ -18,13 +18,16 @@ _ROOMY_BYTES = 16_384
 _GIB = 2**30
 
 
-def require_memory(pixels: int, needed_bytes: Callable[[], int | None]) -> None:
-    """Raise where the machine has less memory left than a program needs.
+def require_memory(
+    work: str, pixels: int, needed_bytes: Callable[[], int | None]
+) -> None:
+    """Raise where the machine has less memory left than work needs.
 
     Args:
-        pixels: that the program works on.
-        needed_bytes: what it needs besides its arguments; slow, and not called where
-            there is plenty. None is not known.
+        work: what is done to the pixels, for the message.
+        pixels: that are worked on at once.
+        needed_bytes: what that needs besides what is there already; slow, and not
+            called where there is plenty. None is not known.
 
     Raises:
         MemoryError: says how much is needed and left.
@@ -35,7 +38,7 @@ def require_memory(pixels: int, needed_bytes: Callable[[], int | None]) -> None:
     needed = needed_bytes()
     if needed is not None and needed > left:
         raise MemoryError(
-            f"refining {pixels} pixels at once needs at least {needed / _GIB:.1f} GiB, "
+            f"{work} {pixels} pixels at once needs at least {needed / _GIB:.1f} GiB, "
             f"found {left / _GIB:.1f} GiB"
         )
 
