@@ -111,13 +111,13 @@ def _cuts(side: int) -> Cuts:
     return Cuts(_UNIT * found.core, _UNIT * found.window, firsts)
 
 
-def goes_in_tiles(settings: Settings) -> bool:
-    """Whether the method of a refinement can be done in tiles."""
-    return settings.method == "newton"
+def goes_in_tiles(codec: Any, size: tuple[int, int], settings: Settings) -> bool:
+    """Whether an image of this height and width can be refined in several tiles."""
+    return settings.method == "newton" and max(codec.bucket(size)) > STRIDE * _WINDOW
 
 
 def is_large(codec: Any, size: tuple[int, int]) -> bool:
-    """Whether an image of this height and width had better be refined in tiles."""
+    """Whether an image of this height and width had better go in tiles."""
     return math.prod(codec.bucket(size)) > _MOST_PIXELS
 
 

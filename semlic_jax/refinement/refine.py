@@ -130,8 +130,9 @@ def refine_batch(
                 raise
             return str(error)
 
-    tiles = goes_in_tiles(settings)
-    large = tiles and is_large(codec, images[0].shape[:2])
+    size = images[0].shape[:2]
+    tiles = goes_in_tiles(codec, size, settings)
+    large = tiles and is_large(codec, size)
     shares = [slice(i, i + 1) for i in range(count)]
     if count == 1 or not large:
         found = refined(LargeImage if large else Batch)
