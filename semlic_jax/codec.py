@@ -232,6 +232,7 @@ class Codec:
             MemoryError: the image is too large for this machine.
         """
         header, _ = unpack(data, max_pixels=max_pixels)
+        header.require_model(self.fingerprint)
         _require_room("decoding", header.height * header.width)
         header, y_hat = self.decode_latents(data, max_pixels=max_pixels)
         height, width = header.height, header.width

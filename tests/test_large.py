@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import lively_params
+from PIL import Image
 from small_trunk import load_small_trunk
 
 from semlic_jax import memory, refinement
-from semlic_jax.refinement import large
+from semlic_jax.codec import Codec
+from semlic_jax.refinement import folder, large
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.large import LargeImage
 from semlic_jax.refinement.symbols import Rounding
+from semlic_jax.weights import export_model
 
 # Four tiles by three, the last column overlapping, in a bucket that is not filled.
 SIZE = (470, 310)
@@ -108,6 +112,20 @@ def test_a_step_moves_the_latents_as_for_the_whole_image(pair):
     )
 
 
+def test_windows_have_the_noise_of_their_place(tiny_config, image):
+    """Of a decoder that makes texture of it."""
+    config = dataclasses.replace(tiny_config, texture_channels=4, blocks=0)
+    codec = Codec(export_model(config, lively_params(config)))
+    plain = dataclasses.replace(SETTINGS, gamma=0.0, features=None)
+    whole, tiles = (made(kind, codec, image, plain) for kind in (Batch, LargeImage))
+    expected = whole._score(whole.start, whole.images, PLAIN).mse
+    found = tiles._score(tiles.start, tiles.images, PLAIN).mse
+    elsewhere = tiles.images._replace(noise_origin=jnp.array([[3, 3]]))
+    other = tiles._score(tiles.start, elsewhere, PLAIN).mse
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert other != pytest.approx(expected, rel=1e-4)
+
+
 def test_the_curvature_is_that_of_the_whole_image(pair):
     """It is estimated with other random signs."""
     whole, tiles = pair
@@ -198,3 +216,13 @@ def test_tiles_that_have_no_room_are_refused(mini_codec, image, monkeypatch):
     with pytest.raises(MemoryError, match=r"refining \d+ pixels .* found 0.0 GiB"):
         refinement.refine(mini_codec, image, quality=0.5, settings=SETTINGS)
     assert len(asked) == 1  # it is large: not tried at once
+
+
+def test_folders_keep_each_large_image_when_it_is_done(mini_codec, image, tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for path in paths:
+        Image.fromarray(image).save(path)
+    relaxed = dataclasses.replace(SETTINGS, method="sga")
+    for settings, groups in ((SETTINGS, [[paths[0]], [paths[1]]]), (relaxed, [paths])):
+        found = folder._batches(paths, 16, mini_codec, settings, folder.Report())
+        assert found == groups

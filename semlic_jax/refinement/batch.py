@@ -69,7 +69,8 @@ class Progress(NamedTuple):
     Attributes:
         step, steps: done, and in all.
         bpp: payload bits per pixel of the rounded latents of each image, float [B].
-            Of the method `newton`, those that the files would be made of now.
+            Of the method `newton`, those that the files would be made of now; in tiles
+            (`large.py`) those that the last step started from.
         value: the objective of each image, float [B].
     """
 
@@ -331,7 +332,8 @@ class Batch:
         stepper = self.stepper()
         aim = self.target
         self.best, self.best_rounding = self.start, self._rounding(stepper.state)
-        self.best_terms = self._score(self.best, self.images, self.best_rounding)
+        if not self._newton:
+            self.best_terms = self._score(self.best, self.images, self.best_rounding)
         self.history: list[dict[str, np.ndarray]] = []
         done = 0
         while done < steps:

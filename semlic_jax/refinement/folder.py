@@ -27,6 +27,7 @@ from PIL import Image
 
 from semlic_jax.images import Photograph, read_photograph, write_file
 from semlic_jax.refinement.batch import Progress, Refined
+from semlic_jax.refinement.large import goes_in_tiles
 from semlic_jax.refinement.refine import refine_batch
 from semlic_jax.refinement.settings import REVISION, Settings
 
@@ -143,7 +144,9 @@ def refine_folder(
     report = Report()
     share = [
         path
-        for group in _batches(images, batch, codec, report)[process::processes]
+        for group in _batches(images, batch, codec, settings, report)[
+            process::processes
+        ]
         for path in group
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,7 @@ def refine_folder(
                 "give --force to replace it, or another folder"
             )
         waiting.append(path)
-    for group in _batches(waiting, batch, codec, report):
+    for group in _batches(waiting, batch, codec, settings, report):
         loaded = list(_loaded(group, background, report))
         budgets = []
         ready: list[tuple[Path, Photograph, bytes]] = []
@@ -326,20 +329,23 @@ def _outputs(images: Sequence[Path], out: Path) -> dict[Path, Path]:
 
 
 def _batches(
-    images: Sequence[Path], count: int, codec: Any, report: Report
+    images: Sequence[Path], most: int, codec: Any, settings: Settings, report: Report
 ) -> list[list[Path]]:
-    """Images of one bucket, at most so many at a time; those of no size are skipped."""
+    """Images of one bucket, at most so many at a time; those of no size are skipped.
+
+    One at a time where they are refined in tiles, so that each is kept once it is done.
+    """
     buckets: dict[tuple[int, int], list[Path]] = {}
     for path in sorted(images, key=lambda path: path.name):
         try:
             buckets.setdefault(codec.bucket(_size(path)), []).append(path)
         except (OSError, SyntaxError, ValueError) as error:
             report.skipped[path.name] = " ".join(str(error).split())
-    return [
-        group[start : start + count]
-        for _, group in sorted(buckets.items())
-        for start in range(0, len(group), count)
-    ]
+    batches = []
+    for bucket, group in sorted(buckets.items()):
+        count = 1 if goes_in_tiles(bucket, settings) else most
+        batches += [group[i : i + count] for i in range(0, len(group), count)]
+    return batches
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from semlic_jax.compilation import FloatProgram, float_program
 from semlic_jax.model.tiles import Cuts, cuts
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
 from semlic_jax.refinement import newton
-from semlic_jax.refinement.batch import Batch
+from semlic_jax.refinement.batch import Batch, Refined
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -111,14 +111,14 @@ def _cuts(side: int) -> Cuts:
     return Cuts(_UNIT * found.core, _UNIT * found.window, firsts)
 
 
-def goes_in_tiles(codec: Any, size: tuple[int, int], settings: Settings) -> bool:
-    """Whether an image of this height and width can be refined in several tiles."""
-    return settings.method == "newton" and max(codec.bucket(size)) > STRIDE * _WINDOW
+def can_go_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
+    """Whether images padded to this height and width can be refined in tiles."""
+    return settings.method == "newton" and max(bucket) > STRIDE * _WINDOW
 
 
-def is_large(codec: Any, size: tuple[int, int]) -> bool:
-    """Whether an image of this height and width had better go in tiles."""
-    return math.prod(codec.bucket(size)) > _MOST_PIXELS
+def goes_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
+    """Whether they are, however much memory there is."""
+    return can_go_in_tiles(bucket, settings) and math.prod(bucket) > _MOST_PIXELS
 
 
 class LargeImage(Batch):
@@ -225,11 +225,18 @@ class LargeImage(Batch):
             )
         return newton.smoothed(squares)
 
+    def stepper(self) -> Any:
+        self._steps: Any = super().stepper()
+        return self._steps
+
     def _stepper(self, problem: Problem, log_beta: Array, curvature: Array) -> Any:
         state = newton.start_state(self.start, curvature, log_beta)
         schedule = newton.make_schedule(self.settings)
-        self._steps = _Steps(problem, state, schedule, self._tiling, self._windows)
-        return self._steps
+        return _Steps(problem, state, schedule, self._tiling, self._windows)
+
+    def finish(self, steps: int) -> list[Refined]:
+        del self._steps  # its memory is of use to the files
+        return super().finish(steps)
 
     def _decoded_values(
         self, files: Sequence[dict[bytes, None]]
@@ -311,33 +318,26 @@ class _Steps:
 
     def memory_bytes(self) -> int | None:
         """What a step takes beside its arguments, as the compiler plans it."""
-        static, frozen, images, weights, _, rng = self._problem
+        static, frozen, images, weights, target, rng = self._problem
         now = newton.Schedule(*(values[0] for values in self._schedule))
         window = self._windows[0]
         own = _view(self._tiling, images, window)
         part = _part(self._tiling, self.state.latents[0], window)
-        plans = [
+        tile = (self._tiling, frozen, images, own, weights, part, window, now.shift)
+        walk = _walk.lower(static, frozen, images, rng, self.state, now)
+        back = (*walk.out_info, self.state.latents[0])
+        plans: list[Any] = [
             program.compile().memory_analysis()
             for program in (
-                _walk.lower(static, frozen, images, rng, self.state, now),
-                _gradient.lower(
-                    static,
-                    self._tiling,
-                    frozen,
-                    images,
-                    own,
-                    weights,
-                    part,
-                    window,
-                    now.shift,
-                ),
+                walk,
+                _gradient.lower(static, *tile),
+                _move.lower(images, target, self.state, now, *back),
             )
         ]
         if None in plans:
             return None
-        walk, gradient = plans
-        kept = walk.output_size_in_bytes
-        return kept + max(walk.temp_size_in_bytes, gradient.temp_size_in_bytes)
+        most = max(plan.temp_size_in_bytes for plan in plans)
+        return plans[0].output_size_in_bytes + most
 
 
 _hard_latents = FloatProgram(hard_latents, static_argnums=0)

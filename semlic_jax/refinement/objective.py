@@ -19,8 +19,8 @@
   the tables of the coder.
 
 The trunk's strided layers are blind to patterns of their own period. So its input is
-shifted by one of a few offsets, another one in each step; the features of the original
-are computed once for all of them.
+shifted by one of a few offsets, another one in each step; the features of an original
+that is seen at once are computed once for all of them.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Images(NamedTuple):
             these are not given they are computed when they are needed.
         structure: `structure_weights` of x; empty where the term has no weight.
         lattice: `lattice_weights` of x alone; empty where the term has no weight.
-        mean_powers: of the image that this is a window of, see `mean_powers`; empty
-            where it is a whole image.
+        mean_powers: of the image that is seen through windows, see `mean_powers`;
+            empty where it is seen at once.
         noise_origin: of a window in its image, see `CompressionModel.synthesis`.
     """
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from semlic_jax.refinement.batch import Batch, Progress, Refined
-from semlic_jax.refinement.large import LargeImage, goes_in_tiles, is_large
+from semlic_jax.refinement.large import LargeImage, can_go_in_tiles, goes_in_tiles
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings, preset
 
@@ -93,9 +93,10 @@ def refine_batch(
     """Refine images of one bucket together, each to its own budget.
 
     The batch is split over the devices where its size is a multiple of their number.
-    Where the memory does not suffice it is halved, and one image is refined in tiles,
-    with a RefinementWarning. Images of more than 2 megapixels are refined one by one
-    and in tiles anyway; all of that by the method `newton` alone.
+    Where the memory does not suffice it is halved, with a RefinementWarning. The method
+    `newton` refines one image for which it does not suffice in tiles, with the same
+    warning, and images of more than 2^21 pixels, padding included, always in tiles and
+    one by one.
 
     Args:
         codec, settings, progress: as in `refine`.
@@ -130,15 +131,15 @@ def refine_batch(
                 raise
             return str(error)
 
-    size = images[0].shape[:2]
-    tiles = goes_in_tiles(codec, size, settings)
-    large = tiles and is_large(codec, size)
+    buckets = {codec.bucket(image.shape[:2]) for image in images}
+    bucket = buckets.pop() if len(buckets) == 1 else (0, 0)  # a batch refuses others
+    large = goes_in_tiles(bucket, settings)
     shares = [slice(i, i + 1) for i in range(count)]
     if count == 1 or not large:
         found = refined(LargeImage if large else Batch)
         if not isinstance(found, str):
             return found
-        if count == 1 and tiles and not large:
+        if count == 1 and not large and can_go_in_tiles(bucket, settings):
             _warn("not enough memory for the image at once: going on in tiles")
             found = refined(LargeImage)
             if not isinstance(found, str):

@@ -16,7 +16,7 @@ from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
 # Counts up when the same settings give other files: kept files are named by it.
-REVISION = 4
+REVISION = 5
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
