@@ -56,7 +56,9 @@ Place = tuple[Any, Any]  # row and column in latents
 # and 5.9 GB with `base`.
 _MOST_PIXELS = 2**21
 _WINDOW = 64  # most latents along a side of a window
-_MARGIN = 4  # latents
+# Latents. In windows of 16 latents with this margin, `default` of `small` came to -0.3
+# to +0.3 % of the objective of a refinement at once, on four photographs at 0.2 bpp.
+_MARGIN = 4
 # Tiles start where the patches of the mean style do, and the cells of z.
 _UNIT = HYPER_STRIDE // STRIDE
 # What is kept of a pixel of the whole image, over what a step takes of one of a window.
