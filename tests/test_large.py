@@ -15,7 +15,7 @@ from small_trunk import load_small_trunk
 
 from semlic_jax import memory, refinement
 from semlic_jax.codec import Codec
-from semlic_jax.refinement import folder, large
+from semlic_jax.refinement import folder, large, windows
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.large import LargeImage
 from semlic_jax.refinement.symbols import Rounding
@@ -38,7 +38,7 @@ PLAIN = Rounding(np.zeros(1, np.float32))
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(large, "_WINDOW", WINDOW)
+    monkeypatch.setattr(windows, "_WINDOW", WINDOW)
     monkeypatch.setattr(large, "_MOST_PIXELS", 2**16)
 
 
@@ -57,7 +57,7 @@ def made(kind, codec, image, settings=SETTINGS, region=None):
 def pair(mini_codec, image):
     """The whole image and its tiles, with all terms that have places."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(large, "_WINDOW", WINDOW)
+        patch.setattr(windows, "_WINDOW", WINDOW)
         return made(Batch, mini_codec, image), made(LargeImage, mini_codec, image)
 
 
@@ -69,8 +69,8 @@ def test_tiles_cover_the_image_once(pair):
     times = np.zeros(whole.images.x.shape[1:3])
     ones = tiles.images._replace(weights=jnp.ones_like(tiles.images.weights))
     for window in tiles._windows:
-        own = large._view(tiling, ones, window)
-        weights = np.asarray(large._only_tile(tiling, own, window).weights[0])
+        own = windows.view(tiling, ones, window)
+        weights = np.asarray(windows.only_tile(tiling, own, window).weights[0])
         row, column = (16 * start for start in window.start)
         height, width = weights.shape
         times[row : row + height, column : column + width] += weights

@@ -68,9 +68,8 @@ class Progress(NamedTuple):
 
     Attributes:
         step, steps: done, and in all.
-        bpp: payload bits per pixel of the rounded latents of each image, float [B].
-            Of the method `newton`, those that the files would be made of now; in tiles
-            (`large.py`) those that the last step started from.
+        bpp: payload bits per pixel of the rounded latents of each image, float [B]; by
+            `newton` those that files would be made of now, in tiles of the step before.
         value: the objective of each image, float [B].
     """
 
@@ -133,11 +132,9 @@ class Batch:
                 "expected images of one bucket, found latents of the shapes "
                 f"{sorted(grids)}"
             )
-        self.levels, overheads = [], []
-        for i, latents in enumerate(analysed):
-            level, overhead_bits = self._start(latents, i)
-            self.levels.append(level)
-            overheads.append(overhead_bits)
+        starts = [self._start(latents, i) for i, latents in enumerate(analysed)]
+        self.levels = [level for level, _ in starts]
+        overheads = [overhead_bits for _, overhead_bits in starts]
         counts = np.array([height * width for height, width in self.sizes], np.float32)
         self.payload_bits = 8 * np.array(budgets, np.float64) - np.array(overheads)
 
@@ -392,8 +389,8 @@ class Batch:
     def stepper(self) -> Stepper:
         """The steps of this batch, from its start."""
         problem = self._problem(self.target, self.rng)
-        y_hat = jnp.round(self.start[0])
-        curvature = self._curvature(problem, y_hat) if self._newton else y_hat
+        first = jnp.round(self.start[0])
+        curvature = self._curvature(problem, first) if self._newton else first
         return self._stepper(problem, self.log_beta, curvature)
 
     def _curvature(self, problem: Problem, y_hat: Array) -> Array:

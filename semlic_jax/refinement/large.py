@@ -10,7 +10,7 @@ holds for the curvature. There is one budget, one multiplier of the rate and one
 symbols, and no seam that a decoder would show.
 
 A refinement of the whole differs in this: its latents see further than the margin
-(`_MARGIN`), its style and lattice terms have their places in the image and not in a
+(`windows.py`), its style and lattice terms have their places in the image and not in a
 window, it may keep the best of its steps where there are no perceptual terms, and it
 judges files by 1 - MS-SSIM and not by the sum of squares that stands for it.
 """
@@ -18,20 +18,17 @@ judges files by 1 - MS-SSIM and not by the sum of squares that stands for it.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from semlic_jax.compilation import FloatProgram, float_program
-from semlic_jax.model.tiles import Cuts, cuts
-from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
+from semlic_jax.model.transforms import STRIDE
 from semlic_jax.refinement import newton
 from semlic_jax.refinement.batch import Batch, Refined
 from semlic_jax.refinement.objective import (
@@ -46,76 +43,31 @@ from semlic_jax.refinement.objective import (
 )
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Problem, Target, rate_excess
-from semlic_jax.refinement.structure import lattice_weights, structure_weights
 from semlic_jax.refinement.symbols import Rounding, hard_latents
+from semlic_jax.refinement.windows import (
+    Tiling,
+    Window,
+    cut_image,
+    latents_in,
+    more_than_one_window,
+    only_tile,
+    placed,
+    share,
+    view,
+)
 
 Array = jax.Array
-Place = tuple[Any, Any]  # row and column in latents
 
 # Larger images are refined in tiles. At once so many pixels take 2.7 GB with `small`
 # and 5.9 GB with `base`.
 _MOST_PIXELS = 2**21
-_WINDOW = 64  # most latents along a side of a window
-# Latents. In windows of 16 latents with this margin, `default` of `small` came to -0.3
-# to +0.3 % of the objective of a refinement at once, on four photographs at 0.2 bpp.
-_MARGIN = 4
-# Tiles start where the patches of the mean style do, and the cells of z.
-_UNIT = HYPER_STRIDE // STRIDE
 # What is kept of a pixel of the whole image, over what a step takes of one of a window.
 _WHOLE_SHARE = 1 / 32
 
 
-class Window(NamedTuple):
-    """Where a window is, and its tile.
-
-    Attributes:
-        start: of the window in the image.
-        tile: start of the tile in the window.
-        fresh: start in the window of what no tile before has; the last ones overlap.
-    """
-
-    start: Place
-    tile: Place
-    fresh: Place
-
-
-class Tiling(NamedTuple):
-    """How an image is cut, and which terms need weights of the originals."""
-
-    rows: Cuts
-    columns: Cuts
-    structure: bool
-    lattice: bool
-
-    def windows(self, grid: Sequence[int]) -> list[Window]:
-        """Of all tiles of a grid of latents."""
-        sides = []
-        for cut, side in zip(self[:2], grid, strict=True):
-            starts = [max(first - _MARGIN, 0) for first in cut.firsts]
-            starts = [min(start, side - cut.window) for start in starts]
-            ends = [0, *(first + cut.core for first in cut.firsts[:-1])]
-            sides.append(
-                [
-                    (start, first - start, end - start)
-                    for start, first, end in zip(starts, cut.firsts, ends, strict=True)
-                ]
-            )
-        return [
-            Window(*zip(row, column, strict=True))
-            for row, column in itertools.product(*sides)
-        ]
-
-
-def _cuts(side: int) -> Cuts:
-    """How one side of so many latents is cut."""
-    found = cuts(side // _UNIT, _WINDOW // _UNIT, _MARGIN // _UNIT)
-    firsts = tuple(_UNIT * first for first in found.firsts)
-    return Cuts(_UNIT * found.core, _UNIT * found.window, firsts)
-
-
 def can_go_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
     """Whether images padded to this height and width can be refined in tiles."""
-    return settings.method == "newton" and max(bucket) > STRIDE * _WINDOW
+    return settings.method == "newton" and more_than_one_window(bucket)
 
 
 def goes_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
@@ -135,20 +87,12 @@ class LargeImage(Batch):
 
     def _prepared(self, images: Images) -> Images:
         perceptual, settings = self.static.perceptual, self.settings
-        # What the decoder shows ends with the image, so latents beyond it that are in
-        # no margin matter to nothing.
-        grid = [
-            min(_UNIT * -(-side // HYPER_STRIDE) + _MARGIN, most // STRIDE)
-            for side, most in zip(self.sizes[0], images.x.shape[1:3], strict=True)
-        ]
-        rows, columns = map(_cuts, grid)
-        self._tiling = Tiling(
-            rows,
-            columns,
+        self._tiling, self._windows = cut_image(
+            self.sizes[0],
+            images.x.shape[1:3],
             structure=perceptual and settings.structure > 0,
             lattice=perceptual and settings.lattice > 0,
         )
-        self._windows = self._tiling.windows(grid)
         if getattr(self.static.config, "texture_channels", 0):
             images = images._replace(noise_origin=jnp.zeros((1, 2), jnp.int32))
         if not self.static.mean_style:
@@ -159,7 +103,7 @@ class LargeImage(Batch):
                 self._tiling,
                 self.frozen,
                 images,
-                _view(self._tiling, images, window),
+                view(self._tiling, images, window),
                 window,
             )
             for window in self._windows
@@ -177,7 +121,7 @@ class LargeImage(Batch):
         )
 
         def shown(own: Images, window: Window) -> Array:
-            part = _part(self._tiling, y_hat, window)
+            part = latents_in(self._tiling, y_hat, window)
             return _decoded_image(self.static, self.frozen, own, part)
 
         bpp: Any = np.asarray(bits) / math.prod(self.sizes[0])
@@ -187,7 +131,7 @@ class LargeImage(Batch):
         """The terms, without a rate, of what is shown in each window."""
         found = []
         for window in self._windows:
-            own = _view(self._tiling, images, window)
+            own = view(self._tiling, images, window)
             x_hat = shown(own, window)
             found.append(
                 _tile_terms(
@@ -212,17 +156,17 @@ class LargeImage(Batch):
     def _curvature(self, problem: Problem, y_hat: Array) -> Array:
         squares = jnp.zeros_like(y_hat)
         for i, window in enumerate(self._windows):
-            own = _view(self._tiling, problem.images, window)
+            own = view(self._tiling, problem.images, window)
             diagonal = newton.diagonal_of(
                 problem.static,
                 problem.frozen,
                 own,
                 problem.weights,
-                _part(self._tiling, y_hat, window),
+                latents_in(self._tiling, y_hat, window),
                 jax.vmap(partial(jax.random.fold_in, data=i))(problem.rng),
                 self.settings.probes,
             )
-            squares = _placed(
+            squares = placed(
                 self._tiling, squares, diagonal, problem.images, own, window
             )
         return newton.smoothed(squares)
@@ -298,7 +242,7 @@ class _Steps:
         canvas = jnp.zeros_like(walked.y_hat)
         found = []
         for window in self._windows:
-            own = _view(self._tiling, images, window)
+            own = view(self._tiling, images, window)
             terms, gradient = _gradient(
                 static,
                 self._tiling,
@@ -306,11 +250,11 @@ class _Steps:
                 images,
                 own,
                 weights,
-                _part(self._tiling, walked.y_hat, window),
+                latents_in(self._tiling, walked.y_hat, window),
                 window,
                 now.shift,
             )
-            canvas = _placed(self._tiling, canvas, gradient, images, own, window)
+            canvas = placed(self._tiling, canvas, gradient, images, own, window)
             found.append(terms)
         self.state, bpp = _move(
             images, target, self.state, now, walked, pull_back, canvas
@@ -323,8 +267,8 @@ class _Steps:
         static, frozen, images, weights, target, rng = self._problem
         now = newton.Schedule(*(values[0] for values in self._schedule))
         window = self._windows[0]
-        own = _view(self._tiling, images, window)
-        part = _part(self._tiling, self.state.latents[0], window)
+        own = view(self._tiling, images, window)
+        part = latents_in(self._tiling, self.state.latents[0], window)
         tile = (self._tiling, frozen, images, own, weights, part, window, now.shift)
         walk = _walk.lower(static, frozen, images, rng, self.state, now)
         back = (*walk.out_info, self.state.latents[0])
@@ -346,100 +290,6 @@ _hard_latents = FloatProgram(hard_latents, static_argnums=0)
 _decoded_image = FloatProgram(decoded_image, static_argnums=0)
 
 
-def _cut(
-    array: Array, start: Sequence[Any], lengths: Sequence[int], scale: int = 1
-) -> Array:
-    """[B, h * scale, w * scale, ...] of an array; start and lengths h, w in latents."""
-    rest = array.shape[3:]
-    corner = (0, start[0] * scale, start[1] * scale, *(0 for _ in rest))
-    sizes = (array.shape[0], lengths[0] * scale, lengths[1] * scale, *rest)
-    return lax.dynamic_slice(array, corner, sizes)
-
-
-@partial(jax.jit, static_argnums=0)
-def _part(tiling: Tiling, latents: Array, window: Window) -> Array:
-    """The latents in a window."""
-    return _cut(latents, window.start, (tiling.rows.window, tiling.columns.window))
-
-
-@partial(jax.jit, static_argnums=0)
-def _view(tiling: Tiling, images: Images, window: Window) -> Images:
-    """A window of the image as an image of its own."""
-    lengths = (tiling.rows.window, tiling.columns.window)
-    x, weights, feature_weights = (
-        _cut(array, window.start, lengths, STRIDE)
-        for array in (images.x, images.weights, images.feature_weights)
-    )
-    start = jnp.stack([jnp.asarray(side, jnp.int32) for side in window.start])
-    most = STRIDE * jnp.asarray(lengths)
-    sizes = jnp.minimum(images.sizes - STRIDE * start, most)
-    origin = images.noise_origin
-    return images._replace(
-        x=x,
-        sizes=sizes,
-        weights=weights,
-        feature_weights=feature_weights,
-        structure=structure_weights(x, weights, sizes) if tiling.structure else (),
-        lattice=(lattice_weights(x, weights, sizes),) if tiling.lattice else (),
-        noise_origin=None if origin is None else origin + start,
-    )
-
-
-def _share(images: Images, own: Images) -> Array:
-    """Of the objective of a window in that of the image: the share of the pixels."""
-    of_window, of_image = (
-        jnp.prod(sizes.astype(jnp.float32)) for sizes in (own.sizes, images.sizes)
-    )
-    return of_window / of_image
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _placed(
-    tiling: Tiling,
-    canvas: Array,
-    part: Array,
-    images: Images,
-    own: Images,
-    window: Window,
-) -> Array:
-    """Writes what a window found for the latents of its tile onto the canvas.
-
-    What it found is of the objective of the window, what is written of the image's.
-    """
-    core = _cut(part, window.tile, (tiling.rows.core, tiling.columns.core))
-    row, column = (
-        start + tile for start, tile in zip(window.start, window.tile, strict=True)
-    )
-    return lax.dynamic_update_slice(
-        canvas, core * _share(images, own), (0, row, column, 0)
-    )
-
-
-def _only_tile(tiling: Tiling, own: Images, window: Window) -> Images:
-    """A window in which nothing but its tile has a weight.
-
-    The structure's own weights stay: its errors are those where pixels have a weight.
-    """
-    height, width = own.x.shape[1:3]
-    rows, columns = (
-        (place >= STRIDE * fresh) & (place < STRIDE * (tile + cut.core))
-        for place, fresh, tile, cut in zip(
-            (jnp.arange(height), jnp.arange(width)),
-            window.fresh,
-            window.tile,
-            tiling[:2],
-            strict=True,
-        )
-    )
-    mask = (rows[:, None] & columns[None, :]).astype(jnp.float32)[None]
-    weights = own.weights * mask
-    return own._replace(
-        weights=weights,
-        feature_weights=own.feature_weights * mask,
-        lattice=tuple(lattice_weights(own.x, weights, own.sizes) for _ in own.lattice),
-    )
-
-
 def _terms_of_tile(
     static: Static,
     tiling: Tiling,
@@ -452,10 +302,10 @@ def _terms_of_tile(
     shift: Array | int,
 ) -> Terms:
     """What a tile adds to the terms of the image, without a rate."""
-    tile = _only_tile(tiling, own, window)
+    tile = only_tile(tiling, own, window)
     no_bits = jnp.zeros(1)
     terms = terms_of(static, frozen, tile, weights, no_bits, x_hat, jnp.asarray(shift))
-    return jax.tree.map(lambda term: term * _share(images, own), terms)
+    return jax.tree.map(lambda term: term * share(images, own), terms)
 
 
 @float_program(static_argnums=(0, 1))
@@ -468,8 +318,8 @@ def _tile_powers(
     window: Window,
 ) -> tuple[Array, ...]:
     """What a tile adds to `objective.mean_powers` of the image."""
-    powers = mean_powers(static, frozen, _only_tile(tiling, own, window))
-    return tuple(power * _share(images, own) for power in powers)
+    powers = mean_powers(static, frozen, only_tile(tiling, own, window))
+    return tuple(power * share(images, own) for power in powers)
 
 
 @float_program(static_argnums=(0, 1))
