@@ -57,8 +57,8 @@ class _Candidate(NamedTuple):
 
 
 # Three programs in the place of one, since each is needed by itself too.
-_latents = FloatProgram(hard_latents, static_argnums=0)
-_decoded_image = FloatProgram(decoded_image, static_argnums=0)
+coded_latents = FloatProgram(hard_latents, static_argnums=0)
+shown_image = FloatProgram(decoded_image, static_argnums=0)
 _image_terms = FloatProgram(image_terms, static_argnums=0)
 _structure_distance = FloatProgram(structure_distance)
 
@@ -78,8 +78,8 @@ def score(
         static, frozen, images, weights: of the refinement.
         rounding, y_scaled, z: as in `symbols.hard_latents`.
     """
-    bits, y_hat = _latents(static, frozen, images, rounding, y_scaled, z)
-    x_hat = _decoded_image(static, frozen, images, y_hat)
+    bits, y_hat = coded_latents(static, frozen, images, rounding, y_scaled, z)
+    x_hat = shown_image(static, frozen, images, y_hat)
     return _image_terms(static, frozen, images, weights, bits, x_hat), y_hat
 
 
@@ -119,7 +119,7 @@ def fit_files(
     files: list[dict[bytes, None]] = [{data: None} for data in unrefined]
 
     def rounded(strictness: np.ndarray) -> tuple[np.ndarray, Array]:
-        bits, y_hat = _latents(
+        bits, y_hat = coded_latents(
             static, frozen, images, rounding_at(strictness), y_scaled, z
         )
         return np.asarray(bits, np.float64), y_hat

@@ -29,7 +29,7 @@ import numpy as np
 
 from semlic_jax.compilation import FloatProgram, float_program
 from semlic_jax.model.transforms import STRIDE
-from semlic_jax.refinement import newton
+from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch, Refined
 from semlic_jax.refinement.objective import (
     Frozen,
@@ -43,7 +43,7 @@ from semlic_jax.refinement.objective import (
 )
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Problem, Target, rate_excess
-from semlic_jax.refinement.symbols import Rounding, hard_latents
+from semlic_jax.refinement.symbols import Rounding
 from semlic_jax.refinement.windows import (
     Tiling,
     Window,
@@ -116,13 +116,13 @@ class LargeImage(Batch):
         return round(window + _WHOLE_SHARE * super()._pixels_at_once())
 
     def _score(self, latents: Any, images: Images, rounding: Rounding) -> Terms:
-        bits, y_hat = _hard_latents(
+        bits, y_hat = fit.coded_latents(
             self.static, self.frozen, images, rounding, *latents
         )
 
         def shown(own: Images, window: Window) -> Array:
             part = latents_in(self._tiling, y_hat, window)
-            return _decoded_image(self.static, self.frozen, own, part)
+            return fit.shown_image(self.static, self.frozen, own, part)
 
         bpp: Any = np.asarray(bits) / math.prod(self.sizes[0])
         return self._sum(images, shown)._replace(bpp=bpp)
@@ -143,6 +143,7 @@ class LargeImage(Batch):
                     self.weights,
                     x_hat,
                     window,
+                    np.int32(0),
                 )
             )
         return jax.tree.map(lambda *terms: np.sum(terms, axis=0), *found)
@@ -260,7 +261,8 @@ class _Steps:
             images, target, self.state, now, walked, pull_back, canvas
         )
         terms = jax.tree.map(lambda *terms: np.sum(terms, axis=0), *found)
-        self.terms = terms._replace(bpp=bpp)
+        taken_bpp: Any = np.asarray(bpp)
+        self.terms = terms._replace(bpp=taken_bpp)
 
     def memory_bytes(self) -> int | None:
         """What a step takes beside its arguments, as the compiler plans it."""
@@ -286,10 +288,6 @@ class _Steps:
         return plans[0].output_size_in_bytes + most
 
 
-_hard_latents = FloatProgram(hard_latents, static_argnums=0)
-_decoded_image = FloatProgram(decoded_image, static_argnums=0)
-
-
 def _terms_of_tile(
     static: Static,
     tiling: Tiling,
@@ -299,13 +297,16 @@ def _terms_of_tile(
     weights: Weights,
     x_hat: Array,
     window: Window,
-    shift: Array | int,
+    shift: Array,
 ) -> Terms:
     """What a tile adds to the terms of the image, without a rate."""
     tile = only_tile(tiling, own, window)
     no_bits = jnp.zeros(1)
-    terms = terms_of(static, frozen, tile, weights, no_bits, x_hat, jnp.asarray(shift))
+    terms = terms_of(static, frozen, tile, weights, no_bits, x_hat, shift)
     return jax.tree.map(lambda term: term * share(images, own), terms)
+
+
+_tile_terms = FloatProgram(_terms_of_tile, static_argnums=(0, 1))
 
 
 @float_program(static_argnums=(0, 1))
@@ -320,23 +321,6 @@ def _tile_powers(
     """What a tile adds to `objective.mean_powers` of the image."""
     powers = mean_powers(static, frozen, only_tile(tiling, own, window))
     return tuple(power * share(images, own) for power in powers)
-
-
-@float_program(static_argnums=(0, 1))
-def _tile_terms(
-    static: Static,
-    tiling: Tiling,
-    frozen: Frozen,
-    images: Images,
-    own: Images,
-    weights: Weights,
-    x_hat: Array,
-    window: Window,
-) -> Terms:
-    """What a tile adds to the terms of the image, seen from the first corner."""
-    return _terms_of_tile(
-        static, tiling, frozen, images, own, weights, x_hat, window, 0
-    )
 
 
 @float_program(static_argnums=0)
