@@ -46,8 +46,8 @@ Array = jax.Array
 
 MAX_LEVEL = QUALITY_LEVELS - 1
 _ICC_CHUNK = b"ICCP"
-# Larger images are not begun where they certainly have no room. From 17 to 67 megapixels
-# each more pixel took 23 bytes to encode and 35 to decode, with `small`.
+# Larger images are not begun where they certainly have no room: above 17 megapixels
+# one pixel more took 23 bytes to encode and 35 to decode, with `small`.
 _MANY_PIXELS = 2**24
 _LEAST_BYTES = 20
 # Latents along a side of what g_a and the fine levels of g_s work on at once: 2048
