@@ -50,8 +50,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from semlic_jax.coding.entropy_coding import SymbolTables
     from semlic_jax.coding.integer_networks import IntegerTree
+    from semlic_jax.coding.symbol_tables import SymbolTables
     from semlic_jax.model.compression import ModelConfig
     from semlic_jax.model.mean_scale import Config, MeanScaleConfig
     from semlic_jax.model.priors import FactorizedPrior
@@ -185,8 +185,8 @@ def export_model(config: ModelConfig, params: Mapping[str, Any]) -> ModelFile:
         ValueError: an integer network breaks its bound, or a parameter is not finite
             or beyond float16.
     """
-    from semlic_jax.coding.entropy_coding import gaussian_tables
     from semlic_jax.coding.integer_networks import export_integers
+    from semlic_jax.coding.symbol_tables import gaussian_tables
     from semlic_jax.model.priors import FactorizedPrior, scale_table
 
     names = ("g_a", "g_s", "h_a", "log_gain")
@@ -231,7 +231,7 @@ def prior_tables(
     """
     import jax
 
-    from semlic_jax.coding.entropy_coding import tables_from_pmfs
+    from semlic_jax.coding.symbol_tables import tables_from_pmfs
 
     radius = 127
     z = np.arange(-radius, radius + 1, dtype=np.float32)
@@ -282,8 +282,8 @@ def load_model(
     Raises:
         ValueError: no such model, or not a valid model file.
     """
-    from semlic_jax.coding.entropy_coding import SymbolTables
     from semlic_jax.coding.integer_networks import prove_exact
+    from semlic_jax.coding.symbol_tables import SymbolTables
     from semlic_jax.model.compression import ModelConfig
     from semlic_jax.model.mean_scale import MeanScaleConfig
 

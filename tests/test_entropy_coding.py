@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semlic_jax.coding.bitstream import BitstreamError
-from semlic_jax.coding.entropy_coding import (
+from semlic_jax.coding.entropy_coding import SymbolDecoder, SymbolEncoder
+from semlic_jax.coding.symbol_tables import (
     MAX_SYMBOL,
     PRECISION_BITS,
-    SymbolDecoder,
-    SymbolEncoder,
     SymbolTables,
     gaussian_tables,
     tables_from_pmfs,

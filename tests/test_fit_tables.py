@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from semlic_jax.codec import Codec
-from semlic_jax.coding.entropy_coding import gaussian_tables
+from semlic_jax.coding.symbol_tables import gaussian_tables
 from semlic_jax.model.priors import scale_table
 from semlic_jax.training import export, fit_tables
 from semlic_jax.training.fit_tables import (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semlic_jax.coding.entropy_coding import gaussian_tables
+from semlic_jax.coding.symbol_tables import gaussian_tables
 from semlic_jax.model.priors import (
     NUM_SCALES,
     SCALE_MAX,

@@ -14,9 +14,9 @@ import pytest
 import semlic_jax
 from semlic_jax.cli import main
 from semlic_jax.coding.bitstream import BitstreamError, unpack
-from semlic_jax.coding.entropy_coding import (
+from semlic_jax.coding.entropy_coding import SymbolEncoder
+from semlic_jax.coding.symbol_tables import (
     MAX_SYMBOL,
-    SymbolEncoder,
     gaussian_tables,
     tables_from_pmfs,
 )

@@ -26,13 +26,13 @@ from semlic_jax.coding.bitstream import (
     BitstreamError,
     IncompatibleMachineError,
 )
-from semlic_jax.coding.entropy_coding import MAX_SYMBOL, SymbolTables
 from semlic_jax.coding.symbol_passes import (
     Parameters,
     PassCoder,
     Symbols,
     grid_of,
 )
+from semlic_jax.coding.symbol_tables import MAX_SYMBOL, SymbolTables
 from semlic_jax.model.compression import QUALITY_LEVELS
 from semlic_jax.model.context import MEAN_STEPS
 from semlic_jax.model.mean_scale import MeanScaleConfig, MeanScaleModel

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.coding.entropy_coding import MAX_SYMBOL, SymbolTables
 from semlic_jax.coding.symbol_passes import Parameters, PassCoder, Symbols
+from semlic_jax.coding.symbol_tables import MAX_SYMBOL, SymbolTables
 from semlic_jax.model.compression import ModelConfig, entropy_model, image_masks
 from semlic_jax.model.context import (
     ACCUMULATOR_LIMIT,

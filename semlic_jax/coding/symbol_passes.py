@@ -3,7 +3,8 @@
 
 In: the pushes of z and of every pass over y, written once for the exact and for the
 float entropy models. Out: what gives each symbol its table and its mean
-(`integer_networks`, `float_networks`) and the coder (`entropy_coding`).
+(`integer_networks`, `float_networks`), the tables (`symbol_tables`) and the coder
+(`entropy_coding`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semlic_jax.coding.entropy_coding import (
-    SymbolDecoder,
-    SymbolEncoder,
-    SymbolTables,
-)
+from semlic_jax.coding.entropy_coding import SymbolDecoder, SymbolEncoder
+from semlic_jax.coding.symbol_tables import SymbolTables
 from semlic_jax.model.context import (
     MEAN_STEPS,
     Pass,

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from semlic_jax.coding.bitstream import BitstreamError
-from semlic_jax.coding.entropy_coding import (
+from semlic_jax.coding.symbol_tables import (
     MAX_ESCAPE_LENGTH,
     MAX_SYMBOL,
     PRECISION_BITS,

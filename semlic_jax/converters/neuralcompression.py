@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from semlic_jax.coding.entropy_coding import gaussian_tables
+from semlic_jax.coding.symbol_tables import gaussian_tables
 from semlic_jax.images import check_outputs, write_file
 from semlic_jax.model.mean_scale import MeanScaleConfig
 from semlic_jax.model.priors import FactorizedPrior, scale_table

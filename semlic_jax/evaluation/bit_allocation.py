@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.coding.bitstream import unpack
-from semlic_jax.coding.entropy_coding import SymbolDecoder, SymbolTables
+from semlic_jax.coding.entropy_coding import SymbolDecoder
+from semlic_jax.coding.symbol_tables import SymbolTables
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec

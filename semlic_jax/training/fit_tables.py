@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from semlic_jax.codec import Codec
-from semlic_jax.coding.entropy_coding import SymbolTables, tables_from_pmfs
+from semlic_jax.coding.symbol_tables import SymbolTables, tables_from_pmfs
 from semlic_jax.model.priors import scale_table
 from semlic_jax.model.transforms import HYPER_STRIDE
 from semlic_jax.training.sources import Source, UnusableImage
