@@ -103,6 +103,7 @@ def _commands(
     options: argparse.Namespace, task: Task, count: int
 ) -> list[tuple[list[str], dict[str, str]]]:
     port = options.port or _free_port()
+    gpus = visible_gpus(os.environ, options.gpus)
     commands = []
     for process in range(count):
         distributed: Sequence[str] = ()
@@ -123,10 +124,27 @@ def _commands(
         variables = {}
         if options.gpus:
             each = options.gpus // count
-            own = range(process * each, (process + 1) * each)
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+            own = gpus[process * each : (process + 1) * each]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         commands.append((command, variables))
     return commands
+
+
+def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
+    """Names of so many GPUs: of those that are ours, where the environment says which.
+
+    Raises:
+        ValueError: fewer are ours.
+    """
+    own = environment.get("CUDA_VISIBLE_DEVICES")
+    if own is None:
+        return [str(gpu) for gpu in range(count)]
+    names = [name for name in own.split(",") if name]
+    if len(names) < count:
+        raise ValueError(
+            f"expected {count} GPUs in CUDA_VISIBLE_DEVICES, found {own!r}"
+        )
+    return names[:count]
 
 
 def _free_port() -> int:

@@ -52,7 +52,11 @@ def share_from_environment(environment: Mapping[str, str]) -> Share:
     if "SLURM_PROCID" in environment:
         variables = {}
         if environment.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0"):
-            variables["CUDA_VISIBLE_DEVICES"] = environment["SLURM_LOCALID"]
+            local = int(environment["SLURM_LOCALID"])
+            # Those of the job, where the node is shared; one alone is the step's own.
+            own = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            gpu = own[local % len(own)] or str(local)
+            variables["CUDA_VISIBLE_DEVICES"] = gpu
         return Share(
             int(environment["SLURM_PROCID"]),
             int(environment["SLURM_NTASKS"]),

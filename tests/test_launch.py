@@ -60,6 +60,7 @@ def dry(monkeypatch, capsys):
     """Function of arguments: the output of a dry run, which must run nothing."""
     monkeypatch.setattr(subprocess, "run", refuse_to_run)
     monkeypatch.setattr(subprocess, "Popen", refuse_to_run)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def run(*arguments: str) -> str:
         assert main(arguments) == 0
@@ -79,7 +80,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 # -------------------------------------------------------------------- dry runs
 
 
-def test_local_dry_runs(dry):
+def test_local_dry_runs(dry, monkeypatch, capsys):
     assert dry(*LOCAL, *TRAIN, "runs/x", "--config.seed=3") == (
         f"{SEMLIC} train --config configs/tiny.py --workdir runs/x --config.seed=3\n"
     )
@@ -90,6 +91,14 @@ def test_local_dry_runs(dry):
         f"CUDA_VISIBLE_DEVICES=0,1 {common} {explicit} --process=0",
         f"CUDA_VISIBLE_DEVICES=2,3 {common} {explicit} --process=1",
     ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7,GPU-5a")
+    lines = dry(*LOCAL, *options, *TRAIN, "x").splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "CUDA_VISIBLE_DEVICES=4,6",
+        "CUDA_VISIBLE_DEVICES=7,GPU-5a",
+    ]
+    assert main([*LOCAL, "--processes", "2", "--gpus", "8", *TRAIN, "x"]) == 1
+    assert "expected 8 GPUs in CUDA_VISIBLE_DEVICES" in capsys.readouterr().err
     out = dry(*LOCAL, "--processes", "2", "refine", "tests", "a b", "--bpp", "0.2")
     assert out.splitlines() == [
         f"{SEMLIC} refine tests 'a b' --bpp 0.2 --processes=2 --process={process}"

@@ -41,6 +41,7 @@ def submit(folder: Path, step: str, **variables: str) -> tuple[int, str]:
     calls.write_text("")
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "slurm.sbatch"), "semlic", "a b"],
+        cwd=folder,
         env=dict(
             os.environ,
             PATH=f"{folder}:{os.environ['PATH']}",
@@ -59,10 +60,15 @@ def test_the_job_script_goes_back_into_the_queue(tmp_path):
     assert submit(tmp_path, "exit 0") == (0, step)
     assert submit(tmp_path, "exit 1") == (1, step)
     assert submit(tmp_path, f"exit {LOST_STATUS}") == (LOST_STATUS, step + requeue)
-    assert submit(tmp_path, "exit 137") == (137, step + requeue)
-    assert submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="3") == (137, step)
-    late = submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="3", SEMLIC_RESTARTS="4")
+    # Restarts for the time of the job do not count.
+    late = submit(tmp_path, "exit 137", SLURM_RESTART_COUNT="12")
     assert late == (137, step + requeue)
+    assert submit(tmp_path, "exit 137") == (137, step + requeue)
+    assert submit(tmp_path, "exit 137", SEMLIC_RESTARTS="4") == (137, step + requeue)
+    counted = [file.name for file in tmp_path.glob("*.restarts")]
+    assert counted == ["semlic-77.restarts"]
+    assert submit(tmp_path, "exit 137", SEMLIC_RESTARTS="4") == (137, step)
+    assert not [*tmp_path.glob("*.restarts")]
     # The signal that the time is nearly over goes to the script.
     assert submit(tmp_path, "kill -USR1 $PPID; sleep 1") == (0, step + requeue)
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
@@ -142,6 +148,10 @@ def test_shares_from_the_environment():
     slurm["SLURM_GPUS_ON_NODE"] = "4"
     share = worker.share_from_environment(slurm)
     assert share == (5, 8, {"CUDA_VISIBLE_DEVICES": "1"})
+    for ours, expected in (("6,7", "7"), ("3", "3"), ("", "1")):
+        slurm["CUDA_VISIBLE_DEVICES"] = ours
+        share = worker.share_from_environment(slurm)
+        assert share == (5, 8, {"CUDA_VISIBLE_DEVICES": expected})
     job = {"JOB_COMPLETION_INDEX": "2", "SEMLIC_PROCESSES": "4"}
     assert worker.share_from_environment(job) == (2, 4, {})
     share = worker.share_from_environment(job | {"TPU_WORKER_HOSTNAMES": "a,b,c,d"})
