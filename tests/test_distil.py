@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import jax
@@ -89,6 +90,26 @@ def test_examples_are_functions_of_their_numbers(tiles):
     assert len(np.unique(added[:, 0, 0, 0])) == 3 and (added[1:] > 0).all()
     batch = next(distil.batches(paths, recipe, 3, 5))
     np.testing.assert_array_equal(batch[1], found)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"tile": 48}, {"data": ["others"]}])
+def test_tiles_of_another_recipe_are_refused(tiles, change):
+    recipe, paths = tiles
+    folder = paths[0].parent
+    assert distil.make_pairs(folder, ["photos"], recipe) == paths
+    assert distil.make_pairs(folder, ["photos"], recipe) == paths
+    data = change.pop("data", ["photos"])
+    with pytest.raises(ValueError, match="expected tiles of .* found"):
+        distil.make_pairs(folder, data, dataclasses.replace(recipe, **change))
+
+
+def test_steps_draw_by_seed_and_number():
+    keys = {
+        tuple(map(int, jax.random.key_data(distil.step_key(recipe, step))))
+        for recipe in (distil.Recipe(seed=0), distil.Recipe(seed=1))
+        for step in (0, 1)
+    }
+    assert len(keys) == 4
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn():

@@ -107,9 +107,18 @@ def make_pairs(folder: Path, patterns: Sequence[str], recipe: Recipe) -> list[Pa
     """Writes the tiles that are not there yet: uint8 [1 + D, side, side, 3] each.
 
     Raises:
-        ValueError: no photographs.
+        ValueError: no photographs, or the folder has tiles of other ones, of another
+            side or seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    made_of = {"data": list(patterns), "tile": recipe.tile, "seed": recipe.seed}
+    note = folder / "made_of.json"
+    if note.exists():
+        found = json.loads(note.read_text())
+        if found != made_of:
+            raise ValueError(f"expected tiles of {made_of} in {folder}, found {found}")
+    else:
+        write_file(note, json.dumps(made_of).encode())
     paths = [folder / f"{tile:05d}.npy" for tile in range(recipe.tiles)]
     missing = [(tile, path) for tile, path in enumerate(paths) if not path.exists()]
     if not missing:
@@ -299,17 +308,22 @@ def initial_state(seed: int) -> Tree:
     return {"params": params, "optimizer": _OPTIMIZER.init(params)}
 
 
+def step_key(recipe: Recipe, step: int) -> Array:
+    """What a step draws from; that of seed 0 made the packaged weights."""
+    return jax.random.fold_in(jax.random.key(recipe.seed + 7), step)
+
+
 @partial(jax.jit, donate_argnums=2)
 def update(
     teacher: FeatureNetwork,
     projections: Sequence[Array],
     state: Tree,
     images: Array,
-    step: Array,
+    rng: Array,
     learning_rate: Array,
 ) -> tuple[Tree, dict[str, Array]]:
     """One step on uint8 images [B, 1 + V, H, W, 3]; the new state and its terms."""
-    blend, move = jax.random.split(jax.random.fold_in(jax.random.key(7), step))
+    blend, move = jax.random.split(rng)
     module = CompactTrunk()
     images = _blend(images.astype(jnp.float32) / 255, blend)
     images = _along_gradient(FeatureNetwork(state["params"], module), images, move)
@@ -380,7 +394,7 @@ def distil(
         ):
             rate = jnp.float32(recipe.learning_rate(step))
             state, found = update(
-                teacher, projections, state, images, jnp.int32(step), rate
+                teacher, projections, state, images, step_key(recipe, step), rate
             )
             rows.append(found)
             done = step + 1
