@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -177,6 +178,21 @@ def test_bad_sources(tmp_path, folder):
         photographs(folder, small_images="stretch")
     with pytest.raises(UnusableImage, match="x.png"):
         decode(b"nothing", "x.png")
+
+
+def test_images_are_what_the_codec_would_take():
+    def encoded(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    found = decode(encoded(Image.fromarray(ramp.astype(np.uint16))), "wide.png")
+    assert found.shape == (64, 64, 3) and found.dtype == np.uint8
+    np.testing.assert_allclose(found[..., 1], ramp / 257, atol=0.6)
+    clear = Image.new("RGBA", (64, 64), (200, 10, 10, 0))
+    with pytest.raises(UnusableImage, match="clear.png .* transparent pixels"):
+        decode(encoded(clear), "clear.png")
 
 
 def test_folders_globs_and_synthetic_images_together(folder):

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+
+from semlic_jax.images import read_photograph
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 _SYNTHETIC_SIDE = 192
@@ -86,13 +87,15 @@ def _expand(pattern: str, suffixes: set[str]) -> list[str]:
 def decode(data: bytes | str, name: str) -> np.ndarray:
     """An encoded image, given as bytes or as a path, as uint8 [H, W, 3].
 
+    The pixels are those that the codec would take.
+
     Raises:
-        UnusableImage: it cannot be decoded.
+        UnusableImage: it cannot be decoded, or is transparent.
     """
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return read_photograph(source).pixels
+    except (OSError, ValueError) as error:
         raise UnusableImage(f"{name} ({error})") from error
 
 
