@@ -16,6 +16,7 @@ from semlic_jax import BitstreamError, IncompatibleModelError, memory
 from semlic_jax.codec import (
     MAX_LEVEL,
     _checked_budget,
+    _require_room,
     _use_compilation_cache,
     bucket_side,
 )
@@ -340,6 +341,16 @@ def test_what_has_no_room_is_refused_before_it_starts(codec, small_file, monkeyp
         codec.decompress(claims)
     with pytest.raises(MemoryError, match="encoding 20000000 pixels"):
         codec.compress(image, quality=0.5)
+
+
+@pytest.mark.parametrize(("work", "least"), [("encoding", 22), ("decoding", 30)])
+def test_room_is_that_of_the_direction(monkeypatch, work, least):
+    pixels = 2**25
+    monkeypatch.setattr(memory, "available_bytes", lambda: least * pixels)
+    _require_room(work, pixels)
+    monkeypatch.setattr(memory, "available_bytes", lambda: least * pixels - 1)
+    with pytest.raises(MemoryError, match=f"{work} {pixels} pixels"):
+        _require_room(work, pixels)
 
 
 def test_usual_sizes_are_not_asked_for_room(codec, small_file, monkeypatch):
