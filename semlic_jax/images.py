@@ -24,24 +24,36 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageColor,
+    ImageOps,
+    UnidentifiedImageError,
+)
 
 MAX_SIDE = 65535
 # 134 megapixels: 400 MB of pixels. Pillow's own limit (179 megapixels) stays in force.
 MAX_PIXELS = 2**27
 
 _TIFF_BITS = 258  # the tag BitsPerSample
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 _GRID_LEVELS = 18  # of each colour, to compare profiles
 
-# What Pillow's decoders raise on damaged data, beside their own errors.
+# What Pillow's decoders raise on damaged data.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
     IndexError,
+    KeyError,
     OverflowError,
+    RuntimeError,
     TypeError,
+    ZeroDivisionError,
+    Image.DecompressionBombError,
     struct.error,
     zlib.error,
 )
@@ -130,6 +142,40 @@ def photograph_of(
     return _convert(image, "the image", background)
 
 
+def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
+    """Height and width of what `read_photograph` gives, from the head of the file.
+
+    Raises:
+      ValueError, OSError: as `read_photograph`, as far as the head says it.
+    """
+    name = _name_of(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again with the pixels
+        with _open(source, name) as image:
+            width, height = image.size
+            _check_size(image.size, name, MAX_PIXELS)
+            try:
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+            except _DECODE_ERRORS:
+                orientation = None
+    return (width, height) if orientation in _TURNED else (height, width)
+
+
+def read_brightness(source: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """uint8 [H, W] of an image file that nobody has checked, whatever its colours.
+
+    Raises:
+      ValueError, OSError: as `read_photograph`, but for transparency.
+    """
+    name = _name_of(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(source, name) as image:
+            _check_size(image.size, name, MAX_PIXELS)
+            _load(image, name)
+            return np.array(_at_most_8_bits(image, name, []).convert("L"))
+
+
 def _name_of(source: str | os.PathLike | BinaryIO) -> str:
     if isinstance(source, str | os.PathLike):
         return Path(source).name
@@ -173,24 +219,36 @@ def _convert(
     image: Image.Image, name: str, background: tuple[int, int, int] | None
 ) -> Photograph:
     notes = []
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        notes.append(f"only the first of {frames} frames is used")
-    if image.mode == "I" and _raw_bits(image) > 16:
-        raise ValueError(f"{name} has 32-bit samples: expected 8 or 16 bits per sample")
     if _raw_bits(image) == 16:
         notes.append("16-bit samples were rounded to 8 bits")
+    _load(image, name)
+    icc_profile = image.info.get("icc_profile") or None
+    first = _upright(image, notes)
+    first = _without_transparency(first, name, background, notes)
+    first, icc_profile = _to_rgb(first, name, icc_profile, notes)
+    pixels = np.array(first, dtype=np.uint8)
+    # Last, since it reads on in the file.
+    frames = _count_frames(image)
+    if frames > 1:
+        notes.insert(0, f"only the first of {frames} frames is used")
+    return Photograph(pixels, icc_profile, tuple(dict.fromkeys(notes)))
+
+
+def _load(image: Image.Image, name: str) -> None:
+    if image.mode == "I" and _raw_bits(image) > 16:
+        raise ValueError(f"{name} has 32-bit samples: expected 8 or 16 bits per sample")
     try:
         image.load()
     except _DECODE_ERRORS as error:
         raise ValueError(f"{name} is damaged: {_one_line(error)}") from None
-    icc_profile = image.info.get("icc_profile") or None
-    image = _upright(image, notes)
-    image = _without_transparency(image, name, background, notes)
-    image, icc_profile = _to_rgb(image, name, icc_profile, notes)
-    return Photograph(
-        np.array(image, dtype=np.uint8), icc_profile, tuple(dict.fromkeys(notes))
-    )
+
+
+def _count_frames(image: Image.Image) -> int:
+    """Of an animation; 1 where those after the first are damaged."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except _DECODE_ERRORS:
+        return 1
 
 
 def _raw_bits(image: Image.Image) -> int:
@@ -246,12 +304,7 @@ def _without_transparency(
 def _to_rgb(
     image: Image.Image, name: str, icc_profile: bytes | None, notes: list[str]
 ) -> tuple[Image.Image, bytes | None]:
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        image = _narrow(image, name, notes)
-    if image.mode == "F":
-        raise ValueError(
-            f"{name} has floating-point samples: expected 8 or 16 bits per sample"
-        )
+    image = _at_most_8_bits(image, name, notes)
     space = icc_profile[16:20] if icc_profile else None
     if icc_profile and space == b"RGB " and _is_srgb(icc_profile):
         icc_profile, space = None, None  # 3 kB that say what no profile says
@@ -282,6 +335,16 @@ def _to_rgb(
         notes.append("an ICC profile of another colour space was dropped")
         icc_profile = None
     return rgb, icc_profile
+
+
+def _at_most_8_bits(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError(
+            f"{name} has floating-point samples: expected 8 or 16 bits per sample"
+        )
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        return _narrow(image, name, notes)
+    return image
 
 
 def _narrow(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
@@ -376,7 +439,8 @@ def write_file(path: str | os.PathLike, data: bytes, *, force: bool = False) -> 
         with open(target, "wb") as stream:
             stream.write(data)
         return
-    part = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
+    # Short, whatever the name: that may be as long as the file system allows.
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb") as stream:
             stream.write(data)

@@ -12,7 +12,8 @@
 Importing this is light; JAX and a model are loaded at the first pixel. Models are
 loaded once and shared by all threads. A file is decoded by the packaged model that it
 was made with, or by one that `register_model` was given. `save` also takes `model`,
-`background`, `icc_profile`, and `refine` and `roi` as `Codec.compress` does.
+`background`, `icc_profile` (None leaves it out), and `refine` and `roi` as
+`Codec.compress` does.
 
 Pillow itself loads no plugins of other packages (python-pillow/Pillow#6070). This one
 is the entry point `semlic` of the group `pillow.plugins`, for programs that load what
@@ -33,7 +34,7 @@ from PIL import Image, ImageFile
 
 import semlic_jax
 from semlic_jax.coding.bitstream import MAGIC, unpack
-from semlic_jax.images import parse_colour, photograph_of
+from semlic_jax.images import Photograph, parse_colour, photograph_of
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec
@@ -134,9 +135,20 @@ def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
         photograph.pixels,
         **(rate or {"quality": DEFAULT_QUALITY}),
         **{name: given[name] for name in _REFINEMENT if name in given},
-        icc_profile=given.get("icc_profile") or photograph.icc_profile,
+        icc_profile=_profile_to_write(image, options, photograph),
     )
     stream.write(data)
+
+
+def _profile_to_write(
+    image: Image.Image, options: dict[str, Any], photograph: Photograph
+) -> bytes | None:
+    """The profile that is given, also None; that of the pixels where none is."""
+    given = options.get("icc_profile", photograph.icc_profile)
+    if given and isinstance(given, bytes) and image.mode != "RGB":
+        # Programs hand on the profile of the CMYK image that they had.
+        return given if given[16:20] == b"RGB " else photograph.icc_profile
+    return given
 
 
 Image.register_open(FORMAT, SemlicImageFile, _accept)

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from semlic_jax import images
 
@@ -204,6 +204,104 @@ def test_animations_give_their_first_frame(pixels):
     assert photograph.notes == ("only the first of 2 frames is used",)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+@pytest.mark.parametrize("as_path", [True, False])
+def test_damage_behind_the_first_frame_does_not_matter(tmp_path, kind, as_path):
+    noise = np.random.default_rng(RNG_SEED).integers(0, 256, (3, 12, 16), np.uint8)
+    first, *others = [Image.fromarray(frame) for frame in noise]
+    stream = io.BytesIO()
+    first.save(stream, format=kind, save_all=True, append_images=others)
+    data = stream.getvalue()
+    notes = set()
+    for length in [*range(0, len(data), 7), len(data)]:
+        path = tmp_path / "photo"
+        path.write_bytes(data[:length])
+        try:
+            photograph = images.read_photograph(
+                path if as_path else io.BytesIO(data[:length])
+            )
+        except ValueError:  # the first frame is damaged too
+            continue
+        np.testing.assert_array_equal(photograph.pixels[..., 0], noise[0])
+        notes.add(photograph.notes[0])
+    assert "only the first of 3 frames is used" in notes
+    assert any("made RGB" in note for note in notes)  # where no other is whole
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, ZeroDivisionError, KeyError, Image.DecompressionBombError],
+)
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_whatever_a_decoder_raises_is_damage(pixels, monkeypatch, error, step):
+    def fail(*args):
+        raise error("inside")
+
+    data = io.BytesIO(images.encode_image(pixels, ".png"))
+    if step == "open":
+        monkeypatch.setattr(Image, "open", fail)
+    else:
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(ValueError, match="^the input is .*inside"):
+        images.read_photograph(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_the_photographs(tmp_path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    found = images.read_photograph(path).pixels.shape[:2]
+    assert images.photograph_size(path) == found
+
+
+def test_sizes_of_files_with_damage(tmp_path, pixels):
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert images.photograph_size(path) == (5, 7)
+    path.write_bytes(png(30000, 30000, 8, 2, b""))
+    with pytest.raises(ValueError, match="photo.png is refused for its size"):
+        images.photograph_size(path)
+    path.write_bytes(png(12000, 12000, 8, 2, b""))
+    with pytest.raises(ValueError, match="photo.png is too large: it is 12000x12000"):
+        images.photograph_size(path)
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="photo.png is not an image"):
+        images.photograph_size(path)
+
+
+def test_brightness_is_that_of_the_photograph(pixels):
+    wide = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    for image in (Image.fromarray(wide), Image.fromarray(pixels)):
+        for kind in ("PNG", "TIFF"):
+            stream = io.BytesIO()
+            image.save(stream, format=kind)
+            expected = Image.fromarray(images.read_photograph(stream).pixels)
+            stream.seek(0)
+            found = images.read_brightness(stream)
+            assert found.dtype == np.uint8
+            np.testing.assert_array_equal(found, np.asarray(expected.convert("L")))
+    # A mask has no colours behind its holes: transparency is no matter.
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert("LA").save(stream, format="PNG")
+    assert images.read_brightness(stream).shape == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros((2, 2), np.float32), "floating-point"),
+        (np.full((2, 2), 200, np.int32), "32-bit samples"),
+    ],
+)
+def test_brightness_of_samples_that_mean_nothing_here(samples, message):
+    stream = io.BytesIO()
+    Image.fromarray(samples).save(stream, format="TIFF")
+    with pytest.raises(ValueError, match=message):
+        images.read_brightness(stream)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(100)]
 )
@@ -292,6 +390,13 @@ def test_write_file_replaces_only_when_forced(tmp_path):
     images.write_file(path, b"two", force=True)
     assert path.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_names_as_long_as_they_can_be(tmp_path):
+    path = tmp_path / ("ф" * 125 + ".png")  # 254 of the 255 bytes that a name has
+    images.write_file(path, b"one")
+    assert path.read_bytes() == b"one"
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_write_file_respects_a_file_that_appeared_meanwhile(tmp_path, monkeypatch):

@@ -169,6 +169,41 @@ def test_profile_and_conversions(photo, model, tmp_path):
     clear.save(tmp_path / "clear.semlic", model=model, background="white")
 
 
+@pytest.fixture
+def written(model):
+    """Function (image, options of save) -> the profile in the file."""
+
+    def save(image, **options):
+        stream = io.BytesIO()
+        image.save(stream, format="SEMLIC", model=model, **options)
+        with Image.open(stream) as again:
+            return again.info.get("icc_profile")
+
+    return save
+
+
+def test_a_profile_that_is_given_wins(photo, written, other_profile):
+    photo.info["icc_profile"] = other_profile
+    assert written(photo) == other_profile
+    assert written(photo, icc_profile=None) is None  # Pillow's way to leave it out
+    assert written(photo, icc_profile=b"") is None
+    another = other_profile + bytes(4)
+    assert written(photo, icc_profile=another) == another
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "LAB"])
+def test_profiles_of_other_colour_spaces_are_not_for_rgb(
+    photo, written, other_profile, mode
+):
+    spaces = {"CMYK": b"CMYK", "L": b"GRAY", "LAB": b"Lab "}
+    profile = other_profile[:16] + spaces[mode] + other_profile[20:]
+    image = photo.convert("L") if mode == "LAB" else photo.convert(mode)
+    image.info["icc_profile"] = profile
+    # As programs do that keep a profile, whatever the format.
+    assert written(image, icc_profile=profile) is None
+    assert written(image, icc_profile=other_profile) == other_profile
+
+
 def test_damaged_files(saved):
     data = bytearray(saved.read_bytes())
     data[-1] ^= 1

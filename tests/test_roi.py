@@ -86,6 +86,23 @@ def test_masks_from_files(tmp_path):
     assert resized[:, :60].min() > 0.99 and resized[:, 68:].max() < 0.01
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_masks_of_16_bits(tmp_path, suffix):
+    path = tmp_path / f"mask.{suffix}"
+    wide = np.linspace(0, 65535, 56 * 64).reshape(SIZE).astype(np.uint16)
+    Image.fromarray(wide).save(path)
+    mask = read_mask(path, SIZE, edge_pixels=0)
+    np.testing.assert_allclose(mask, wide / 65535, atol=0.5 / 255 + 1e-6)
+
+
+def test_masks_that_are_too_large_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="mask.png is refused for its size"):
+        read_mask(path, SIZE)
+
+
 def test_masks_that_are_no_images(tmp_path):
     path = tmp_path / "mask.png"
     with pytest.raises(ValueError, match="found nothing at"):

@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semlic_jax.images import read_brightness
+
 VARIANTS = ("L1", "L2")
 DEFAULT_EDGE_PIXELS = 8.0
 # Cells of the longer side of the picture that `salient_mask` looks at.
@@ -158,15 +160,13 @@ def read_mask(
         edge_pixels: see `soften`.
 
     Raises:
-        ValueError: not an image, or another size.
+        ValueError: not an image, damaged, or another size.
+        OSError: the file cannot be opened.
     """
     try:
-        with Image.open(path) as file:
-            image = file.convert("L")
+        image = Image.fromarray(read_brightness(path))
     except FileNotFoundError:
         raise ValueError(f"expected a mask, found nothing at {path}") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not an image: {error}") from error
     wanted = (size[1], size[0])
     if image.size != wanted:
         if not resize:
