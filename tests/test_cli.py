@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from PIL import Image
 import semlic_jax
 from semlic_jax import cli
 from semlic_jax.coding.bitstream import Header, pack, unpack
+from semlic_jax.evaluation import demo
 from semlic_jax.evaluation.demo import packaged_photograph
 
 
@@ -186,6 +188,22 @@ def test_places_that_cannot_be_written(folder, semlic):
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--roi-weight", 0], "expected --refine with --roi-weight"),
+        (["--roi-variant", "L2"], "expected --refine with --roi-variant"),
+        (["--roi-resize"], "expected --refine with --roi-resize"),
+        (["--refine", 2, "--roi-weight", 0], "expected --roi with --roi-weight"),
+        (["--refine", 2, "--roi-variant", "L2"], "expected --roi with --roi-variant"),
+        (["--refine", 2, "--roi-resize"], "expected --roi with --roi-resize"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(folder, semlic, options, words):
+    refused(semlic("compress", "photo.png", "--quality", 0.5, *options), words)
+    assert os.listdir() == ["photo.png"]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["compress", "photo.png"],
@@ -317,6 +335,17 @@ def test_demo(folder, semlic):
     assert semlic(*command, "--force")[0] == 0
 
 
+def test_demo_notes_who_is_left_out(folder, semlic, monkeypatch):
+    def narrow(*arguments):
+        raise ValueError("too wide for me")
+
+    monkeypatch.setattr(demo, "_rival", narrow)
+    semlic("compress", "photo.png", "middle.semlic", "--quality", 0.5)
+    bpp = 8 * os.path.getsize("middle.semlic") / (64 * 48)
+    status, out, err = semlic("demo", "photo.png", "--out", "out", "--bpp", bpp)
+    assert status == 0 and "note: webp is left out: too wide for me\n" in err
+
+
 def test_bench(folder, semlic):
     command = ("bench", "photo.png", "--repeats", 1, "--quality", 0.1, "--json")
     status, out, err = semlic(*command)
@@ -346,6 +375,20 @@ def test_as_a_program(folder, tiny_model):
     assert done.returncode == 1 and done.stderr.startswith("semlic: ")
     done = run("--version")
     assert done.stdout == f"semlic_jax {semlic_jax.__version__}\n"
+
+
+def test_names_that_are_not_utf_8(folder):
+    """They are printed in the bytes of the file system, as other programs do."""
+    name = b"caf\xe9.semlic"
+    Path(os.fsdecode(name)).write_bytes(
+        pack(Header(8, 8, 99, b"\x12\x34\x56\x78"), b"payload!")
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "semlic_jax.cli", "info", name],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and name in done.stdout
 
 
 def test_a_closed_pipe_is_no_error_message():

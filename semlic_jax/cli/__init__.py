@@ -13,6 +13,7 @@ where that is a terminal.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be UTF-8: they come out as the bytes that they are.
+        sys.stdout.reconfigure(errors="surrogateescape")
     if "program" in options:
         options.rest = rest
     elif rest:

@@ -62,6 +62,7 @@ def _demo(options: argparse.Namespace) -> None:
             bpp=options.bpp,
             force=options.force,
             progress=progress,
+            note=lambda text: say(f"note: {text}"),
         )
     print(demo.table(candidates))
     print()
@@ -230,7 +231,8 @@ def _compare(options: argparse.Namespace) -> None:
             measures,
             icc_profile=photograph.icc_profile,
         )
-    write_file(output, page.encode(), force=options.force)
+    # A name that is no UTF-8 is shown with question marks: the page is all UTF-8.
+    write_file(output, page.encode(errors="replace"), force=options.force)
     print(compare.table(shown, measures))
     print()
     print(output)

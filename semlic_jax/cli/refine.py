@@ -191,7 +191,10 @@ def add_region(group: argparse._ArgumentGroup) -> None:
         "--roi", metavar="REGION", help="MASK.png, x,y,width,height or auto"
     )
     group.add_argument(
-        "--roi-resize", action="store_true", help="resize a mask of another size"
+        "--roi-resize",
+        action="store_true",
+        default=None,
+        help="resize a mask of another size",
     )
     group.add_argument(
         "--roi-weight",
@@ -209,18 +212,27 @@ def settings_of(
 ) -> Settings | None:
     """How to refine; None where that was not asked for."""
     weights = ("alpha", "beta", "gamma", "mean_style", "structure", "lattice")
-    names = (*weights, "method", "features", "seed")
-    changes = {name: getattr(options, name) for name in names}
+    of_settings = (*weights, "method", "features", "seed")
+    changes = {name: getattr(options, name) for name in of_settings}
+    # `semlic refine` has none of these.
+    of_region = ("roi", "roi_weight", "roi_variant", "roi_resize")
+    region = {name: getattr(options, name, None) for name in of_region}
     if refine is None:
-        given = {**changes, "roi": options.roi}
-        for name, value in given.items():
-            if value is not None:
-                option = name.replace("_", "-")
-                raise ValueError(f"expected --refine with --{option}, found none")
+        _refuse_without("refine", changes | region)
         return None
+    if region.pop("roi") is None:
+        _refuse_without("roi", region)
     from semlic_jax import refinement
 
     return refinement.preset(refine, **changes)
+
+
+def _refuse_without(option: str, others: dict[str, Any]) -> None:
+    """Refuses options that do nothing without another one."""
+    for name, value in others.items():
+        if value is not None:
+            given = name.replace("_", "-")
+            raise ValueError(f"expected --{option} with --{given}, found none")
 
 
 def refine_image(
@@ -258,7 +270,7 @@ def _region(options: argparse.Namespace, pixels: np.ndarray) -> Region | None:
         return None
     from semlic_jax.refinement import Region, parse_region
 
-    mask = parse_region(options.roi, pixels, resize=options.roi_resize)
+    mask = parse_region(options.roi, pixels, resize=bool(options.roi_resize))
     weights: dict[str, Any] = {}
     if options.roi_weight is not None:
         weights = dict(foreground=options.roi_weight, background=1 - options.roi_weight)

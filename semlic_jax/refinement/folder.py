@@ -19,22 +19,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
-from semlic_jax.images import Photograph, read_photograph, write_file
+from semlic_jax.images import (
+    Photograph,
+    photograph_size,
+    read_photograph,
+    write_file,
+)
 from semlic_jax.refinement.batch import Progress, Refined
 from semlic_jax.refinement.large import goes_in_tiles
-from semlic_jax.refinement.refine import refine_batch
+from semlic_jax.refinement.refine import is_out_of_memory, refine_batch
 from semlic_jax.refinement.settings import REVISION, Settings
 
 SUFFIX = ".semlic"
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
-_ORIENTATION_TAG = 0x0112
 _TABLE_NAME = "refine.csv"
+_AS_NAMED = "surrogateescape"  # names of files need not be UTF-8
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,10 @@ def refine_folder(
         row = known.get(path.name)
         if _is_ours(row, outputs[path]):
             assert row is not None
-            alike = row.task == _task_of(task, _read(path, background).pixels)
+            photograph = _read(path, background, report)
+            if photograph is None:
+                continue
+            alike = row.task == _task_of(task, photograph.pixels)
             if alike and row.steps >= settings.steps:
                 report.rows.append(row)
                 continue
@@ -171,19 +177,7 @@ def refine_folder(
             )
         waiting.append(path)
     for group in _batches(waiting, batch, codec, settings, report):
-        loaded = list(_loaded(group, background, report))
-        budgets = []
-        ready: list[tuple[Path, Photograph, bytes]] = []
-        for path, photograph in loaded:
-            try:
-                start = codec.compress(
-                    photograph.pixels, bpp=bpp, icc_profile=photograph.icc_profile
-                )
-            except ValueError as error:
-                report.skipped[path.name] = " ".join(str(error).split())
-                continue
-            budgets.append(codec.budget_bytes(bpp, photograph.pixels.shape[:2]))
-            ready.append((path, photograph, start))
+        ready = list(_compressed(codec, group, bpp, background, report))
         if not ready:
             continue
         listener = _Listener(progress, len(report.rows), len(share))
@@ -191,30 +185,27 @@ def refine_folder(
         try:
             refined = refine_batch(
                 codec,
-                [photograph.pixels for _, photograph, _ in ready],
-                max_bytes=budgets,
+                [each.pixels for each in ready],
+                max_bytes=[each.budget_bytes for each in ready],
                 settings=settings,
-                icc_profiles=[photograph.icc_profile for _, photograph, _ in ready],
-                unrefined=[start for _, _, start in ready],
+                icc_profiles=[each.icc_profile for each in ready],
+                unrefined=[each.unrefined for each in ready],
                 progress=listener,
             )
         except MemoryError as error:  # they are of one size
-            for path, _, _ in ready:
-                report.skipped[path.name] = f"not enough memory: {error}"
+            for each in ready:
+                report.skipped[each.path.name] = _reason(error)
             continue
         seconds = (time.perf_counter() - begun_s) / len(ready)
-        for (path, photograph, _), budget, result in zip(
-            ready, budgets, refined, strict=True
-        ):
-            row = _row(path, outputs[path], photograph.pixels, budget, result)
+        for each, result in zip(ready, refined, strict=True):
+            output = outputs[each.path]
+            row = _row(each, output, result)
             row = replace(
-                row,
-                seconds=round(seconds, 3),
-                task=_task_of(task, photograph.pixels),
+                row, seconds=round(seconds, 3), task=_task_of(task, each.pixels)
             )
             # The row first: a file without its row would be taken for a stranger's.
             table.add(row)
-            write_file(outputs[path], result.data, force=True)
+            write_file(output, result.data, force=True)
             report.rows.append(row)
         if listener.stopped:
             report.stopped = True
@@ -252,7 +243,7 @@ class _Table:
     def add(self, row: Row) -> None:
         """Appends a row."""
         new = not self._path.exists()
-        with open(self._path, "a", newline="") as stream:
+        with open(self._path, "ab") as stream:
             stream.write(_csv([row], header=new))
 
     def finish(self, rows: Sequence[Row]) -> None:
@@ -260,10 +251,10 @@ class _Table:
         found = {row.image: row for row in _rows_in(self._path)}
         found |= {row.image: row for row in rows}
         kept = sorted(found.values(), key=lambda row: row.image)
-        write_file(self._path, _csv(kept, header=True).encode(), force=True)
+        write_file(self._path, _csv(kept, header=True), force=True)
 
 
-def _csv(rows: Sequence[Row], *, header: bool) -> str:
+def _csv(rows: Sequence[Row], *, header: bool) -> bytes:
     stream = io.StringIO()
     writer = csv.DictWriter(
         stream, [entry.name for entry in fields(Row)], lineterminator="\n"
@@ -271,14 +262,15 @@ def _csv(rows: Sequence[Row], *, header: bool) -> str:
     if header:
         writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    return stream.getvalue()
+    return stream.getvalue().encode("utf-8", _AS_NAMED)
 
 
 def _rows_in(path: Path) -> Iterator[Row]:
     """Rows of a table; a line that was cut off is left out."""
     if not path.exists():
         return
-    for record in csv.DictReader(io.StringIO(path.read_text())):
+    text = path.read_text("utf-8", _AS_NAMED)
+    for record in csv.DictReader(io.StringIO(text)):
         try:
             yield Row(
                 **{
@@ -338,9 +330,11 @@ def _batches(
     buckets: dict[tuple[int, int], list[Path]] = {}
     for path in sorted(images, key=lambda path: path.name):
         try:
-            buckets.setdefault(codec.bucket(_size(path)), []).append(path)
-        except (OSError, SyntaxError, ValueError) as error:
-            report.skipped[path.name] = " ".join(str(error).split())
+            bucket = codec.bucket(photograph_size(path))
+        except (OSError, ValueError, MemoryError) as error:
+            report.skipped[path.name] = _reason(error)
+            continue
+        buckets.setdefault(bucket, []).append(path)
     batches = []
     for bucket, group in sorted(buckets.items()):
         count = 1 if goes_in_tiles(bucket, settings) else most
@@ -348,40 +342,66 @@ def _batches(
     return batches
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width of a photograph, upright, from the head of its file."""
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
-    return (width, height) if turned else (height, width)
+class _Ready(NamedTuple):
+    """A photograph that can be refined, with its budget and the file within it."""
+
+    path: Path
+    pixels: np.ndarray
+    icc_profile: bytes | None
+    budget_bytes: int
+    unrefined: bytes
 
 
-def _read(path: Path, background: tuple[int, int, int] | None) -> Photograph:
-    return read_photograph(path, background=background)
-
-
-def _loaded(
-    paths: Sequence[Path], background: tuple[int, int, int] | None, report: Report
-) -> Iterator[tuple[Path, Photograph]]:
+def _compressed(
+    codec: Any,
+    paths: Sequence[Path],
+    bpp: float,
+    background: tuple[int, int, int] | None,
+    report: Report,
+) -> Iterator[_Ready]:
+    """The photographs that the codec can compress; the others are skipped."""
     for path in paths:
+        photograph = _read(path, background, report)
+        if photograph is None:
+            continue
+        pixels, profile = photograph.pixels, photograph.icc_profile
         try:
-            yield path, _read(path, background)
-        except (OSError, ValueError) as error:
-            report.skipped[path.name] = " ".join(str(error).split())
+            start = codec.compress(pixels, bpp=bpp, icc_profile=profile)
+        except (ValueError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not (isinstance(error, ValueError) or is_out_of_memory(error)):
+                raise
+            report.skipped[path.name] = _reason(error)
+            continue
+        budget = codec.budget_bytes(bpp, pixels.shape[:2])
+        yield _Ready(path, pixels, profile, budget, start)
 
 
-def _row(
-    path: Path, output: Path, pixels: np.ndarray, budget: int, result: Refined
-) -> Row:
-    height, width = pixels.shape[:2]
+def _read(
+    path: Path, background: tuple[int, int, int] | None, report: Report
+) -> Photograph | None:
+    """The photograph; None where it cannot be read, and then it is skipped."""
+    try:
+        return read_photograph(path, background=background)
+    except (OSError, ValueError, MemoryError) as error:
+        report.skipped[path.name] = _reason(error)
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"not enough memory: {text}" if is_out_of_memory(error) else text
+
+
+def _row(image: _Ready, output: Path, result: Refined) -> Row:
+    height, width = image.pixels.shape[:2]
     return Row(
-        image=path.name,
+        image=image.path.name,
         file=output.name,
         width=width,
         height=height,
         bytes=len(result.data),
         bpp=round(8 * len(result.data) / (height * width), 6),
-        budget_bytes=budget,
+        budget_bytes=image.budget_bytes,
         unrefined_bytes=len(result.unrefined),
         value=round(result.value, 6),
         unrefined_value=round(result.unrefined_value, 6),

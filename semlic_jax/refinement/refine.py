@@ -127,7 +127,7 @@ def refine_batch(
         try:
             return _refine_together(kind(codec, settings, *arguments), progress)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return str(error)
 
@@ -175,7 +175,8 @@ def _refine_together(
     return batch.finish(batch.run(progress))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room for the work, on the host or on an accelerator."""
     text = str(error)
     return isinstance(error, MemoryError) or (
         "RESOURCE_EXHAUSTED" in text or "Out of memory" in text

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of photographs: what is skipped, and names of any kind."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import pytest
+from PIL import Image
+
+from semlic_jax.refinement import Refined, preset, refine_folder
+from semlic_jax.refinement import folder as folder_module
+
+SIZE = (20, 30)
+SETTINGS = preset(4, gamma=0.0)
+
+
+class Stub:
+    """A codec whose files are the pixels."""
+
+    fingerprint = b"stub"
+
+    def __init__(self, failing=None, error=None):
+        self.failing, self.error = failing, error
+
+    def bucket(self, size):
+        return size
+
+    def budget_bytes(self, bpp, size):
+        return size[0] * size[1] * 3
+
+    def compress(self, pixels, **options):
+        if pixels[0, 0, 0] == self.failing:
+            raise self.error
+        return pixels.tobytes()
+
+
+@pytest.fixture(autouse=True)
+def refined(monkeypatch):
+    """The images that are refined, each by its first value."""
+    seen = []
+
+    def refine_batch(codec, images, *, unrefined, **options):
+        seen.extend(int(image[0, 0, 0]) for image in images)
+        return [Refined(data, data, 1.0, 2.0, SETTINGS.steps, ()) for data in unrefined]
+
+    monkeypatch.setattr(folder_module, "refine_batch", refine_batch)
+    return seen
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three photographs of one colour each: 1, 2 and 3."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for value, name in enumerate("abc", start=1):
+        Image.new("RGB", SIZE[::-1], (value, 0, 0)).save(folder / f"{name}.png")
+    return folder
+
+
+def run(album, codec=None, **options):
+    return refine_folder(
+        codec or Stub(),
+        sorted(album.iterdir()),
+        album.parent / "out",
+        bpp=1.0,
+        settings=SETTINGS,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError("encoding needs 9 GiB"), "not enough memory: encoding needs"),
+        (MemoryError(), "not enough memory: MemoryError"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB"),
+            "not enough memory: RESOURCE_EXHAUSTED",
+        ),
+        (ValueError("expected\nanother budget"), "expected another budget"),
+    ],
+)
+def test_images_that_cannot_be_compressed_are_skipped(album, refined, error, reason):
+    report = run(album, Stub(failing=2, error=error))
+    assert refined == [1, 3] and [row.image for row in report.rows] == [
+        "a.png",
+        "c.png",
+    ]
+    assert list(report.skipped) == ["b.png"]
+    assert report.skipped["b.png"].startswith(reason)
+
+
+def test_errors_of_ours_end_the_run(album):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        run(album, Stub(failing=2, error=jax.errors.JaxRuntimeError("INTERNAL: bug")))
+
+
+@pytest.mark.parametrize("step", ["photograph_size", "read_photograph"])
+def test_images_without_room_to_be_read_are_skipped(album, refined, monkeypatch, step):
+    work = getattr(folder_module, step)
+
+    def narrow(path, **options):
+        if path.name == "b.png":
+            raise MemoryError("9 GiB")
+        return work(path, **options)
+
+    monkeypatch.setattr(folder_module, step, narrow)
+    assert run(album).skipped == {"b.png": "not enough memory: 9 GiB"}
+    assert refined == [1, 3]
+
+
+def test_images_too_large_for_their_reader_are_skipped(album, refined, monkeypatch):
+    Image.new("RGB", (90, 90), (2, 0, 0)).save(album / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    report = run(album)
+    assert refined == [1, 3] and "refused for its size" in report.skipped["b.png"]
+
+
+def test_damaged_exif_data_skip_no_image(album, refined):
+    damaged = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    Image.new("RGB", SIZE[::-1], (2, 0, 0)).save(album / "b.png", exif=damaged)
+    assert not run(album).skipped and refined == [1, 2, 3]
+
+
+def test_upright_photographs_are_of_their_own_bucket(album, refined):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", SIZE[::-1], (2, 0, 0)).save(album / "b.png", exif=exif)
+    run(album, batch=3)
+    assert refined == [1, 3, 2]
+
+
+def test_a_photograph_that_was_damaged_since_is_skipped(album, refined):
+    (album / "a.png").unlink()
+    path = album / "a.bmp"  # whose head is whole when its end is lost
+    Image.new("RGB", SIZE[::-1], (1, 0, 0)).save(path)
+    run(album)
+    path.write_bytes(path.read_bytes()[:500])
+    report = run(album)
+    assert [row.image for row in report.rows] == ["b.png", "c.png"]
+    assert "a.bmp is damaged" in report.skipped["a.bmp"]
+    assert refined == [1, 2, 3]
+    assert "a.bmp" in (album.parent / "out" / "refine.csv").read_text()
+
+
+def test_names_that_are_not_utf_8(album, refined):
+    name = os.fsdecode(b"caf\xe9.png")
+    (album / "b.png").rename(album / name)
+    report = run(album)
+    assert [row.image for row in report.rows] == ["a.png", "c.png", name]
+    out = album.parent / "out"
+    assert (out / os.fsdecode(b"caf\xe9.semlic")).is_file()
+    assert b"caf\xe9.png,caf\xe9.semlic," in (out / "refine.csv").read_bytes()
+    assert len(run(album).rows) == len(refined) == 3  # it is found again
