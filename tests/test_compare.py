@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
+import os
 import re
 
 import chromium
@@ -14,6 +16,9 @@ import pytest
 from PIL import Image
 
 from semlic_jax import cli
+from semlic_jax.coding import tfc_coding
+from semlic_jax.coding.bitstream import pack, unpack
+from semlic_jax.coding.entropy_coding import SymbolDecoder
 from semlic_jax.evaluation import compare
 from semlic_jax.evaluation.bit_allocation import bits_per_block
 from semlic_jax.evaluation.entrants import ClassicalEntrant, SemlicEntrant
@@ -137,6 +142,59 @@ def test_a_first_codec_that_fails_leaves_the_rate_to_the_next(pixels, measures):
         compare.compare(pixels, [Hopeless("jpeg")], 2.0, measures)
 
 
+@pytest.mark.parametrize("step", ["fit", "decode", "measure"])
+@pytest.mark.parametrize(
+    "error", [MemoryError("9\nGiB"), RuntimeError("9 GiB"), OSError("9 GiB")], ids=repr
+)
+def test_a_codec_that_fails_at_any_step_leaves_a_gap(pixels, monkeypatch, step, error):
+    class Failing(ClassicalEntrant):
+        def fitter(self, image):
+            if step == "fit":
+                raise error
+            return super().fitter(image)
+
+        def decode(self, data):
+            if step == "decode":
+                raise error
+            return super().decode(data) + np.uint8(step == "measure")
+
+    def measure(self, original, decoded, names):
+        if step == "measure" and not np.array_equal(decoded, jpeg):
+            raise error
+        return {}, {}
+
+    def jpeg_at(bpp):
+        entrant = ClassicalEntrant("jpeg")
+        return entrant.decode(entrant.fitter(pixels)(bpp).data)
+
+    jpeg = jpeg_at(2.0)
+    monkeypatch.setattr(Measures, "measure", measure)
+    failed, whole = compare.compare(
+        pixels, [Failing("jpeg"), ClassicalEntrant("jpeg")], 2.0, Measures([])
+    )
+    assert failed.gaps == {"file": "9 GiB"} and not failed.data
+    np.testing.assert_array_equal(whole.image, jpeg)  # at the rate that was asked for
+
+
+def test_bits_of_the_second_coder(codec, photograph, monkeypatch):
+    """Its streams are read by its own decoder; here a stand-in with inverted bytes."""
+
+    class Inverted(SymbolDecoder):
+        def __init__(self, data, tables):
+            assert tables == (codec.entropy.z_tables, codec.entropy.y_tables)
+            super().__init__(bytes(255 - byte for byte in data))
+
+    monkeypatch.setattr(tfc_coding, "TfcSymbolDecoder", Inverted)
+    data = codec.compress(photograph(64, 64), quality=0.8)
+    header, payload = unpack(data)
+    inverted = pack(
+        dataclasses.replace(header, coder="tfc"), bytes(255 - byte for byte in payload)
+    )
+    np.testing.assert_array_equal(
+        bits_per_block(codec, inverted), bits_per_block(codec, data)
+    )
+
+
 def test_values_are_those_of_the_pictures(pixels, shown, measures):
     for each in shown[:1]:
         values, _ = measures.measure(pixels, each.image, ["psnr_db"])
@@ -173,6 +231,15 @@ def test_titles_cannot_break_out(page):
     assert page.count("</script>") == 2
     assert "<i>cup" not in page
     assert data_of(page)["title"] == TITLE
+
+
+def test_titles_that_are_not_utf_8(tmp_path, pixels, monkeypatch):
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(pixels).save(image)
+    command = ["compare", str(image), "--bpp", "2", "--codecs", "jpeg"]
+    assert cli.main([*command, "--metrics", "psnr_db"]) == 0
+    page = image.with_suffix(".html").read_text(encoding="utf-8")
+    assert data_of(page)["title"] == "caf?.png"
 
 
 def test_a_colour_profile_stays_with_the_pictures(pixels, shown, measures):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import semlic_jax
 from semlic_jax.evaluation import demo
+from semlic_jax.evaluation.codecs import CodecUnavailableError, classical_codec
 from semlic_jax.images import Photograph
 
 
@@ -108,6 +109,36 @@ def test_demo_files(tmp_path, tiny_model):
     ]
     for rival in made[2:]:
         assert rival.over_budget or rival.file_bytes <= len(data)
+
+
+class Stub:
+    """A codec whose files are 2,000 bytes."""
+
+    def compress(self, pixels, **options):
+        self.pixels = pixels
+        return bytes(2000)
+
+    def decompress(self, data):
+        return self.pixels
+
+
+def test_rivals_that_fail_are_left_out_with_a_reason(tmp_path, monkeypatch, photograph):
+    """WebP ends at 16,383 pixels; and one that this machine lacks."""
+
+    def without_avif(name):
+        if name == "avif":
+            raise CodecUnavailableError("this Pillow was built without AVIF")
+        return classical_codec(name)
+
+    monkeypatch.setattr(demo, "classical_codec", without_avif)
+    notes = []
+    pixels = np.tile(photograph(4, 41), (1, 400, 1))
+    _, made = demo.run_demo(
+        Stub(), Photograph(pixels), "cup", tmp_path, bpp=1, note=notes.append
+    )
+    assert [each.name for each in made] == ["original", "semlic", "JPEG"]
+    assert notes[0] == "avif is left out: this Pillow was built without AVIF"
+    assert notes[1].startswith("webp is left out: ") and "16383" in notes[1]
 
 
 def test_demo_refuses_before_it_works(tmp_path):

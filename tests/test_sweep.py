@@ -16,8 +16,9 @@ from PIL import Image
 from small_trunk import load_small_trunk
 
 from semlic_jax import cli
+from semlic_jax.evaluation import image_sets
 from semlic_jax.evaluation import measures as measures_module
-from semlic_jax.evaluation.codecs import classical_codec
+from semlic_jax.evaluation.codecs import CODECS, Jpeg, classical_codec
 from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import (
     ClassicalEntrant,
@@ -349,28 +350,72 @@ def test_set_metrics_of_images_smaller_than_a_patch(folder, tmp_path, small_trun
     assert row.values == {} and "patch of 256" in row.gaps["frechet"]
 
 
-def test_a_set_with_a_missing_file_is_not_a_smaller_set(folder, tmp_path, small_trunk):
-    class Fussy(ClassicalEntrant):
-        def fitter(self, image):
-            fit = super().fitter(image)
+class Failing(ClassicalEntrant):
+    """A codec that fails on one image, known by its height, at one step."""
 
-            def only_dark(bpp):
-                if image.mean() == brightest:
-                    raise ValueError("too bright for me")
-                return fit(bpp)
+    def __init__(self, key, error, *, height, step="fit"):
+        super().__init__(key)
+        self.error, self.height, self.step, self.fits = error, height, step, 0
 
-            return only_dark
+    def fitter(self, image):
+        fit = super().fitter(image)
 
-    paths = list_images([folder])
-    brightest = max(np.asarray(Image.open(path)).mean() for path in paths)
-    results = run_sweep(
-        paths, [Fussy("jpeg")], [3.0], Measures(["frechet"], patch_side=32), tmp_path
-    )
+        def failing(bpp):
+            self.fits += 1
+            if self.step == "fit" and len(image) == self.height:
+                raise self.error
+            return fit(bpp)
+
+        return failing
+
+    def decode(self, data):
+        image = super().decode(data)
+        if self.step == "decode" and len(image) == self.height:
+            raise self.error
+        return image
+
+
+@pytest.fixture
+def with_one_lower(folder, tmp_path, photograph):
+    """Function (height) -> three photographs, and then one of this height."""
+
+    def paths(height):
+        path = tmp_path / "other.png"
+        Image.fromarray(photograph(height, 80, 7)).save(path)
+        return [*list_images([folder]), path]
+
+    return paths
+
+
+def test_a_set_with_a_missing_file_is_not_a_smaller_set(
+    with_one_lower, tmp_path, small_trunk
+):
+    codec = Failing("jpeg", ValueError("too low for me"), height=48)
+    measures = Measures(["frechet"], patch_side=32)
+    results = run_sweep(with_one_lower(48), [codec], [3.0], measures, tmp_path / "out")
     [row] = results.set_rows
-    assert row.gaps == {"frechet": "1 of 3 images have no file"}
-    assert [row.gaps.get("file") for row in results.rows].count(
-        "too bright for me"
-    ) == 1
+    assert row.values == {} and row.bpp is None
+    why = "1 of 4 images have none (other.png: too low for me)"
+    assert row.gaps == {"frechet": why}
+    assert [row.gaps.get("file") for row in results.rows].count("too low for me") == 1
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_images_smaller_than_a_patch_are_in_no_number_of_the_set(
+    folder, with_one_lower, tmp_path, small_trunk, with_file
+):
+    """The distance is one over the others, and so is the rate beside it."""
+    height = 16
+    codec = Failing("jpeg", ValueError("no"), height=0 if with_file else height)
+    run = [codec], [6.0], Measures(["frechet"], patch_side=32)
+    [alone] = run_sweep(list_images([folder]), *run, tmp_path / "a").set_rows
+    results = run_sweep(with_one_lower(height), *run, tmp_path / "b")
+    [row] = results.set_rows
+    rates = [found.bpp for found in results.rows]
+    assert (rates[3] is not None) == with_file and rates[3] != alone.bpp
+    assert row.bpp == alone.bpp == pytest.approx(np.mean(rates[:3]))
+    assert row.values == alone.values and row.values
+    assert row.gaps == {"images left out": "1 images are smaller than a patch"}
 
 
 # Bad inputs.
@@ -399,6 +444,17 @@ def test_images_that_cannot_be_used_are_named(folder, tmp_path):
         run_sweep([broken], [], [1.0], Measures([]), tmp_path / "none")
 
 
+def test_names_that_are_not_utf_8(folder, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes((folder / "photo0.png").read_bytes())
+    out = tmp_path / "out"
+    results = run_sweep(
+        [path], [ClassicalEntrant("jpeg")], [6.0], Measures(["psnr_db"]), out
+    )
+    assert b"caf\xe9.png," in (out / "results.csv").read_bytes()
+    assert read_results(out) == results and results.images[0].name == path.name
+
+
 def test_images_of_one_name_in_two_folders(folder, tmp_path, photograph):
     Image.fromarray(photograph(40, 40, 9)).save(tmp_path / "photo0.png")
     results = run_sweep(
@@ -414,18 +470,89 @@ def test_images_of_one_name_in_two_folders(folder, tmp_path, photograph):
     assert len(list((tmp_path / "out" / "files" / "jpeg").iterdir())) == 2
 
 
-def test_a_codec_that_fails_leaves_a_gap(folder, tmp_path):
-    class Failing(ClassicalEntrant):
-        def fitter(self, image):
-            def fit(bpp):
-                raise RuntimeError("out of paper")
+FAILURES = [RuntimeError("out of\npaper"), OSError("out of paper")]
+FAILURES += [MemoryError("out of paper"), ValueError("out of paper")]
 
-            return fit
 
-    results = sweep(folder, tmp_path, [Failing("jpeg"), ClassicalEntrant("webp")])
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_codec_that_fails_leaves_a_gap(folder, tmp_path, error):
+    failing = Failing("jpeg", error, height=64)
+    results = sweep(folder, tmp_path, [failing, ClassicalEntrant("webp")])
     failed = [row for row in results.rows if row.codec == "jpeg"]
     assert all(row.gaps == {"file": "out of paper"} for row in failed)
     assert any(row.values for row in results.rows if row.codec == "webp")
+    # What a codec says of the image stays true; for the rest there is another try.
+    again = Counting("jpeg")
+    found = sweep(folder, tmp_path, [again])
+    kept = isinstance(error, ValueError)
+    assert again.fits == (0 if kept else len(failed))
+    assert any(row.values for row in found.rows) != kept
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_file_that_cannot_be_decoded_leaves_a_gap(
+    with_one_lower, tmp_path, small_trunk, error
+):
+    failing = Failing("jpeg", error, height=48, step="decode")
+    measures = Measures(["psnr_db", "frechet"], patch_side=32)
+    run = [3.0], measures, tmp_path / "out"
+    paths = with_one_lower(48)
+    results = run_sweep(paths, [failing], *run)
+    *others, row = results.rows
+    why = "it was not measured: out of paper"
+    assert row.bpp is not None and row.decode_s is None
+    assert (row.values, row.gaps) == ({}, {"psnr_db": why})
+    assert all(other.values for other in others)
+    [of_set] = results.set_rows
+    assert of_set.gaps == {"frechet": f"1 of 4 images have none (other.png: {why})"}
+    # Nothing of it is kept.
+    again = Counting("jpeg")
+    found = run_sweep(paths, [again], *run)
+    assert (again.fits, again.decodes) == (0, 1)
+    assert found.rows[-1].values and not found.rows[-1].gaps
+    assert found.set_rows[0].values
+
+
+@pytest.mark.parametrize("step", ["measure", "features"])
+def test_an_image_without_room_to_be_measured_leaves_a_gap(
+    with_one_lower, tmp_path, small_trunk, monkeypatch, step
+):
+    work = getattr(Measures, step)
+
+    def narrow(self, image, *rest):
+        if len(image) == 48:
+            raise MemoryError("9 GiB")
+        return work(self, image, *rest)
+
+    measures = Measures(["psnr_db", "frechet"], patch_side=32)
+    run = [ClassicalEntrant("jpeg")], [3.0], measures, tmp_path / "out"
+    paths = with_one_lower(48)
+    with monkeypatch.context() as patched:
+        patched.setattr(Measures, step, narrow)
+        results = run_sweep(paths, *run)
+    *others, row = results.rows
+    assert row.bpp is not None and all(other.values for other in others)
+    why = "it was not measured: 9 GiB"
+    # What was measured before stays.
+    assert row.gaps == ({"psnr_db": why} if step == "measure" else {})
+    assert why in results.set_rows[0].gaps["frechet"]
+    found = run_sweep(paths, *run)
+    assert found.rows[-1].values and found.set_rows[0].values
+
+
+def test_an_image_without_room_to_be_read_is_skipped(folder, tmp_path, monkeypatch):
+    read = image_sets.read_photograph
+
+    def narrow(path, **options):
+        if path.name == "photo1.png":
+            raise MemoryError
+        return read(path, **options)
+
+    monkeypatch.setattr(image_sets, "read_photograph", narrow)
+    results = sweep(folder, tmp_path, [ClassicalEntrant("jpeg")])
+    [skipped] = results.skipped
+    assert (Path(skipped.name).name, skipped.reason) == ("photo1.png", "MemoryError")
+    assert len(results.images) == 2
 
 
 def test_a_folder_that_holds_something_else(folder, tmp_path):
@@ -459,6 +586,25 @@ def test_rates_are_sorted():
     assert check_rates([0.3, 0.1]) == [0.1, 0.3]
 
 
+def test_measures_are_of_the_contents_of_their_weights(tmp_path, monkeypatch):
+    """Other weights of the same name and size give other values."""
+    path = tmp_path / "squeezenet1_0.npz"
+    identities = set()
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        for given in (tmp_path, path):
+            measures = Measures([], given)
+            identities.add(measures.identity("feature_distance"))
+    assert len(identities) == 2
+    # They are read once, and where something needs them alone.
+    measures = Measures(["psnr_db"], tmp_path)
+    assert measures.identity("psnr_db") == ""
+    identity = measures.identity("feature_distance")
+    monkeypatch.delattr(measures_module.hashlib, "file_digest")
+    assert measures.identity("feature_distance") == identity
+    Measures(["psnr_db"], tmp_path)
+
+
 def test_unknown_metrics():
     with pytest.raises(ValueError, match="unknown metric 'psnr': expected .*psnr_db"):
         Measures(["psnr"])
@@ -482,6 +628,27 @@ def test_codecs_given_twice(tiny_model):
         entrants(["jpeg", "jpeg"])
     with pytest.raises(ValueError, match="two models are called semlic:tiny"):
         entrants([f"semlic:{tiny_model}", f"semlic:{tiny_model.parent}/./tiny.npz"])
+
+
+def test_a_changed_codec_is_another_one(monkeypatch):
+    """Its name and the description that it inherits are the same."""
+
+    class Slower(Jpeg):
+        def encode(self, image, setting):
+            return super().encode(image, setting) + b"!"
+
+    class Parent(Slower):
+        pass
+
+    made = type("Made", (Jpeg,), {})  # there is no source of it
+    identities = set()
+    for kind in (Jpeg, Slower, Parent, made):
+        monkeypatch.setitem(CODECS, "jpeg", kind)
+        identity = ClassicalEntrant("jpeg").identity
+        assert ClassicalEntrant("jpeg").identity == identity
+        assert "Pillow" in identity and "Progressive JPEG" in identity
+        identities.add(identity)
+    assert len(identities) == 4
 
 
 def test_refined_files_are_of_their_feature_network_too(codec):
@@ -549,15 +716,16 @@ def test_command(folder, tmp_path, capsys, no_weights):
     assert facts["images"] == 3 and facts["anchor"] == "webp"
 
 
-def test_command_with_skipped_images_says_so(folder, tmp_path, capsys, no_weights):
-    broken = tmp_path / "broken.png"
+def test_command_with_skipped_images_says_so(folder, tmp_path, capfdbinary, no_weights):
+    broken = tmp_path / os.fsdecode(b"brok\xe9n.png")  # no UTF-8
     broken.write_bytes(b"not an image")
     command = ["eval", str(folder / "photo0.png"), str(broken), "--codecs", "jpeg"]
     command += ["--bpp", "2", "--metrics", "psnr_db", "--out", str(tmp_path / "out")]
     assert cli.main(command) == 4
-    printed = capsys.readouterr()
-    assert "skipped" in printed.err and "broken.png" in printed.err
-    assert "Skipped, 1 files" in printed.out
+    printed = capfdbinary.readouterr()
+    assert b"skipped" in printed.err and b"n.png" in printed.err
+    for text in (printed.out, (tmp_path / "out" / "summary.md").read_bytes()):
+        assert b"Skipped, 1 files" in text and b"brok\xe9n.png" in text
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from semlic_jax.coding.tfc_coding import (
     TfcSymbolEncoder,
     narrow_counts,
 )
+from semlic_jax.evaluation.bit_allocation import bits_per_block
 from semlic_jax.model.priors import scale_table
 
 INSTALLED = importlib.util.find_spec("tensorflow_compression_ops") is not None
@@ -130,5 +131,7 @@ def test_both_coders_give_the_same_image(codec, tiny_model, photograph, size):
         images = [codec.decompress(data) for data in files]
         np.testing.assert_array_equal(*images)
         sizes = [len(data) for data in files]
+        bits = bits_per_block(codec, files[1])
+        np.testing.assert_array_equal(bits, bits_per_block(codec, files[0]))
         # Smaller where symbols lie in the tails: 16 bits cannot say how rare they are.
         assert 0.9 * sizes[0] <= sizes[1] <= 1.005 * sizes[0] + 8

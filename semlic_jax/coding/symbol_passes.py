@@ -147,13 +147,7 @@ class PassCoder(abc.ABC):
             IncompatibleMachineError: float entropy networks come to other indexes here
                 than where the file was made.
         """
-        decoder: Any
-        if coder == "tfc":
-            from semlic_jax.coding.tfc_coding import TfcSymbolDecoder
-
-            decoder = TfcSymbolDecoder(payload, (self.z_tables, self.y_tables))
-        else:
-            decoder = SymbolDecoder(payload)
+        decoder = self.decoder(payload, coder)
         z = np.zeros((grid[0] // 4, grid[1] // 4, self.config.hyper_channels), np.int32)
         rows, columns = grid_of(size, HYPER_STRIDE)
         popped = decoder.pop(self._z_indexes(rows * columns), self.z_tables)
@@ -174,6 +168,18 @@ class PassCoder(abc.ABC):
         rows, columns = grid_of(size, STRIDE)
         y_hat = np.concatenate(groups, -1)[0, :rows, :columns]
         return y_hat.astype(np.float32) / MEAN_STEPS
+
+    def decoder(self, payload: bytes, coder: str) -> Any:
+        """What gives the symbols of a payload: z first, then each pass over y.
+
+        Raises:
+            ValueError: the package of the coder is not installed.
+        """
+        if coder == "tfc":
+            from semlic_jax.coding.tfc_coding import TfcSymbolDecoder
+
+            return TfcSymbolDecoder(payload, (self.z_tables, self.y_tables))
+        return SymbolDecoder(payload)
 
     def _z_indexes(self, positions: int) -> np.ndarray:
         channels = self.config.hyper_channels

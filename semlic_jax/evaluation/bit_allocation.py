@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.coding.bitstream import unpack
-from semlic_jax.coding.entropy_coding import SymbolDecoder
 from semlic_jax.coding.symbol_tables import SymbolTables
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ def bits_per_block(codec: Codec, data: bytes) -> np.ndarray:
     """Bits that a file spends on each block of 16 x 16 pixels.
 
     The bits of a hyper-latent, which describes 64 x 64 pixels, are shared out among its
-    blocks. The sum is the length of the payload but for the end of the stream.
+    blocks. The sum is the length of the payload but for the end of the stream, and but
+    for the narrower tables of the coder `tfc`.
 
     Args:
       codec: of the model that made the file.
@@ -40,7 +40,8 @@ def bits_per_block(codec: Codec, data: bytes) -> np.ndarray:
     rows, columns = y_hat.shape[:2]
     z_rows, z_columns = -(-rows // _Z_PER_Y), -(-columns // _Z_PER_Y)
     z_indexes = np.tile(np.arange(channels), z_rows * z_columns)
-    z = SymbolDecoder(unpack(data)[1]).pop(z_indexes, entropy.z_tables)
+    decoder = entropy.decoder(unpack(data)[1], header.coder)
+    z = decoder.pop(z_indexes, entropy.z_tables)
     z_hat = z.reshape(z_rows, z_columns, channels)
     # Latents on the coder's grid round to the very symbols of the file.
     padding = (0, -rows % _Z_PER_Y), (0, -columns % _Z_PER_Y), (0, 0)

@@ -20,6 +20,15 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, features
 
+# What a codec fails with on one image. It is a gap with its words, not the end: other
+# images and codecs can still be done.
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
 
 class CodecUnavailableError(ValueError):
     """This machine lacks what a codec needs; the message says what."""

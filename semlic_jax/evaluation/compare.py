@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from semlic_jax.evaluation.bit_allocation import bits_per_block
+from semlic_jax.evaluation.codecs import FAILURES, reason_of
 from semlic_jax.evaluation.entrants import (
     Entrant,
     RefinedEntrant,
@@ -92,21 +93,20 @@ def compare(
         }
         try:
             encoded = entrant.fitter(pixels)(rate)
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            shown.append(Shown(**facts, gaps={"file": reason}))
+            start_s = time.perf_counter()
+            image = entrant.decode(encoded.data)
+            decode_s = time.perf_counter() - start_s
+            progress(f"measuring {entrant.label}")
+            values, gaps = measures.measure(pixels, image, names)
+            bits = None
+            if isinstance(entrant, SemlicEntrant | RefinedEntrant):
+                bits = bits_per_block(entrant.codec, encoded.data)
+        except FAILURES as error:
+            shown.append(Shown(**facts, gaps={"file": reason_of(error)}))
             continue
         if not any(each.data for each in shown):
             # A hair more than the file takes, so that rounding does not lose a byte.
             rate = 8 * len(encoded.data) / (height * width) * (1 + 1e-12)
-        start_s = time.perf_counter()
-        image = entrant.decode(encoded.data)
-        decode_s = time.perf_counter() - start_s
-        progress(f"measuring {entrant.label}")
-        values, gaps = measures.measure(pixels, image, names)
-        bits = None
-        if isinstance(entrant, SemlicEntrant | RefinedEntrant):
-            bits = bits_per_block(entrant.codec, encoded.data)
         shown.append(
             Shown(
                 **facts,

@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from semlic_jax.evaluation.codecs import (
+    FAILURES,
     ClassicalCodec,
-    CodecUnavailableError,
     Ladder,
     classical_codec,
+    reason_of,
 )
 from semlic_jax.images import (
     Photograph,
@@ -115,6 +116,7 @@ def run_demo(
     bpp: float,
     force: bool = False,
     progress: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Outputs, list[Candidate]]:
     """Writes the file, the decoded picture and the comparison.
 
@@ -126,6 +128,7 @@ def run_demo(
       bpp: bits per pixel of the file, at most.
       force: replaces outputs that exist.
       progress: is told what is being done.
+      note: is told which rival is left out, and why.
 
     Returns:
       The paths, and what each codec made: the original first, then semlic.
@@ -156,8 +159,8 @@ def run_demo(
         progress(f"fitting {name} to {len(data):,} bytes")
         try:
             candidates.append(_rival(classical_codec(name), original, len(data)))
-        except CodecUnavailableError:  # shown by its absence; the rest still counts
-            continue
+        except FAILURES as error:
+            note(f"{name} is left out: {reason_of(error)}")
     progress("drawing the comparison")
     picture = np.asarray(draw_comparison(candidates, stem))
     icc_profile = photograph.icc_profile

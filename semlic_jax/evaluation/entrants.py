@@ -176,14 +176,26 @@ class ClassicalEntrant:
 
 
 def _classical_identity(key: str, codec: ClassicalCodec) -> str:
-    """The library's version, and the settings as the class states them."""
+    """The library's version, and the settings as the class and its code state them."""
     libraries = {"jpeg": "libjpeg_turbo", "webp": "webp", "avif": "avif"}
     if key == "jxl":
         version = f"pillow-jxl-plugin {metadata.version('pillow-jxl-plugin')}"
     else:
         library = libraries.get(key, "jpg_2000")
         version = f"Pillow {PIL.__version__}, {library} {features.version(library)}"
-    return f"{inspect.getdoc(type(codec))} {version}"
+    return f"{inspect.getdoc(type(codec))} {version}, {_code_digest(type(codec))}"
+
+
+def _code_digest(kind: type) -> str:
+    """Names a class by its code and that of its bases, or by its name without it."""
+    digest = hashlib.sha256()
+    for each in kind.__mro__[:-1]:
+        try:
+            code = inspect.getsource(each)
+        except (OSError, TypeError):
+            code = f"{each.__module__}.{each.__qualname__}"
+        digest.update(code.encode())
+    return digest.hexdigest()[:12]
 
 
 class _AtLevels:

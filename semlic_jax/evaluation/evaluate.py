@@ -100,7 +100,8 @@ def evaluate(
     progress("plots")
     plots = write_plots(results, out / "plots", published)
     tables = out / "summary.md"
-    write_file(tables, f"{markdown(summary)}\n".encode(), force=True)
+    text = f"{markdown(summary)}\n".encode("utf-8", "surrogateescape")
+    write_file(tables, text, force=True)
     facts = json.dumps(summary.facts(), indent=1).encode()
     write_file(out / "summary.json", facts, force=True)
     pictures = [path for path in plots if path.name == "rd_all.png"]

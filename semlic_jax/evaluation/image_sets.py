@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semlic_jax.evaluation.codecs import reason_of
 from semlic_jax.evaluation.results import ImageFacts, Skipped
 from semlic_jax.images import read_photograph
 
@@ -57,9 +58,8 @@ def readable_images(
     for path in paths:
         try:
             pixels = read_photograph(path, background=background).pixels
-        except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
-            skipped.append(Skipped(str(path), reason))
+        except (ValueError, OSError, MemoryError) as error:
+            skipped.append(Skipped(str(path), reason_of(error)))
             continue
         height, width = pixels.shape[:2]
         digest = hashlib.sha256(f"{height}x{width} ".encode() + pixels.tobytes())

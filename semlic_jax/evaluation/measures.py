@@ -142,7 +142,23 @@ class Measures:
             trunk: load_features(None if trunk == PACKAGED else weights, trunk)
             for trunk in trunks
         }
-        self._weights = _weights_digest(weights)
+        self._folder = (
+            weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
+        )
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        """Names the weight files in use by their content; they are large: read once."""
+        if not self._folder:
+            return "none"
+        path = Path(self._folder)
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*.npz")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(os.fsencode(file.name))
+                with open(file, "rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:12]
 
     @property
     def image_metrics(self) -> dict[str, MetricFacts]:
@@ -264,14 +280,3 @@ def _statistics(features: Sequence[np.ndarray]) -> FeatureStatistics:
 def _packaged_digest() -> str:
     """Names the packaged weights by their content."""
     return hashlib.sha256(PACKAGED_FILE.read_bytes()).hexdigest()[:12]
-
-
-def _weights_digest(weights: str | Path | None) -> str:
-    """Names the weight files in use, by name and size: they do not change unseen."""
-    folder = weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
-    if not folder:
-        return "none"
-    path = Path(folder)
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-    facts = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]

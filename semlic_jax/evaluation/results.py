@@ -108,7 +108,8 @@ class SetRow:
 
     Attributes:
       codec, target_bpp: as in `Row`.
-      bpp: mean over images; None where an image has no file.
+      bpp: mean over the images that are compared, which hold a patch; None where one
+        of them has no file, or none is compared.
       values: metric of the set to number.
       patches: on each side of the comparison.
       gaps: metric to the reason why there is none.

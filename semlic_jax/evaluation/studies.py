@@ -24,10 +24,6 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
-def whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """A CSV file of a header and rows."""
     stream = io.StringIO()

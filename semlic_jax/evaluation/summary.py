@@ -3,7 +3,8 @@
 
 A point of a curve is the mean over *all* images of the set, rate and metric alike; a
 codec that misses a rate on one image has no point there, since a mean over fewer images
-would be a mean over another set. BD-rates are those of `objectives.bd_rates` between
+would be a mean over another set. (Under a metric of the set, the images are those that
+hold a patch, for every codec.) BD-rates are those of `objectives.bd_rates` between
 such curves; their intervals come from resampling the images with replacement (Efron's
 percentile bootstrap), both curves on the same sample.
 """

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from semlic_jax.evaluation.codecs import FAILURES, reason_of
 from semlic_jax.evaluation.entrants import Entrant
 from semlic_jax.evaluation.image_sets import readable_images
 from semlic_jax.evaluation.measures import Measures
@@ -194,9 +195,14 @@ def run_sweep(
 
 def write_results(results: Results, out: Path) -> None:
     """Writes `results.json`, `results.csv` and `sets.csv`, replacing older ones."""
-    write_file(out / "results.json", results.to_json().encode(), force=True)
-    write_file(out / "results.csv", results.to_csv().encode(), force=True)
-    write_file(out / "sets.csv", results.set_csv().encode(), force=True)
+    texts = {
+        "results.json": results.to_json(),
+        "results.csv": results.to_csv(),
+        "sets.csv": results.set_csv(),
+    }
+    for name, text in texts.items():
+        # Names of images need not be UTF-8.
+        write_file(out / name, text.encode("utf-8", "surrogateescape"), force=True)
 
 
 class _Clock:
@@ -238,7 +244,7 @@ class _Sweep:
         self._remeasured: set[str] = set()
         # (codec, rate) to image to trunk to the file of its features, or a reason.
         self._features: dict[tuple[str, float], dict[str, dict[str, Path] | str]] = {}
-        self._bpps: dict[tuple[str, float], list[float]] = {}
+        self._bpps: dict[tuple[str, float], dict[str, float]] = {}
         self._originals: dict[str, dict[str, Path] | str] = {}
 
     def encode(
@@ -252,8 +258,7 @@ class _Sweep:
             known = self._journal.get(key)
             if known is None or not self._is_current(known, entrant):
                 fit = fit or entrant.fitter(pixels)
-                known = self._encode_one(image, entrant, rate, fit)
-                self._journal.put(key, known)
+                known = self._encode_one(key, image, entrant, rate, fit)
             path = self._out / known["path"] if "path" in known else None
             files.append(_File(path, known))
         return files
@@ -268,30 +273,35 @@ class _Sweep:
 
     def _encode_one(
         self,
+        key: str,
         image: ImageFacts,
         entrant: Entrant,
         rate: float,
         fit: Callable[[float], Any],
     ) -> dict[str, Any]:
+        known: dict[str, Any] = {"identity": entrant.identity}
         try:
             encoded = fit(rate)
-        # A codec that fails on one image is a gap with its words, not the end.
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return {"identity": entrant.identity, "reason": reason}
+        except FAILURES as error:
+            known["reason"] = reason_of(error)
+            # The rest may be of this machine or this moment: the next run tries again.
+            if isinstance(error, ValueError):
+                self._journal.put(key, known)
+            return known
         stem = f"{_slug(Path(image.name).stem)}-{image.sha256[:8]}"
         name = f"files/{_slug(entrant.key)}/{stem}@{rate:g}{entrant.suffix}"
         path = self._out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, encoded.data, force=True)
-        return {
-            "identity": entrant.identity,
+        known |= {
             "path": name,
             "bytes": len(encoded.data),
             "sha256": _sha256(encoded.data),
             "setting": encoded.setting,
             "encode_s": round(encoded.encode_s, 4),
         }
+        self._journal.put(key, known)
+        return known
 
     def measure(
         self,
@@ -308,8 +318,6 @@ class _Sweep:
             reason = str(file.facts["reason"])
             features[image.sha256] = f"{image.name}: {reason}"
             return Row(image.name, entrant.key, rate, gaps={"file": reason})
-        if image.sha256 not in self._originals:
-            self._originals[image.sha256] = self._features_of(image.sha256, pixels)
         # The same bytes are another picture under another decoder.
         sha256 = _sha256(f"{entrant.identity} {file.facts['sha256']}".encode())
         key = f"measure {image.sha256} {sha256}"
@@ -317,25 +325,25 @@ class _Sweep:
         if self._remeasure and key not in self._remeasured:
             record = {"values": {}, "gaps": {}}
         self._remeasured.add(key)
-        missing = self._missing(record)
-        wanted = self._features_known(sha256)
-        if missing or wanted is None or "decode_s" not in record:
-            data = file.path.read_bytes()
-            start_s = time.perf_counter()
-            decoded = entrant.decode(data)
-            record["decode_s"] = round(time.perf_counter() - start_s, 4)
-            if decoded.shape != pixels.shape:
-                raise RuntimeError(
-                    f"{entrant.key} decoded {file.path} to {decoded.shape}, the image "
-                    f"is {pixels.shape}"
-                )
-            self._add_values(record, pixels, decoded, missing)
-            wanted = self._features_of(sha256, decoded)
-            self._journal.put(key, record)
-        assert wanted is not None
+        failed: dict[str, str] = {}
+        try:
+            missing = self._missing(record)
+            wanted = self._features_known(sha256)
+            if missing or wanted is None or "decode_s" not in record:
+                decoded, decode_s = _decoded(entrant, file.path, pixels.shape)
+                record["decode_s"] = decode_s
+                self._add_values(record, pixels, decoded, missing)
+                wanted = self._features_of(sha256, decoded)
+                self._journal.put(key, record)
+            if image.sha256 not in self._originals:
+                self._originals[image.sha256] = self._features_of(image.sha256, pixels)
+        except FAILURES as error:  # not kept: the next run tries again
+            reason = f"it was not measured: {reason_of(error)}"
+            wanted = f"{image.name}: {reason}"
+            failed = dict.fromkeys(self._missing(record), reason)
         features[image.sha256] = wanted
         bpp = 8 * file.facts["bytes"] / (image.width * image.height)
-        self._bpps.setdefault(at, []).append(bpp)
+        self._bpps.setdefault(at, {})[image.sha256] = bpp
         names = list(self._measures.image_metrics)
         return Row(
             image=image.name,
@@ -345,9 +353,10 @@ class _Sweep:
             file_bytes=file.facts["bytes"],
             setting=file.facts["setting"],
             encode_s=file.facts["encode_s"],
-            decode_s=record["decode_s"],
+            decode_s=record.get("decode_s"),
             values={n: record["values"][n][1] for n in names if n in record["values"]},
-            gaps={n: record["gaps"][n][1] for n in names if n in record["gaps"]},
+            gaps={n: record["gaps"][n][1] for n in names if n in record["gaps"]}
+            | failed,
         )
 
     def _missing(self, record: dict[str, Any]) -> list[str]:
@@ -407,31 +416,25 @@ class _Sweep:
     def measure_sets(self, images: Sequence[ImageFacts]) -> Iterator[SetRow]:
         """One row per codec and rate, over the images that are large enough."""
         names = list(self._measures.set_metrics)
-        too_small = [
-            i for i in images if isinstance(self._originals.get(i.sha256), str)
-        ]
-        used = [i.sha256 for i in images if i not in too_small]
+        side = self._measures.patch_side
+        used = [i.sha256 for i in images if min(i.width, i.height) >= side]
+        too_small = len(images) - len(used)
         loaded: dict[str, dict[str, np.ndarray]] = {}
         for entrant in self._entrants:
             for rate in self._rates:
                 found = self._features[entrant.key, rate]
-                reasons = [
-                    str(found[i.sha256])
-                    for i in images
-                    if isinstance(found[i.sha256], str) and i not in too_small
-                ]
+                reasons = [r for r in map(found.get, used) if isinstance(r, str)]
+                why = ""
                 if reasons:
-                    why = f"{len(reasons)} of {len(images)} images have no file"
+                    count = f"{len(reasons)} of {len(used)} images"
+                    why = f"{count} have none ({reasons[0]})"
+                elif not used:
+                    why = f"no image holds a patch of {side} pixels"
+                if why:
                     yield SetRow(entrant.key, rate, gaps=dict.fromkeys(names, why))
                     continue
-                bpps = self._bpps.get((entrant.key, rate), [])
-                bpp = float(np.mean(bpps)) if len(bpps) == len(images) else None
-                if not used:
-                    why = (
-                        f"no image holds a patch of {self._measures.patch_side} pixels"
-                    )
-                    yield SetRow(entrant.key, rate, bpp, gaps=dict.fromkeys(names, why))
-                    continue
+                bpps = self._bpps[entrant.key, rate]
+                bpp = float(np.mean([bpps[sha256] for sha256 in used]))
                 for sha256 in used:
                     if sha256 not in loaded:
                         loaded[sha256] = _load_features(self._originals[sha256])
@@ -440,9 +443,24 @@ class _Sweep:
                     _by_trunk([loaded[sha256] for sha256 in used]), _by_trunk(decoded)
                 )
                 if too_small:
-                    left_out = f"{len(too_small)} images are smaller than a patch"
+                    left_out = f"{too_small} images are smaller than a patch"
                     gaps = {**gaps, "images left out": left_out}
                 yield SetRow(entrant.key, rate, bpp, values, patches, gaps)
+
+
+def _decoded(
+    entrant: Entrant, path: Path, shape: tuple[int, ...]
+) -> tuple[np.ndarray, float]:
+    """The image in a file, which has this shape, and the seconds that it took."""
+    data = path.read_bytes()
+    start_s = time.perf_counter()
+    decoded = entrant.decode(data)
+    wall_s = time.perf_counter() - start_s
+    if decoded.shape != shape:
+        raise RuntimeError(
+            f"{entrant.key} decoded {path} to {decoded.shape}, the image is {shape}"
+        )
+    return decoded, round(wall_s, 4)
 
 
 def _load_features(paths: dict[str, Path] | str) -> dict[str, np.ndarray]:
