@@ -25,11 +25,13 @@ ABLATIONS = {
     },
     "without_noise": {},
     "binary_discriminator": {"adversary": {"binary": True}},
-    # MS-ILLM's loss: squared error + perceptual + non-binary adversary, no style.
+    # MS-ILLM's loss: squared error + perceptual + non-binary adversary. The adversary's
+    # pull is bounded as in the config that is changed.
     "msillm": {
         "weights": {
             "charbonnier": 0.0,
             "structural": 0.0,
+            "lattice": 0.0,
             "squared_error": 50.0,
             "style": 0.0,
             "local_style": 0.0,

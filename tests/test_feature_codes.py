@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from mini_config import get_config
 from small_trunk import load_small_trunk
 
 from semlic_jax.objectives.adversary import Discriminator
 from semlic_jax.objectives.features import FeatureNetwork
+from semlic_jax.training import feature_codes as feature_codes_module
+from semlic_jax.training import train as train_module
 from semlic_jax.training.data import Photographs
-from semlic_jax.training.feature_codes import feature_codes, nearest_codes
+from semlic_jax.training.feature_codes import (
+    feature_codes,
+    kept_codes,
+    nearest_codes,
+)
 from semlic_jax.training.programs import codec_program, make_run
 from semlic_jax.training.settings import read_settings
 from semlic_jax.training.sharding import make_mesh
@@ -55,6 +62,40 @@ def test_codes_are_the_groups_of_the_features():
     np.testing.assert_allclose(np.linalg.norm(codes, axis=1), 1, atol=1e-5)
     again = feature_codes(network, 1, Flat(), 3, seed=0)
     np.testing.assert_array_equal(again, codes)
+
+
+def test_codes_of_a_network_in_bfloat16(monkeypatch):
+    """k-means takes float32 alone."""
+
+    class Narrow(_Pixels):
+        def __call__(self, images):
+            return super().__call__(images.astype(jnp.bfloat16))
+
+    codes = feature_codes(FeatureNetwork({}, Narrow()), 1, Flat(), 3, seed=0)
+    assert codes.dtype == np.float32
+    wide = feature_codes(FeatureNetwork({}, _Pixels()), 1, Flat(), 3, seed=0)
+    order = np.argsort(codes.argmax(1)), np.argsort(wide.argmax(1))
+    np.testing.assert_allclose(codes[order[0]], wide[order[1]], atol=0.02)
+    features = np.random.default_rng(0).normal(size=(1, 2, 2, 3))
+    found = nearest_codes(codes, jnp.asarray(features, jnp.bfloat16), (4, 4))
+    rounded = jnp.asarray(features, jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(found, nearest_codes(codes, rounded, (4, 4)))
+
+
+def test_codes_are_made_once(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "perceptual" / "codes.npy"
+    network = FeatureNetwork({}, _Pixels())
+    made = kept_codes(path, network, 1, Flat(), 3, seed=0)
+    np.testing.assert_array_equal(made, feature_codes(network, 1, Flat(), 3, seed=0))
+    monkeypatch.setattr(feature_codes_module, "feature_codes", None)
+    again = kept_codes(path, network, 1, Flat(), 3, seed=0)
+    np.testing.assert_array_equal(again, made)
+    assert [file.name for file in path.parent.iterdir()] == ["codes.npy"]
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) .* another adversary"):
+        kept_codes(path, network, 1, Flat(), 4, seed=0)
+    path.write_bytes(b"\x93NUMPY\x01\x00v\x00{")
+    with pytest.raises(ValueError, match="expected codes in .* found no array"):
+        kept_codes(path, network, 1, Flat(), 3, seed=0)
 
 
 def test_the_nearest_code_is_that_of_the_largest_cosine():
@@ -160,6 +201,19 @@ def test_a_run_takes_its_codes_from_the_photographs(tmp_path, monkeypatch):
     config.perceptual.adversary.code_tap = 0
     trained = train(config, tmp_path / "run")
     assert set(trained) == {"codec"}
+    # They are of the run: it goes on with them beside its checkpoints.
+    codes = np.load(tmp_path / "run" / "perceptual" / "codes.npy")
+    assert codes.shape == (5, 3)
+    np.save(tmp_path / "run" / "perceptual" / "codes.npy", codes[::-1])
+    seen = []
+    program = train_module.codec_program
+    monkeypatch.setattr(
+        train_module, "codec_program", lambda *args: seen.append(args) or program(*args)
+    )
+    config.perceptual.steps = 3
+    train(config, tmp_path / "run")
+    ((_, _, _, labeller),) = seen
+    np.testing.assert_array_equal(labeller["codes"], codes[::-1])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ import pytest
 from mini_config import get_config
 
 from semlic_jax import cli
+from semlic_jax.model.compression import CompressionModel
 from semlic_jax.objectives.losses import LossWeights, RateTarget
 from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
@@ -28,6 +30,7 @@ from semlic_jax.training.plot import read_log
 from semlic_jax.training.programs import (
     Program,
     codec_program,
+    initial_labeller,
     labeller_program,
     make_run,
 )
@@ -98,6 +101,7 @@ def test_ablations_change_one_stage_in_one_way():
     }
 
 
+LOSS_TERMS = [field.name for field in dataclasses.fields(LossWeights)]
 REFUSED = [
     ({"sed": 1}, "config has no key 'sed'; did you mean seed?"),
     ({"data.cropp": 64}, "config.data has no key 'cropp'; did you mean crop?"),
@@ -122,6 +126,22 @@ REFUSED = [
     ({"model": "smal"}, "config.model must be one of .* found 'smal'"),
     ({"dtype": "float16"}, "config.dtype must be one of bfloat16, float32"),
     ({"init_from": "/no/such/folder"}, "no such folder: /no/such/folder"),
+    ({"log_steps": 0}, "config.log_steps must be at least 1, found 0"),
+    ({"checkpoint_steps": 0}, "config.checkpoint_steps must be at least 1, found 0"),
+    ({"keep_checkpoints": 0}, "config.keep_checkpoints must be at least 1, found 0"),
+    ({"image_steps": -1}, "config.image_steps must be at least 0, found -1"),
+    ({"perceptual.steps": 0}, "perceptual.steps must be at least 1, found 0"),
+    ({"labeller.steps": 0}, "labeller.steps must be at least 1, found 0"),
+    ({"perceptual.lmbda_low": 0.0}, "lmbda_low must be finite and above 0, found 0"),
+    ({"perceptual.lmbda_high": -1.0}, "lmbda_high must be finite and above 0"),
+    ({"perceptual.optimizer.lr": -1.0}, "lr must be finite and at least 0, found -1"),
+    ({"perceptual.optimizer.warmup_steps": -1}, "warmup_steps must be at least 0"),
+    ({"perceptual.optimizer.ema": 1.0}, "ema must be at least 0 and below 1, found 1"),
+    ({"perceptual.optimizer.clip_norm": 0.0}, "clip_norm must be above 0, found 0"),
+    (
+        {"perceptual.weights": dict.fromkeys(LOSS_TERMS, 0.0)},
+        "perceptual.weights must not all be 0",
+    ),
 ]
 
 
@@ -139,6 +159,55 @@ def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message) as refusal:
         read_settings(config)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_labeller_of_another_shape_is_refused_before_any_stage(tmp_path, monkeypatch):
+    config = get_config()
+    config.perceptual.adversary.binary = False
+    config.labeller_from = str(tmp_path)
+    run = make_run(read_settings(config), make_mesh(1, 1), None)
+    params = jax.eval_shape(lambda: initial_labeller(run))
+    monkeypatch.setattr(checkpoints, "read_params", lambda folder: params)
+    config.networks.labeller.code_count += 1
+    with pytest.raises(ValueError, match="does not fit this model: .* should have sha"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "perceptual").exists()
+
+
+def test_stages_see_other_crops_than_each_other():
+    settings = read_settings(get_config())
+    seeds = [settings.stage_seed(name) for name in ("integer", "perceptual", "")]
+    other = dataclasses.replace(settings, seed=1)
+    seeds += [other.stage_seed(name) for name in ("integer", "perceptual", "")]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**31 for s in seeds)
+    assert settings.stage_seed("integer") == 2065097007  # of every run and machine
+    source = photographs(settings)
+    first, second = (
+        next(source.batches(0, 1, seed=seed, examples=range(2))) for seed in seeds[:2]
+    )
+    assert (first != second).any()
+
+
+def test_a_model_without_texture_starts_without_its_layers(tmp_path, monkeypatch):
+    """What they left behind would be exported, and refused by the loader."""
+    config = get_config()
+    config.init_from = str(tmp_path)
+    config.architecture.texture_channels = 0
+    plain = read_settings(config)
+    config.architecture.texture_channels = 2
+    textured = read_settings(config)
+    init = CompressionModel(textured.model_config).init
+    key, x = jax.random.key(0), jnp.zeros((1, 64, 64, 3))
+    shapes = jax.eval_shape(init, key, x, jnp.zeros(1), key)["params"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    monkeypatch.setattr(checkpoints, "read_params", lambda folder: params)
+    assert any(name.startswith("texture_") for name in params["g_s"])
+    found = initial_params(plain, photographs(plain))
+    assert not any(name.startswith("texture_") for name in found["g_s"])
+    assert set(found["g_s"]) < set(params["g_s"])
+    params["g_s"]["stray"] = np.zeros(3)
+    with pytest.raises(ValueError, match="it has g_s/stray, which the model has not"):
+        initial_params(plain, photographs(plain))
 
 
 def test_refusals_that_need_the_devices_or_the_disk(tmp_path, monkeypatch):

@@ -114,8 +114,15 @@ class Checkpoints:
             ) from error
 
 
-def check_fits(found: Any, wanted: Tree, where: epath.PathLike) -> None:
+def check_fits(
+    found: Any, wanted: Tree, where: epath.PathLike, *, exactly: bool = False
+) -> None:
     """Compares the shapes of a checkpoint with those of a state.
+
+    Args:
+        found, wanted: trees of what has a shape.
+        where: for the message.
+        exactly: `found` may have no other leaves.
 
     Raises:
         ValueError: the first leaf that differs.
@@ -131,6 +138,12 @@ def check_fits(found: Any, wanted: Tree, where: epath.PathLike) -> None:
                 f"the checkpoint in {where} does not fit this model: {name} should "
                 f"have shape {np.shape(leaf)}, found {shapes.get(name, 'none')}"
             )
+        del shapes[name]
+    if exactly and shapes:
+        raise ValueError(
+            f"the checkpoint in {where} does not fit this model: it has "
+            f"{min(shapes)}, which the model has not"
+        )
 
 
 def _name(path: Any) -> str:

@@ -8,11 +8,14 @@ originals do the same: what is where, on a grid of 8 pixels.
 
 from __future__ import annotations
 
+import io
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from scipy.cluster.vq import kmeans2
 
 from semlic_jax.objectives.features import FeatureNetwork, normalise_channels
@@ -35,7 +38,7 @@ def feature_codes(
     """Centres of features of photographs, by k-means.
 
     Args:
-        network: the frozen network.
+        network: the frozen network, of any dtype.
         tap: which of its taps.
         photographs: of the training; the same ones and seed give the same codes.
         count: C.
@@ -47,7 +50,8 @@ def feature_codes(
 
     @partial(jax.jit, static_argnums=1)
     def features(network: FeatureNetwork, tap: int, image: Array) -> Array:
-        return normalise_channels(network.apply(image[None])[tap][0])
+        found = network.apply(image[None])[tap][0]
+        return normalise_channels(found.astype(jnp.float32))
 
     vectors = []
     for index in range(_CROPS):
@@ -59,6 +63,72 @@ def feature_codes(
     centres, _ = kmeans2(np.concatenate(vectors), count, minit="++", rng=rng)
     length = np.linalg.norm(centres, axis=1, keepdims=True)
     return (centres / np.maximum(length, 1e-6)).astype(np.float32)
+
+
+def kept_codes(
+    path: epath.Path,
+    network: FeatureNetwork,
+    tap: int,
+    photographs: Photographs,
+    count: int,
+    *,
+    seed: int,
+) -> np.ndarray:
+    """`feature_codes`, made once: from a file where it is there, for all processes.
+
+    Args:
+        path: of the file, which the first process writes.
+        network, tap, photographs, count, seed: as in `feature_codes`.
+
+    Raises:
+        ValueError: the file is of other codes, or cannot be read or written.
+    """
+    image = np.zeros((1, 64, 64, 3), np.float32)
+    width = jax.eval_shape(network.apply, image)[tap].shape[-1]
+    codes = np.zeros((count, width), np.float32)
+    trouble = ""
+    if jax.process_index() == 0:
+        try:
+            codes = _read_codes(path, codes.shape)
+        except FileNotFoundError:
+            codes = feature_codes(network, tap, photographs, count, seed=seed)
+            trouble = _write_codes(path, codes)
+        except ValueError as error:
+            trouble = str(error)
+    if jax.process_count() > 1:
+        codes, failed = multihost_utils.broadcast_one_to_all((codes, bool(trouble)))
+        trouble = trouble or ("the first process has no codes" if failed else "")
+    if trouble:
+        raise ValueError(trouble)
+    return np.asarray(codes)
+
+
+def _read_codes(path: epath.Path, shape: tuple[int, int]) -> np.ndarray:
+    data = path.read_bytes()
+    try:
+        codes = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"expected codes in {path}, found no array") from error
+    if codes.shape != shape or codes.dtype != np.float32:
+        raise ValueError(
+            f"expected codes of shape {shape} in {path}, found {codes.shape} "
+            f"({codes.dtype}): the stage was begun with another adversary"
+        )
+    return codes
+
+
+def _write_codes(path: epath.Path, codes: np.ndarray) -> str:
+    """What was in the way; empty where nothing was."""
+    buffer = io.BytesIO()
+    np.save(buffer, codes)
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(buffer.getvalue())
+        unfinished.replace(path)
+    except Exception as error:  # the libraries of buckets have errors of their own
+        return f"cannot write {path}: {' '.join(str(error).split())[:300]}"
+    return ""
 
 
 def nearest_codes(codes: Array, features: Array, grid: tuple[int, int]) -> Array:
@@ -73,5 +143,6 @@ def nearest_codes(codes: Array, features: Array, grid: tuple[int, int]) -> Array
         int32 [B, *grid].
     """
     shape = (features.shape[0], *grid, features.shape[-1])
-    features = jax.image.resize(normalise_channels(features), shape, "linear")
+    features = normalise_channels(features.astype(jnp.float32))
+    features = jax.image.resize(features, shape, "linear")
     return jnp.argmax(features @ codes.T, axis=-1).astype(jnp.int32)

@@ -64,7 +64,7 @@ def run_program(
             photographs.batches(
                 start,
                 stage.steps,
-                seed=settings.seed,
+                seed=settings.stage_seed(stage.name),
                 examples=examples,
                 threads=settings.data.threads,
             ),

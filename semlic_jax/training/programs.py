@@ -115,7 +115,8 @@ def codec_program(run: Run, stage: Stage, params: Tree, labeller: Tree) -> Progr
         run = run._replace(
             networks=dataclasses.replace(run.networks, discriminator=discriminator)
         )
-    networks, seed, trunk = run.networks, run.settings.seed, run.trunk
+    networks, trunk = run.networks, run.trunk
+    seed = run.settings.stage_seed(stage.name)
     adversarial = bool(stage.weights.adversarial)
     on_all = replicated(run.mesh)
     if labeller is not None:
@@ -198,12 +199,12 @@ def labeller_program(run: Run, stage: LabellerStage) -> Program:
         learner = new_learner(params, stage.optimizer, stage.steps)
         return {**learner._asdict(), "usage": usage}
 
-    params = initial_labeller(run)
+    params = jax.tree.map(np.asarray, initial_labeller(run))
     shapes = _shapes(run, start, params)
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     usage_place = places.pop("usage")
     update_labeller = jax.jit(
-        labeller_update(networks, stage, run.settings.seed),
+        labeller_update(networks, stage, run.settings.stage_seed(stage.name)),
         donate_argnums=(0, 1),
         out_shardings=(Learner(**places), usage_place, on_all),
     )
@@ -259,8 +260,7 @@ def initial_discriminator(run: Run) -> Tree:
 
 
 def initial_labeller(run: Run) -> Tree:
-    """Fresh parameters of the labeller, as NumPy arrays."""
+    """Fresh parameters of the labeller."""
     key = jax.random.fold_in(jax.random.key(run.settings.seed), 2)
     images = jnp.zeros((1, 64, 64, 3))
-    params = jax.jit(run.networks.labeller.init)(key, images)["params"]
-    return jax.tree.map(np.asarray, params)
+    return jax.jit(run.networks.labeller.init)(key, images)["params"]

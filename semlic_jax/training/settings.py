@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import types
 import typing
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -78,7 +79,8 @@ class Settings:
     Attributes:
         model: a name of `SIZES`.
         architecture: fields of its `ModelConfig` to change.
-        seed: of initial parameters, batches and noise.
+        seed: of initial parameters, and with the name of the stage of batches and
+            noise.
         dtype: of the transforms, the trunk and the adversary; parameters and the
             entropy model are float32 always.
         remat: recompute residual blocks in the backward pass, which saves memory.
@@ -89,7 +91,7 @@ class Settings:
             its weights.
         init_from: folder of a stage's checkpoints to start the codec from, or a model
             file.
-        labeller_from: the same for the labeller.
+        labeller_from: folder of a stage's checkpoints to take the labeller from.
         data: the input.
         networks: the adversary's modules, as keyword arguments.
         stages: names of stages in order; each is a key of the config.
@@ -121,6 +123,10 @@ class Settings:
     log_steps: int = 50
     image_steps: int = 0
     tensorboard: bool = True
+
+    def stage_seed(self, stage: str) -> int:
+        """Of the batches and the noise of a stage: no two see the same crops."""
+        return zlib.crc32(f"{self.seed} {stage}".encode()) // 2  # a positive int32
 
     @property
     def model_config(self) -> ModelConfig:
@@ -227,6 +233,13 @@ def _check(settings: Settings) -> None:
         raise ValueError(
             f"config.data.crop must be a multiple of 64, found {data.crop}"
         )
+    least = {"checkpoint_steps": 1, "log_steps": 1, "keep_checkpoints": 1}
+    for name, value in (least | {"image_steps": 0}).items():
+        if getattr(settings, name) < value:
+            raise ValueError(
+                f"config.{name} must be at least {value}, found "
+                f"{getattr(settings, name)}"
+            )
     if data.batch < 1:
         raise ValueError(f"config.data.batch must be at least 1, found {data.batch}")
     for name in ("init_from", "labeller_from"):

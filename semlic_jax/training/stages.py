@@ -73,6 +73,31 @@ class Optimizer:
     clip_norm: float = 1.0
     ema: float = 0.998
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "final_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"an optimizer's {name} must be finite and at least 0, found "
+                    f"{value}"
+                )
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"an optimizer's {name} must be at least 0, found "
+                    f"{getattr(self, name)}"
+                )
+        for name in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"an optimizer's {name} must be at least 0 and below 1, found "
+                    f"{getattr(self, name)}"
+                )
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"an optimizer's clip_norm must be above 0, found {self.clip_norm}"
+            )
+
     def rate(self, step: Array, steps: int) -> Array:
         """Learning rate at a step of a stage of `steps`."""
         warm = jnp.minimum(1.0, (step + 1) / max(self.warmup_steps, 1))
@@ -164,6 +189,7 @@ class Stage:
     quality_high: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_steps(self.name, self.steps)
         if self.arithmetic not in ARITHMETICS[:2]:
             raise ValueError(
                 f"{self.name}.arithmetic must be float or fake, found "
@@ -175,6 +201,14 @@ class Stage:
                 f"{self.name}.trained must be of {', '.join(PARTS)}, found "
                 f"{', '.join(unknown) or 'none'}"
             )
+        for name in ("lmbda_low", "lmbda_high"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"{self.name}.{name} must be finite and above 0, found {value}"
+                )
+        if not any(dataclasses.astuple(self.weights)):
+            raise ValueError(f"{self.name}.weights must not all be 0")
         if not 0 <= self.zoom <= 1:
             raise ValueError(f"{self.name}.zoom must be from 0 to 1, found {self.zoom}")
         if not 0 <= self.quality_low <= self.quality_high <= 1:
@@ -197,7 +231,7 @@ class LabellerStage:
     which makes codes of texture rather than of colour alone. A commitment term ties
     the embeddings to their codes, codes follow the embeddings by gradient, a diversity
     term spreads the embeddings over all codes, and codes that fall out of use are moved
-    onto embeddings of the batch until the learning rate decays.
+    onto embeddings of the batch, but not in the last steps.
 
     Attributes:
         name, steps, optimizer: as in `Stage`.
@@ -220,6 +254,17 @@ class LabellerStage:
     usage_decay: float = 0.95
     reseed_threshold: float = 0.1
     reseed_until: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check_steps(self.name, self.steps)
+
+
+def _check_steps(stage: str, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(
+            f"{stage}.steps must be at least 1, found {steps}; "
+            "config.stages says which stages are run"
+        )
 
 
 def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,14 @@ from semlic_jax.objectives.feature_weights import load_lpips_heads
 from semlic_jax.objectives.features import load_features
 from semlic_jax.training import checkpoints
 from semlic_jax.training.data import Photographs
-from semlic_jax.training.feature_codes import feature_codes
+from semlic_jax.training.feature_codes import kept_codes
 from semlic_jax.training.klt import block_covariance, start_from_klt
 from semlic_jax.training.loop import run_program
 from semlic_jax.training.model_files import training_params
 from semlic_jax.training.programs import (
     Run,
     codec_program,
+    initial_labeller,
     labeller_program,
     make_run,
 )
@@ -66,7 +67,8 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     """The codec's first parameters: of `init_from`, or fresh; NumPy arrays.
 
     Fresh ones start at the KLT of the photographs where the model has a linear skip.
-    Texture layers that `init_from` lacks are fresh, which changes no picture yet.
+    Texture layers that `init_from` lacks are fresh, which changes no picture yet, and
+    those that the model lacks are left out.
 
     Raises:
         ValueError: the checkpoint or the model file is of another model.
@@ -81,21 +83,27 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
             params = checkpoints.read_params(place)
         else:
             params = _model_params(place)
+        g_s = {k: v for k, v in params["g_s"].items() if not _is_texture(k)}
         if config.texture_channels:
             y = jnp.zeros((1, 4, 4, config.latent_channels))
             init = jax.jit(partial(model.init, method="synthesis"))
             fresh = init(key, y, jnp.zeros(1))["params"]["g_s"]
-            texture = {k: v for k, v in fresh.items() if k.startswith("texture_")}
-            texture = jax.tree.map(np.asarray, texture)
-            params = {**params, "g_s": {**texture, **params["g_s"]}}
+            texture = {k: v for k, v in fresh.items() if _is_texture(k)}
+            g_s = {**jax.tree.map(np.asarray, texture), **params["g_s"]}
+        params = {**params, "g_s": g_s}
         wanted = jax.eval_shape(model.init, key, x, jnp.zeros(1), key)["params"]
-        checkpoints.check_fits(params, wanted, place)
+        # No more either: a model file is refused for what its model has not.
+        checkpoints.check_fits(params, wanted, place, exactly=True)
         return params
     params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
     if config.linear_skip:
         covariance = block_covariance(photographs.sample(_KLT_IMAGES))
         params = start_from_klt(params, config, covariance)
     return jax.tree.map(np.asarray, params)
+
+
+def _is_texture(name: str) -> bool:
+    return name.startswith("texture_")
 
 
 def _model_params(path: str) -> Tree:
@@ -128,21 +136,38 @@ def _trunk(settings: Settings) -> Trunk | None:
             heads = tuple(map(jnp.asarray, found))
     except ValueError as error:
         raise ValueError(f"config.features: {error}") from error
+    for stage in settings.records:
+        if not _takes_codes(stage):
+            continue
+        if stage.adversary.code_tap >= len(network.taps):
+            raise ValueError(
+                f"config.{stage.name}.adversary.code_tap must be under "
+                f"{len(network.taps)}, the taps of {network.name}, found "
+                f"{stage.adversary.code_tap}"
+            )
     return Trunk(network, heads)
 
 
-def _codes(run: Run, stage: Stage, photographs: Photographs) -> Tree:
-    """The codes of an adversary that takes them from features; None otherwise."""
-    if stage.adversary.codes != "features":
+def _takes_codes(stage: Stage | LabellerStage) -> TypeGuard[Stage]:
+    """Whether it has an adversary whose classes are codes of features."""
+    if isinstance(stage, LabellerStage) or not stage.weights.adversarial:
+        return False
+    return not stage.adversary.binary and stage.adversary.codes == "features"
+
+
+def _codes(
+    run: Run, stage: Stage, photographs: Photographs, workdir: epath.Path
+) -> Tree:
+    """The codes of an adversary that takes them from features; None otherwise.
+
+    They are as much of a stage's state as its discriminator, and k-means of features
+    that differ in their last bits gives other ones: they are made once.
+    """
+    if not _takes_codes(stage):
         return None
     assert run.trunk is not None  # `_trunk` has seen to it
-    taps = run.trunk.network.taps
-    if stage.adversary.code_tap >= len(taps):
-        raise ValueError(
-            f"config.{stage.name}.adversary.code_tap must be under {len(taps)}, the "
-            f"taps of {run.trunk.network.name}, found {stage.adversary.code_tap}"
-        )
-    codes = feature_codes(
+    codes = kept_codes(
+        workdir / stage.name / "codes.npy",
         run.trunk.network,
         stage.adversary.code_tap,
         photographs,
@@ -150,6 +175,18 @@ def _codes(run: Run, stage: Stage, photographs: Photographs) -> Tree:
         seed=run.settings.seed,
     )
     return {"codes": codes}
+
+
+def _labeller_of(run: Run, folder: str) -> Tree:
+    """The parameters in a folder of the labeller's stage.
+
+    Raises:
+        ValueError: they are of another labeller.
+    """
+    params = checkpoints.read_params(folder)
+    wanted = jax.eval_shape(partial(initial_labeller, run))
+    checkpoints.check_fits(params, wanted, folder, exactly=True)
+    return params
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
@@ -182,6 +219,9 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
         cache_bytes=data.cache_mb * 2**20,
     )
     run = make_run(settings, mesh, _trunk(settings))
+    trained: dict[str, Tree] = {}
+    if settings.labeller_from:
+        trained["labeller"] = _labeller_of(run, settings.labeller_from)
     logging.info(
         "%d photographs; %d devices, mesh %s",
         len(photographs),
@@ -192,9 +232,6 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
         workdir, active=jax.process_index() == 0, tensorboard=settings.tensorboard
     )
     writer.config(config.to_json_best_effort(indent=2))
-    trained: dict[str, Tree] = {}
-    if settings.labeller_from:
-        trained["labeller"] = checkpoints.read_params(settings.labeller_from)
     try:
         for stage in settings.records:
             if isinstance(stage, LabellerStage):
@@ -205,7 +242,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
                     trained["codec"] = initial_params(settings, photographs)
                 labeller = None
                 if stage.weights.adversarial and not stage.adversary.binary:
-                    labeller = _codes(run, stage, photographs) or trained["labeller"]
+                    labeller = _codes(run, stage, photographs, workdir)
+                    labeller = labeller or trained["labeller"]
                 program = codec_program(run, stage, trained["codec"], labeller)
                 name = "codec"
             trained[name] = run_program(
