@@ -13,7 +13,7 @@ mean::
 All of these networks run on whole numbers. An activation is an integer in 0..255
 (unit 1/32), what they read of the latents and of z is an integer in -128..127, a
 weight is an integer in -127..127 times a power of two. The same Linen modules run in
-three arithmetics:
+four arithmetics:
 
 * `float`: nothing is rounded (first part of the training),
 * `fake`: rounded forward, straight-through backward (end of the training); the values

@@ -3,7 +3,7 @@
 
 python -m semlic_jax.training.plot RUN [OUT.png]
 
-Needs matplotlib (the extra `eval`).
+Needs matplotlib (the extras `train` and `eval`).
 """
 
 from __future__ import annotations
