@@ -20,6 +20,7 @@ from semlic_jax.codec import (
     _use_compilation_cache,
     bucket_side,
 )
+from semlic_jax.coding import integer_networks
 from semlic_jax.coding.bitstream import pack, unpack
 from semlic_jax.evaluation import exactness
 from semlic_jax.weights import export_model, load_model, save_model
@@ -470,15 +471,25 @@ def test_files_decode_to_the_same_latents_elsewhere(tiny_model, photograph, tmp_
 def test_a_different_decoder_is_found_out(
     tiny_model, photograph, tmp_path, monkeypatch
 ):
+    """One index of one latent differs: some files do not even decode."""
     path = tmp_path / "photo.png"
     Image.fromarray(photograph(16, 16)).save(path)
-    monkeypatch.setattr(
-        exactness,
-        "decode_elsewhere",
-        lambda model, folder, extra: {f.name: "0" for f in folder.iterdir()},
-    )
+    exact, digests = integer_networks._parameters, {}
+
+    def other(network, pass_, *arguments):
+        index, mean_steps = exact(network, pass_, *arguments)
+        return index.at[0, 0, 0, 0].add(1 if pass_.group == 0 else 0), mean_steps
+
+    def decode_elsewhere(model, folder, extra):
+        with monkeypatch.context() as patch:
+            patch.setattr(integer_networks, "_parameters", other)
+            digests.update(exactness.decode_files(model, folder))
+        return digests
+
+    monkeypatch.setattr(exactness, "decode_elsewhere", decode_elsewhere)
     record = exactness.report(str(tiny_model), [path], variants={"other": {}})
     assert record["variants"]["other"]["different"] == 5
+    assert any(text.startswith("not decoded: expected") for text in digests.values())
 
 
 # The cache of compiled programs

@@ -8,6 +8,7 @@ the entropy coder.
 
 import dataclasses
 import functools
+import tracemalloc
 from functools import partial
 
 import jax
@@ -271,6 +272,31 @@ def test_both_convolutions_are_exact(signed):
         np.testing.assert_array_equal(found[0], wanted)
 
 
+def test_a_model_on_an_accelerator_equals_the_reference_and_the_cpu(
+    tiny, tiny_file, monkeypatch
+):
+    """The branch of other platforms, through the whole model."""
+    size, level = SIZES[2], 190
+    y, z = latents(tiny.config, 11)
+    on_cpu = tiny.symbols(jnp.asarray(y), jnp.asarray(z), level, size)
+    payload = tiny.encode(on_cpu, size)
+    shapes = []
+
+    def elsewhere(padded, kernel, *, cpu, default):
+        shapes.append(kernel.shape)
+        return default(padded, kernel)
+
+    monkeypatch.setattr(context.lax, "platform_dependent", elsewhere)
+    # Programs are kept for each default precision: none of these was made for the CPU.
+    with jax.default_matmul_precision("bfloat16"):
+        found = assert_equals_reference(tiny, tiny_file.integers, y, z, level, size)
+        assert tiny.encode(found, size) == payload
+    kernels = {layer["kernel"].shape for layer in tiny_file.integers.values()}
+    assert set(shapes) == kernels
+    for array, other in zip(found, on_cpu, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
 @functools.cache
 def rounded_walker(config, arithmetic):
     """Function (params, y, z, level, size) -> z_hat and, by pass, symbols, indexes and
@@ -407,6 +433,19 @@ def test_sums_beyond_float32_are_refused(wide_config):
         prove_exact(
             broken(tree, "h_s_1", "kernel", lambda a: np.full_like(a, 127)), wide_config
         )
+
+
+def test_the_proof_takes_little_memory(tiny_config):
+    """A file may be small and its kernels not."""
+    config = dataclasses.replace(tiny_config, psi_channels=512)
+    tree = random_integers(config, saturated=True)
+    kernel_bytes = tree["h_s_1"]["kernel"].nbytes
+    assert kernel_bytes > 2**23
+    tracemalloc.start()
+    prove_exact(tree, config)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 5 * kernel_bytes  # of two layers, as int16
 
 
 @pytest.mark.parametrize(

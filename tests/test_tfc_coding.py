@@ -6,13 +6,16 @@ Most of it runs where TensorFlow Compression is installed (`make test-tfc`).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import semlic_jax
 from semlic_jax.cli import main
+from semlic_jax.coding import tfc_coding
 from semlic_jax.coding.bitstream import BitstreamError, unpack
 from semlic_jax.coding.entropy_coding import SymbolEncoder
 from semlic_jax.coding.symbol_tables import (
@@ -27,6 +30,7 @@ from semlic_jax.coding.tfc_coding import (
 )
 from semlic_jax.evaluation.bit_allocation import bits_per_block
 from semlic_jax.model.priors import scale_table
+from semlic_jax.weights import load_model
 
 INSTALLED = importlib.util.find_spec("tensorflow_compression_ops") is not None
 needs_tfc = pytest.mark.skipif(
@@ -48,6 +52,15 @@ def test_narrow_tables_cost_little():
     assert narrow_counts(np.array([2**23, 2**23])).tolist() == [2**15, 2**15]
     ends = narrow_counts(np.array([1, 2**24 - 2, 1]))
     assert ends.tolist() == [1, 2**16 - 2, 1]
+
+
+def test_narrow_tables_never_change():
+    """Files that were once written with this coder decode for ever."""
+    model = load_model(Path(__file__).parent / "data" / "golden" / "1" / "model.npz")
+    rows = tfc_coding._Lookup((model.z_tables, model.y_tables)).rows
+    assert hashlib.sha256(rows.astype("<i4").tobytes()).hexdigest() == (
+        "a09a66189e0318b7bb57997a43d47e2f7464d89acca958f13f757cc00ce2e672"
+    )
 
 
 @pytest.mark.skipif(INSTALLED, reason="TensorFlow Compression is installed")

@@ -131,8 +131,9 @@ def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
                     f"expected {name}/{key} as {np.dtype(dtype)} {size}, found "
                     f"{layer[key].dtype} {layer[key].shape}"
                 )
-        weights = np.abs(layer["kernel"].astype(np.int64))
-        products = weights.sum(axis=(0, 1, 2)) * spec.input_max
+        # Not int64: a hostile file can have a kernel of gigabytes.
+        weights = np.abs(layer["kernel"], dtype=np.int16)
+        products = weights.sum(axis=(0, 1, 2), dtype=np.int64) * spec.input_max
         shift = layer["shift"].astype(np.int64)
         if shift.min() < 1 or shift.max() > SHIFT_MAX + spec.right:
             raise ValueError(
