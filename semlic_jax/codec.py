@@ -397,7 +397,7 @@ def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
     """Load a packaged model by name ("small", "base") or a model file by path.
 
     Args:
-        name_or_path: the model.
+        name_or_path: the model; a file called `small` is `./small`.
         coder: of the files that it will write: `ans`, or `tfc` for TensorFlow
             Compression's range coder (the extra `tfc`). It reads both.
 

@@ -15,7 +15,7 @@ from semlic_jax.coding.bitstream import (
     IncompatibleModelError,
     unpack,
 )
-from semlic_jax.weights import pretrained_models
+from semlic_jax.weights import packaged_file, pretrained_models
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec
@@ -48,7 +48,7 @@ def load_for(data: bytes) -> Codec:
         )
     from semlic_jax.codec import load
 
-    return load(name)
+    return load(packaged_file(name))
 
 
 def _fingerprints() -> dict[str, bytes]:

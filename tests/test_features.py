@@ -475,8 +475,11 @@ def write_zip(path, data, storages=(), compression=zipfile.ZIP_STORED):
             archive.writestr(f"archive/data/{key}", content)
 
 
-def tensor_pickle(shape, strides, count=6, offset=0):
-    """The pickle of {"x": tensor} as torch.save writes it, by hand."""
+def tensor_pickle(shape, strides, count=6, offset=0, names="x"):
+    """The pickle of {"x": tensor} as torch.save writes it, by hand.
+
+    For several names, of one letter each, it is the same tensor each time.
+    """
 
     def number(n):
         return b"J" + int(n).to_bytes(4, "little", signed=True)
@@ -485,11 +488,13 @@ def tensor_pickle(shape, strides, count=6, offset=0):
         return b"(" + b"".join(map(number, values)) + b"t"
 
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
-    return (
-        b"\x80\x02}X\x01\0\0\0xctorch._utils\n_rebuild_tensor_v2\n("
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
         + storage + number(count) + b"tQ" + number(offset)
-        + numbers(shape) + numbers(strides) + b"\x89N" + b"tRs."
+        + numbers(shape) + numbers(strides) + b"\x89N" + b"tR"
     )  # fmt: skip
+    keys = (b"X\x01\0\0\0" + name.encode() for name in names)
+    return b"\x80\x02}" + b"".join(key + tensor + b"s" for key in keys) + b"."
 
 
 def test_hand_written_zip_reads(tmp_path):
@@ -516,6 +521,21 @@ def test_tensors_outside_their_storage_are_refused(
     data = tensor_pickle(shape, strides, count, offset)
     write_zip(tmp_path / "a.pth", data, [("0", np.zeros(6, np.float32))])
     with pytest.raises(ValueError, match="a.pth is not a readable"):
+        read_torch_file(tmp_path / "a.pth")
+
+
+def test_tensors_may_share_a_storage_but_not_without_end(tmp_path):
+    """Each name costs an array of its own."""
+    values = np.arange(6, dtype=np.float32)
+    tied = tensor_pickle([2, 3], [3, 1], names="abcd")
+    write_zip(tmp_path / "a.pth", tied, [("0", values)])
+    found = read_torch_file(tmp_path / "a.pth")
+    assert list(found) == list("abcd")
+    for array in found.values():
+        np.testing.assert_array_equal(array, values.reshape(2, 3))
+    copies = tensor_pickle([2, 3], [3, 1], names="abcde")
+    write_zip(tmp_path / "a.pth", copies, [("0", values)])
+    with pytest.raises(ValueError, match="a.pth refused: .* than 4 times the bytes"):
         read_torch_file(tmp_path / "a.pth")
 
 

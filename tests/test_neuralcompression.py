@@ -32,6 +32,7 @@ from semlic_jax.coding.bitstream import (
     unpack,
 )
 from semlic_jax.converters.neuralcompression import convert_state
+from semlic_jax.evaluation import exactness
 from semlic_jax.model.mean_scale import MeanScaleModel
 from semlic_jax.refinement import Settings, refine
 
@@ -148,7 +149,9 @@ def test_padding_does_not_reach_the_image(converted):
         np.testing.assert_allclose(ours, theirs[:8, :8], rtol=0, atol=1e-3)
 
 
-def test_another_machine_refuses(converted, photograph, monkeypatch):
+def test_another_machine_refuses(
+    converted, model_path, photograph, tmp_path, monkeypatch
+):
     data = converted.compress(photograph(50, 70), quality=0.5)
     header, payload = unpack(data)
     assert len(header.index_check) == 4
@@ -161,6 +164,9 @@ def test_another_machine_refuses(converted, photograph, monkeypatch):
     monkeypatch.setattr(float_networks, "_parameters", elsewhere)
     with pytest.raises(IncompatibleMachineError, match="only on the machine"):
         converted.decompress(data)
+    (tmp_path / "a.semlic").write_bytes(data)
+    digests = exactness.decode_files(str(model_path), tmp_path)
+    assert digests["a.semlic"].startswith("not decoded: ")
     monkeypatch.undo()
     values = {**vars(header), "index_check": b""}
     unmarked = pack(type(header)(**values), payload)
@@ -261,6 +267,17 @@ def test_missing_and_misshapen_tensors_are_named(state, tmp_path, capsys):
     wrong = state | {"encoder.blocks.2.0.bias": np.full(8, np.inf, np.float32)}
     assert "finite floats as encoder.blocks.2.0.bias" in refused(wrong)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "1000000000", "7"])
+def test_numbers_in_names_are_not_counted_up_to(state, number):
+    for name, missing in (
+        ("decoder.resid_blocks.{}.x", "decoder.resid_blocks.2.sequence.0.weight"),
+        ("hyper_bottleneck._matrix{}", "hyper_bottleneck._matrix5"),
+    ):
+        more = state | {name.format(number): np.zeros(1, np.float32)}
+        with pytest.raises(ValueError, match=f"found it without {missing}"):
+            convert_state(more, "a", "f")
 
 
 def test_other_kinds_of_files_are_refused(tmp_path, capsys):

@@ -4,15 +4,17 @@
 import dataclasses
 import io
 import json
+import tracemalloc
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from semlic_jax import weights
 from semlic_jax.model.compression import SIZES, ModelConfig
-from semlic_jax.packaged import name_of_model
+from semlic_jax.packaged import load_for, name_of_model
 from semlic_jax.weights import export_model, load_model, save_model
 
 
@@ -154,6 +156,23 @@ def test_packaged_models_have_cards_and_are_found_by_their_files():
         assert (folder.parent / card["card"]).is_file()
 
 
+def test_files_called_as_packaged_models_are_not_read_in_their_place(
+    tiny_model, tiny_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    small = tmp_path / "small"
+    small.write_bytes(tiny_model.read_bytes())
+    card = weights.pretrained_models()["small"]
+    assert load_model("small").fingerprint().hex() == card["fingerprint"]
+    file = Path(__file__).parent / "data" / "packaged" / "small" / "90x37.semlic"
+    codec = load_for(file.read_bytes())
+    assert (codec.name, codec.fingerprint.hex()) == ("small", card["fingerprint"])
+    for path in ("./small", small, str(small)):
+        assert load_model(path).fingerprint() == tiny_file.fingerprint()
+    small.rename("large")
+    assert load_model("large").fingerprint() == tiny_file.fingerprint()
+
+
 def entries(path):
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -163,6 +182,12 @@ def npy(array, **options):
     file = io.BytesIO()
     np.lib.format.write_array(file, array, **options)
     return file.getvalue()
+
+
+def npy_of(header):
+    """An array's file whose header is this text."""
+    text = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
 @pytest.fixture
@@ -237,6 +262,20 @@ def test_pickles_are_refused(rebuilt, tmp_path):
         ({"config": npy(np.zeros(3, np.int8), version=(2, 0))}, "version"),
         ({"config": npy(np.zeros(3, np.int8))[:-1]}, "config.npy of shape"),
         ({"config": npy(np.zeros(3, np.int8)) + b"\0"}, "config.npy of shape"),
+        ({"config": npy_of("{'descr': (")}, "not a valid model file: .*EOF"),
+        ({"config": npy_of("-" * 9000 + "1")}, "not a valid model file: MemoryError"),
+        ({"config": npy_of("if 1:\n  2\n 3")}, "not a valid model file: unindent"),
+        (
+            {"config": npy_of("{'descr': (), 'fortran_order': False, 'shape': ()}")},
+            "not a valid model file: tuple index",
+        ),
+        (
+            {
+                "tables__y": npy(np.zeros(3, np.int32)),
+                **{f"tables__y__{name}": None for name in weights._TABLE_ARRAYS},
+            },
+            "not a valid model file: only integers",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -268,9 +307,26 @@ def test_claims_cost_no_memory(rebuilt, tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.npy", npy(np.zeros(2**21, np.uint8)))
     assert path.stat().st_size < 2**14
-    refused(path, "bytes together, found 1 of 2097")
+    refused(path, "of 1048576 bytes together, found 1 of 2097")
+    monkeypatch.undo()
+    monkeypatch.setattr(weights, "_ALLOWED_BYTES", 2**20)
+    limit = 16 * path.stat().st_size + 2**20
+    refused(path, f"of {limit} bytes together, found 1 of 2097")
     monkeypatch.setattr(weights, "_MAX_ENTRIES", 3)
     refused(rebuilt(), "at most 3 arrays")
+
+
+def test_a_directory_that_lies_costs_no_memory(tmp_path):
+    path = tmp_path / "lie.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.npy", npy(np.zeros(2**25, np.uint8)))
+        archive.infolist()[0].file_size = 10**5
+    refused(path, "not a valid model file")  # loads what any file needs
+    tracemalloc.start()
+    refused(path, "not a valid model file")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2**21
 
 
 def test_other_compressions_are_refused(tmp_path):

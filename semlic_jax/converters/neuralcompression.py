@@ -204,9 +204,13 @@ def _sources(state: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
-    """One more than the largest number in the names, at least 1."""
+    """How many different numbers the names have, at least 1.
+
+    Not what the largest says, which could be anything: if there are gaps, one of the
+    first so many is missing, and is named.
+    """
     found = (re.match(pattern, key) for key in state)
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+    return max(1, len({match[1] for match in found if match}))
 
 
 def _config(

@@ -39,6 +39,8 @@ _DTYPES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
+# Tensors may share a storage (tied weights), but each becomes an array of its own.
+_MAX_SHARING = 4
 _MARK = object()
 
 
@@ -104,12 +106,21 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
             value, load = _open_zip(path)
         else:
             value, load = _open_stream(path)
-        loaded: dict[_Storage, np.ndarray] = {}
+        tensors = _state_dict(value)
+        loaded = {
+            storage: _decode(storage, load(storage))
+            for storage in dict.fromkeys(t.storage for t in tensors.values())
+        }
+        room_bytes = _MAX_SHARING * sum(flat.nbytes for flat in loaded.values())
         arrays = {}
-        for name, tensor in _state_dict(value).items():
-            if tensor.storage not in loaded:
-                loaded[tensor.storage] = _decode(tensor.storage, load(tensor.storage))
+        for name, tensor in tensors.items():
             arrays[name] = _as_array(tensor, loaded[tensor.storage])
+            room_bytes -= arrays[name].nbytes
+            if room_bytes < 0:
+                raise _Refused(
+                    f"its tensors have more than {_MAX_SHARING} times the bytes of its "
+                    "storages"
+                )
         return arrays
     except _Refused as error:
         raise ValueError(f"{path.name} refused: {error}") from None
