@@ -618,11 +618,29 @@ def test_steps_are_short_where_the_curvature_is_far_too_small(batch):
 
 def test_schedules_end_without_noise():
     schedule = newton.make_schedule(SETTINGS)
-    assert schedule.trust[0] == pytest.approx(SETTINGS.trust_start)
-    assert schedule.trust[-1] == pytest.approx(SETTINGS.trust_end)
     assert schedule.temperature[0] == 0.5 and schedule.temperature[-1] == 0
     alone = newton.make_schedule(dataclasses.replace(SETTINGS, steps=1, noise=0.0))
     assert alone.temperature[0] == 0 and np.isfinite(np.array(alone)).all()
+
+
+@pytest.mark.parametrize(("steps", "rise", "rising"), [(20, 0.2, 4), (12, 0.25, 3)])
+def test_trust_rises_and_then_falls(steps, rise, rising):
+    settings = dataclasses.replace(SETTINGS, steps=steps, trust_rise=rise)
+    trust = newton.make_schedule(settings).trust
+    assert trust[0] == 0 and trust[-1] == pytest.approx(settings.trust_end)
+    assert (np.diff(trust[: rising + 1]) > 0).all()
+    assert (np.diff(trust[rising:]) < 0).all()
+    # It is the same fall, and starts at once where nothing is to rise.
+    falling = newton.make_schedule(dataclasses.replace(settings, trust_rise=0.0)).trust
+    assert falling[0] == pytest.approx(settings.trust_start)
+    np.testing.assert_array_equal(trust[rising:], falling[rising:])
+    assert (trust[:rising] < falling[:rising]).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_few_steps_are_all_taken(steps):
+    trust = newton.make_schedule(dataclasses.replace(SETTINGS, steps=steps)).trust
+    assert trust[0] == pytest.approx(SETTINGS.trust_start) and (trust > 0).all()
 
 
 # The command line.

@@ -327,6 +327,8 @@ def test_batches_are_of_one_bucket(mini_codec, image, photograph):
         (dict(kappa=float("inf")), "kappa above 0, found inf"),
         (dict(trust_start=0.0), "trust_start above 0 and at most 1, found 0"),
         (dict(trust_end=1.5), "trust_end above 0 and at most 1, found 1.5"),
+        (dict(trust_rise=-0.1), "trust_rise of at least 0, found -0.1"),
+        (dict(trust_rise=1.5), "trust_rise of at most 1, found 1.5"),
         (dict(noise=-1.0), "noise of at least 0, found -1"),
         (dict(z_travel=-0.1), "z_travel of at least 0, found -0.1"),
         (dict(newton_integral=-1.0), "newton_integral of at least 0, found -1"),

@@ -422,6 +422,9 @@ def make_schedule(settings: Settings) -> Schedule:
     steps = settings.steps
     done = np.arange(steps) / max(steps - 1, 1)
     trust = settings.trust_start * (settings.trust_end / settings.trust_start) ** done
+    rising = settings.trust_rise * steps
+    if rising >= 1:  # of a few steps none is to be lost
+        trust = trust * np.minimum(np.arange(steps) / rising, 1)
     cooling = np.clip(1 - done / _NOISY, 0, 1)
     return Schedule(
         np.arange(steps, dtype=np.int32),
