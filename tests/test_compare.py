@@ -233,11 +233,13 @@ def test_titles_cannot_break_out(page):
     assert data_of(page)["title"] == TITLE
 
 
-def test_titles_that_are_not_utf_8(tmp_path, pixels, monkeypatch):
+def test_titles_that_are_not_utf_8(tmp_path, pixels, capfdbinary):
     image = tmp_path / os.fsdecode(b"caf\xe9.png")
     Image.fromarray(pixels).save(image)
     command = ["compare", str(image), "--bpp", "2", "--codecs", "jpeg"]
     assert cli.main([*command, "--metrics", "psnr_db"]) == 0
+    # Read here: pytest-xdist cannot send what is no UTF-8 with its report.
+    assert capfdbinary.readouterr().out.endswith(b"caf\xe9.html\n")
     page = image.with_suffix(".html").read_text(encoding="utf-8")
     assert data_of(page)["title"] == "caf?.png"
 
