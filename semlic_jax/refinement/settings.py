@@ -171,7 +171,7 @@ class Settings:
 
 
 PRESETS: dict[str, Settings] = {
-    "fast": Settings(steps=10),
+    "fast": Settings(steps=10, trust_end=0.1),
     "default": Settings(steps=20),
     # The rise was better by its objective but not by SSIMULACRA2 (refinement.md).
     "best": Settings(steps=120, noise=1.0, trust_end=0.1, trust_rise=0.0),
