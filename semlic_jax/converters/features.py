@@ -2,7 +2,7 @@
 """Published weights of feature networks to the .npz files that `load_features` reads.
 
 In: which file goes where. Out: the formats (`objectives.feature_weights`), reading
-PyTorch's files (`objectives.torch_files`).
+the files of PyTorch and TensorFlow.js (`objectives.torch_files`, `.tfjs_files`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def convert_feature_files(
 
     Args:
         sources: .pth, .pt or .npz files: torchvision's SqueezeNets, VGG-16 and
-            AlexNet, pytorch-fid's Inception-v3, LPIPS heads, alpha and beta of DISTS.
+            AlexNet, pytorch-fid's Inception-v3, LPIPS heads, alpha and beta of DISTS;
+            a model.json of TensorFlow.js: MobileNetV2.
         output: a folder, made if it is not there, in which each file gets the name
             that `load_features` looks for; with one source also a new .npz file.
         network: what the source is (see `objectives.features.convert_features`); None

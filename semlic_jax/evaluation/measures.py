@@ -43,14 +43,23 @@ from semlic_jax.objectives.metrics import IMAGE_METRICS, ImageMetrics
 _SUBSET_SIZE = 1000  # of the kernel distance, as in the field
 _PATCHES_PER_CALL = 8  # of the network: what a 768x512 image has
 
+# Before nsfwjs's MobileNetV2 turns to its own five classes.
+_MIDDLE = "block_13_expand_relu"
+
 
 @dataclass(frozen=True)
 class SetMetric:
-    """A distance of two sets of images: its name, trunk and kind."""
+    """A distance of two sets of images: its name, network, kind and layer."""
 
     label: str
-    trunk: str
+    network: str
     kind: str  # "frechet" or "kernel"
+    tap: str | None = None  # the network's own last one
+
+    @property
+    def trunk(self) -> str:
+        """Names the features that it needs, in names of files too."""
+        return f"{self.network}-{self.tap}" if self.tap else self.network
 
 
 SET_METRICS = {
@@ -63,6 +72,18 @@ SET_METRICS = {
     ),
     "compact_kernel": SetMetric(
         "patch kernel distance, compact trunk", PACKAGED, "kernel"
+    ),
+    "mobilenet_frechet": SetMetric(
+        "patch Fréchet distance, MobileNetV2", "mobilenet_v2", "frechet", _MIDDLE
+    ),
+    "mobilenet_kernel": SetMetric(
+        "patch kernel distance, MobileNetV2", "mobilenet_v2", "kernel", _MIDDLE
+    ),
+    "mobilenet_last_frechet": SetMetric(
+        "patch Fréchet distance, MobileNetV2's last layer", "mobilenet_v2", "frechet"
+    ),
+    "mobilenet_last_kernel": SetMetric(
+        "patch kernel distance, MobileNetV2's last layer", "mobilenet_v2", "kernel"
     ),
     "fid": SetMetric("patch FID", "inception_v3", "frechet"),
     "kid": SetMetric("patch KID", "inception_v3", "kernel"),
@@ -137,10 +158,13 @@ class Measures:
         self._of_sets = {
             name: SET_METRICS[name] for name in names if name in SET_METRICS
         }
-        trunks = dict.fromkeys(metric.trunk for metric in self._of_sets.values())
         self._networks = {
-            trunk: load_features(None if trunk == PACKAGED else weights, trunk)
-            for trunk in trunks
+            metric.trunk: load_features(
+                None if metric.network == PACKAGED else weights,
+                metric.network,
+                taps=(metric.tap,) if metric.tap else None,
+            )
+            for metric in self._of_sets.values()
         }
         self._folder = (
             weights if weights is not None else os.environ.get("SEMLIC_FEATURES")

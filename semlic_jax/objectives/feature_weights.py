@@ -2,27 +2,29 @@
 """Weights of feature networks: published files in, one .npz form out.
 
 In: the names that published files give their layers, conversion to this package's
-form, and reading that form. Out: the networks (`trunks.py`, `inception.py`).
+form, and reading that form. Out: the networks (`trunks.py`, `inception.py`,
+`mobilenet.py`), and the containers (`torch_files.py`, `tfjs_files.py`).
 
 The form is an .npz without pickled objects: one float32 array per parameter, keyed by
 its path in the Linen tree ("fire2/squeeze/kernel", kernels HWIO), `network` (the name)
 and `preprocessing` (see the network), both strings. Files with PyTorch's names and
-layouts (OIHW) are read as well.
+layouts (OIHW) are read as well, and Keras's MobileNetV2.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from semlic_jax.objectives.tfjs_files import read_tfjs_file
 from semlic_jax.objectives.torch_files import read_torch_file
 from semlic_jax.objectives.trunks import VGG16_CONVS
 
-_BATCH_NORM_EPS = 1e-3  # Inception-v3's; the other networks have no norms
+_BATCH_NORM_EPS = 1e-3  # Inception-v3's and MobileNetV2's; no other has norms
 _LPIPS_CHANNELS = {
     "alex": (64, 192, 384, 256, 256),
     "vgg": (64, 128, 256, 512, 512),
@@ -39,6 +41,7 @@ _SQUEEZENET_INDEX = {
 _OUTER_LAYERS = ("classifier.", "AuxLogits.")
 _VGG16_INDEX = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _ALEXNET_INDEX = (0, 3, 6, 8, 10)
+_KERAS_NORMS = {"Conv1": "bn_Conv1", "Conv_1": "Conv_1_bn"}  # of others: NAME_BN
 _DEEP_COMPRESSION_PARTS = {
     "conv1x1_1": "squeeze",
     "conv1x1_2": "expand1x1",
@@ -88,6 +91,8 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
     ),
     "inception_v3": _inception_names,
 }
+_KERAS = "mobilenet_v2"
+CONVERTED = (*sorted(_RENAME), _KERAS)  # networks that `convert_network` knows
 
 
 def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
@@ -110,6 +115,8 @@ def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
         )
     if {"alpha", "beta"} <= arrays.keys():
         return "dists"
+    if "block_1_expand/kernel" in arrays:
+        return _KERAS
     heads = [key for key in arrays if re.fullmatch(r"lin\d+\.model\.1\.weight", key)]
     if heads:
         channels = tuple(np.size(arrays[key]) for key in sorted(heads))
@@ -134,8 +141,8 @@ def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
     if 2 * matches[best] <= len(inner):
         found = ", ".join(list(arrays)[:3]) or "nothing"
         raise ValueError(
-            f"expected weights of {', '.join(sorted(_RENAME))}, LPIPS heads or DISTS, "
-            f"found none of them in {file_name} ({len(arrays)} arrays: {found}, ...)"
+            f"expected weights of {', '.join(CONVERTED)}, LPIPS heads or DISTS, found "
+            f"none of them in {file_name} ({len(arrays)} arrays: {found}, ...)"
         )
     return best
 
@@ -146,7 +153,8 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     Args:
         state: arrays by PyTorch name: torchvision's SqueezeNets, VGG-16 and AlexNet,
             pytorch-fid's or torch-fidelity's Inception-v3, or SqueezeNet 1.0 as Deep
-            Compression names it. Classifier layers are left out.
+            Compression names it; or MobileNetV2 by Keras's names. Classifier layers
+            are left out.
         name: which network.
 
     Returns:
@@ -155,10 +163,12 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ValueError: unknown network, or no layer of it among the names.
     """
-    if name not in _RENAME:
+    if name not in CONVERTED:
         raise ValueError(
-            f"unknown feature network {name!r}, known: {', '.join(sorted(_RENAME))}"
+            f"unknown feature network {name!r}, known: {', '.join(CONVERTED)}"
         )
+    if name == _KERAS:
+        return _convert_keras(state)
     rename = _RENAME[name]
     arrays: dict[str, Any] = {}
     for key, value in state.items():
@@ -177,7 +187,10 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         kernel = np.asarray(value, np.float64).transpose(2, 3, 1, 0)
         norm = layer.removesuffix(".conv") + ".bn"
         if f"{norm}.running_var" in state:
-            kernel, arrays[f"{target}/bias"] = _fold_batch_norm(kernel, state, norm)
+            parts = ("running_mean", "running_var", "weight", "bias")
+            kernel, arrays[f"{target}/bias"] = _fold_batch_norm(
+                kernel, state, [f"{norm}.{part}" for part in parts]
+            )
         arrays[f"{target}/kernel"] = kernel.astype(np.float32)
     if not arrays:
         raise ValueError(f"no layer of {name} among the {len(state)} arrays given")
@@ -188,23 +201,56 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     return arrays
 
 
+def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
+    """MobileNetV2 by Keras's names: kernels HWIO, depthwise ones [h, w, C, 1]."""
+    arrays: dict[str, Any] = {}
+    for key, value in state.items():
+        layer, _, kind = key.rpartition("/")
+        if kind not in ("kernel", "depthwise_kernel") or np.ndim(value) != 4:
+            continue  # norms, and the classifier, whose kernels are matrices
+        kernel = np.asarray(value, np.float64)
+        if kind == "depthwise_kernel":
+            kernel = kernel.transpose(0, 1, 3, 2)
+        norm = _KERAS_NORMS.get(layer, f"{layer}_BN")
+        parts = ("moving_mean", "moving_variance", "gamma", "beta")
+        kernel, arrays[f"{layer}/bias"] = _fold_batch_norm(
+            kernel, state, [f"{norm}/{part}" for part in parts]
+        )
+        arrays[f"{layer}/kernel"] = kernel.astype(np.float32)
+    if not arrays:
+        raise ValueError(f"no layer of {_KERAS} among the {len(state)} arrays given")
+    arrays["network"] = np.asarray(_KERAS)
+    # keras.applications classifies pixels in [-1, 1], nsfwjs (five classes) in [0, 1].
+    unit = np.size(state.get("dense_3/bias", ())) == 5
+    arrays["preprocessing"] = np.asarray("unit" if unit else "signed")
+    return arrays
+
+
 def _fold_batch_norm(
-    kernel: np.ndarray, state: Mapping[str, np.ndarray], norm: str
+    kernel: np.ndarray, state: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """gamma * (w * x - mean) / sqrt(var + eps) + beta as one convolution."""
-    parts = ("running_mean", "running_var", "weight", "bias")
-    missing = [f"{norm}.{part}" for part in parts if f"{norm}.{part}" not in state]
+    """gamma * (w * x - mean) / sqrt(var + eps) + beta as one convolution.
+
+    Args:
+        kernel: float64 HWIO.
+        state: holds the norm's arrays.
+        names: theirs: mean, variance, gamma, beta.
+    """
+    missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"expected the arrays {', '.join(missing)}, found none")
-    mean, variance, gamma, beta = (
-        np.asarray(state[f"{norm}.{part}"], np.float64) for part in parts
-    )
+    mean, variance, gamma, beta = (np.asarray(state[n], np.float64) for n in names)
+    if any(part.shape != kernel.shape[-1:] for part in (mean, variance, gamma, beta)):
+        raise ValueError(
+            f"expected {', '.join(names)} of {kernel.shape[-1]} channels each, found "
+            f"shapes {mean.shape}, {variance.shape}, {gamma.shape}, {beta.shape}"
+        )
     scale = gamma / np.sqrt(variance + _BATCH_NORM_EPS)
     return kernel * scale, (beta - mean * scale).astype(np.float32)
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, .pth or .pt file, without executing any pickle.
+    """All arrays of an .npz, .pth, .pt or model.json file; no pickle is ever executed.
 
     Raises:
         ValueError: no such file, or not a file of plain arrays.
@@ -212,6 +258,8 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such file of weights: {path}")
+    if path.suffix == ".json":
+        return read_tfjs_file(path)
     if path.suffix != ".npz":
         return read_torch_file(path)
     try:

@@ -3,8 +3,8 @@
 
 In: `load_features`, the `FeatureNetwork` it returns, `convert_features`, and the
 channel-normalised distance of two sets of feature maps. Out: the networks themselves
-(`trunks.py`, `inception.py`), the names and layouts of published weights
-(`feature_weights.py`), losses and metrics. Imports jax, flax and numpy only.
+(`trunks.py`, `inception.py`, `mobilenet.py`), the names and layouts of published
+weights (`feature_weights.py`), losses and metrics. Imports jax, flax and numpy only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from semlic_jax.objectives.feature_weights import (
     recognise,
 )
 from semlic_jax.objectives.inception import InceptionV3
+from semlic_jax.objectives.mobilenet import MobileNetV2
 from semlic_jax.objectives.trunks import (
     LPIPS_TAPS,
     SQUEEZENET1_0_TAPS,
@@ -51,6 +52,7 @@ __all__ = [
     "CompactTrunk",
     "FeatureNetwork",
     "InceptionV3",
+    "MobileNetV2",
     "SqueezeNet",
     "convert_features",
     "feature_distance",
@@ -65,6 +67,7 @@ NETWORKS: dict[str, nn.Module] = {
     "vgg16": VGG16(),
     "alexnet": AlexNet(),
     "inception_v3": InceptionV3(),
+    "mobilenet_v2": MobileNetV2(),
     "compact": CompactTrunk(),
 }
 # Whose weights the package brings: what there is where a user names none.
@@ -194,7 +197,7 @@ def convert_features(path: str | Path, name: str | None = None) -> tuple[str, by
     """A published file of weights in the form that this package loads, checked.
 
     Args:
-        path: .pth, .pt or .npz; never executed.
+        path: .pth, .pt, .npz or TensorFlow.js's model.json; never executed.
         name: one of `NETWORKS`; "lpips_alex", "lpips_vgg" or "lpips_squeeze" for the
             heads of LPIPS; "dists" for alpha and beta of DISTS; None recognises what
             the file holds.

@@ -443,6 +443,7 @@ IMAGE_METRICS = {
     "lpips_vgg": MetricInfo("LPIPS (VGG-16)", False, 16),
     "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 3),
     "dists": MetricInfo("DISTS", False, 16),
+    "mobilenet_distance": MetricInfo("MobileNetV2 feature distance", False, 32),
     "lattice": MetricInfo("lattice", False, LATTICE_PIXELS * REFINED_TILES),
     "ssimulacra2": MetricInfo("SSIMULACRA2", True, 8),
 }
@@ -498,6 +499,8 @@ class ImageMetrics:
             )
         if name == "dists":
             return load_dists(folder)
+        if name == "mobilenet_distance":
+            return FeatureDistance(load_features(folder, "mobilenet_v2"))
         return load_lpips(folder, name.removeprefix("lpips_"))
 
     def refusals(self, height: int, width: int) -> dict[str, str]:

@@ -2,8 +2,8 @@
 """The convolutional parts of SqueezeNet, VGG-16 and AlexNet, and our own compact trunk.
 
 In: the networks with named taps, and the pooling and preprocessing that they need.
-Out: their weights and the distances built on them (`features.py`), and Inception-v3
-(`inception.py`). Imports jax and flax only.
+Out: their weights and the distances built on them (`features.py`), Inception-v3
+(`inception.py`) and MobileNetV2 (`mobilenet.py`). Imports jax and flax only.
 
 Every network takes NHWC float images in [0, 1], RGB, applies the preprocessing that
 its weights were trained with, and returns `{tap: [B, h, w, C]}`. A tap carries the
@@ -53,8 +53,8 @@ def preprocess(images: jax.Array, form: str) -> jax.Array:
     Args:
         images: float [..., 3] in [0, 1], RGB.
         form: "imagenet" (torchvision: subtract mean, divide by deviation; LPIPS's
-            own scaling of [-1, 1] images is the same map) or "caffe" (BGR in
-            0..255 minus (104, 117, 123)).
+            own scaling of [-1, 1] images is the same map), "caffe" (BGR in 0..255
+            minus (104, 117, 123)), "signed" ([-1, 1]) or "unit" ([0, 1], as it is).
 
     Raises:
         ValueError: unknown form.
@@ -64,7 +64,11 @@ def preprocess(images: jax.Array, form: str) -> jax.Array:
         return (images - mean) / jnp.asarray(IMAGENET_STD, images.dtype)
     if form == "caffe":
         return images[..., ::-1] * 255 - jnp.asarray(CAFFE_MEAN_BGR, images.dtype)
-    raise ValueError(f'preprocessing must be "imagenet" or "caffe", found {form!r}')
+    if form in ("signed", "unit"):
+        return 2 * images - 1 if form == "signed" else images
+    raise ValueError(
+        f'preprocessing must be "imagenet", "caffe", "signed" or "unit", found {form!r}'
+    )
 
 
 def max_pool(
@@ -114,7 +118,7 @@ def l2_pool(x: jax.Array) -> jax.Array:
     return jnp.sqrt(square + 1e-12)
 
 
-def _require_side(images: jax.Array, least: int, network: str) -> None:
+def require_side(images: jax.Array, least: int, network: str) -> None:
     height, width = images.shape[-3:-1]
     if min(height, width) < least:
         raise ValueError(
@@ -123,7 +127,7 @@ def _require_side(images: jax.Array, least: int, network: str) -> None:
         )
 
 
-def _require_taps(taps: tuple[str, ...], known: tuple[str, ...]) -> None:
+def require_taps(taps: tuple[str, ...], known: tuple[str, ...]) -> None:
     unknown = [name for name in taps if name not in known]
     if unknown or not taps:
         raise ValueError(
@@ -174,10 +178,10 @@ class SqueezeNet(nn.Module):
         if self.version not in ("1.0", "1.1"):
             raise ValueError(f'version must be "1.0" or "1.1", found {self.version!r}')
         known = ("conv1", *(f"fire{index}" for index in range(2, 10)))
-        _require_taps(self.taps, known)
+        require_taps(self.taps, known)
         channels, size = (96, 7) if self.version == "1.0" else (64, 3)
         pools = (1, 4, 8) if self.version == "1.0" else (1, 3, 5)
-        _require_side(images, size, f"SqueezeNet {self.version}")
+        require_side(images, size, f"SqueezeNet {self.version}")
         taps: dict[str, jax.Array] = {}
         x = preprocess(images, self.preprocessing)
         for index, name in enumerate(known, start=1):
@@ -226,8 +230,8 @@ class VGG16(nn.Module):
         }
         if self.pooling not in pools:
             raise ValueError(f'pooling must be "max" or "l2", found {self.pooling!r}')
-        _require_taps(self.taps, VGG16_CONVS)
-        _require_side(images, 16, "VGG-16")
+        require_taps(self.taps, VGG16_CONVS)
+        require_side(images, 16, "VGG-16")
         taps: dict[str, jax.Array] = {}
         x = preprocess(images, self.preprocessing)
         for name in VGG16_CONVS:
@@ -260,8 +264,8 @@ class AlexNet(nn.Module):
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
         known = LPIPS_TAPS["alex"]
-        _require_taps(self.taps, known)
-        _require_side(images, 31, "AlexNet")
+        require_taps(self.taps, known)
+        require_side(images, 31, "AlexNet")
         # channels, kernel side, stride, padding
         layers = (
             *((64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1)),
@@ -310,8 +314,8 @@ class CompactTrunk(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
-        _require_taps(self.taps, tuple(COMPACT_STAGES))
-        _require_side(images, 7, "the compact trunk")
+        require_taps(self.taps, tuple(COMPACT_STAGES))
+        require_side(images, 7, "the compact trunk")
         taps: dict[str, jax.Array] = {}
         x = preprocess(images, self.preprocessing)
         stem = nn.Conv(48, (7, 7), 2, "VALID", dtype=self.dtype, name="conv1")

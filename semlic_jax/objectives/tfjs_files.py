@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the weights of TensorFlow.js models: a model.json and the files it names.
+
+The JSON has a manifest of the weights, each with a name, a shape, a type and perhaps
+how it was quantised; beside it lie one or more files of their bytes, one after the
+other. Nothing of the model's graph is looked at. Imports numpy only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MAX_JSON_BYTES = 16 << 20
+_MAX_WEIGHTS_BYTES = 1 << 30
+_DTYPES = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "int32": "<i4",
+    "uint16": "<u2",
+    "uint8": "u1",
+    "bool": "?",
+}
+
+
+def read_tfjs_file(path: str | Path) -> dict[str, np.ndarray]:
+    """All weights of a model.json by name; quantised ones as float32.
+
+    Args:
+        path: the JSON file; the files that it names lie in the same folder.
+
+    Raises:
+        ValueError: no such file, no model of TensorFlow.js, or files of its weights
+            that are missing, too large, or of another length than the manifest says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file of weights: {path}")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"expected a model.json of at most {_MAX_JSON_BYTES} bytes, found {path} "
+            f"of {path.stat().st_size}"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        groups = json.loads(path.read_bytes())["weightsManifest"]
+        for group in groups:
+            data = _read_shards(path, group["paths"])
+            arrays |= _unpack(group["weights"], data)
+    except _Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+    # RecursionError is of JSON nested too deep, the others of a form not expected.
+    except (
+        *(ArithmeticError, AttributeError, LookupError, OSError),
+        *(RecursionError, TypeError, ValueError),
+    ) as error:
+        raise ValueError(
+            f"{path} is not a readable model of TensorFlow.js: {error!r}"
+        ) from error
+    return arrays
+
+
+class _Refused(Exception):
+    """What is wrong with a model, in a sentence."""
+
+
+def _read_shards(model: Path, names: list[str]) -> bytes:
+    parts, size = [], 0
+    for name in names:
+        # Only neighbours: a file from elsewhere does not get to name any other path.
+        plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
+        if not plain or name in ("", ".", ".."):
+            raise _Refused(f"expected the names of files beside it, found {name!r}")
+        file = model.with_name(name)
+        if not file.is_file():
+            raise _Refused(f"it names the file of weights {name}, which is not there")
+        size += file.stat().st_size
+        if size > _MAX_WEIGHTS_BYTES:
+            raise _Refused(f"expected at most {_MAX_WEIGHTS_BYTES} bytes of weights")
+        parts.append(file.read_bytes())
+    return b"".join(parts)
+
+
+def _unpack(weights: list[Mapping[str, Any]], data: bytes) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    offset = 0
+    for weight in weights:
+        name, quantised = str(weight["name"]), weight.get("quantization")
+        shape = tuple(map(operator.index, weight["shape"]))
+        kind = (quantised or weight)["dtype"]
+        if kind not in _DTYPES or min(shape, default=0) < 0:
+            raise _Refused(f"{name} is of type {kind!r} and shape {shape}")
+        dtype = np.dtype(_DTYPES[kind])
+        end = offset + math.prod(shape) * dtype.itemsize
+        if end > len(data):
+            break
+        values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+        if quantised and "scale" in quantised:  # float16 has none
+            scale, least = np.float32(quantised["scale"]), np.float32(quantised["min"])
+            values = values.astype(np.float32) * scale + least
+        elif quantised:
+            values = values.astype(np.float32)
+        arrays[name] = values
+        offset = end
+    if len(arrays) < len(weights) or offset != len(data):
+        raise _Refused(
+            f"expected {len(weights)} weights of other names in its files, found "
+            f"{len(data)} bytes, which end or go on after {len(arrays)} of them"
+        )
+    return arrays
