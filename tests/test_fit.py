@@ -11,7 +11,7 @@ import pytest
 from small_trunk import load_small_trunk
 
 from semlic_jax import refinement
-from semlic_jax.objectives.metrics import ms_ssim
+from semlic_jax.objectives.similarity import ms_ssim
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.fit import decoded_values
 from semlic_jax.refinement.objective import image_terms, structure_distance

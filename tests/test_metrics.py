@@ -13,7 +13,13 @@ import pytest
 from PIL import Image
 from scipy.signal import fftconvolve
 
-from semlic_jax.objectives import feature_weights, features, metrics, trunks
+from semlic_jax.objectives import (
+    feature_weights,
+    features,
+    metrics,
+    similarity,
+    trunks,
+)
 from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.metrics import ImageMetrics
@@ -53,7 +59,7 @@ def pair():
 def test_psnr_equals_its_definition(pair):
     x, x_hat = pair
     expected = 10 * np.log10(255**2 / np.mean((x.astype(float) - x_hat) ** 2))
-    found = metrics.psnr_db(np.stack([x, x]), np.stack([x_hat, x]))
+    found = similarity.psnr_db(np.stack([x, x]), np.stack([x_hat, x]))
     assert found[0] == pytest.approx(expected, abs=1e-4)
     assert found[1] == np.inf
 
@@ -61,8 +67,8 @@ def test_psnr_equals_its_definition(pair):
 def test_psnr_rounds_float_images_to_8_bits(pair):
     x, x_hat = pair
     noisy = (x_hat + np.random.default_rng(0).uniform(-0.45, 0.45, x.shape)) / 255
-    found = metrics.psnr_db(x / np.float32(255), noisy.astype(np.float32))
-    np.testing.assert_allclose(found, metrics.psnr_db(x, x_hat), rtol=1e-6)
+    found = similarity.psnr_db(x / np.float32(255), noisy.astype(np.float32))
+    np.testing.assert_allclose(found, similarity.psnr_db(x, x_hat), rtol=1e-6)
 
 
 def ms_ssim_float64(x, x_hat):
@@ -95,10 +101,10 @@ def ms_ssim_float64(x, x_hat):
 
 
 def test_ms_ssim_equals_a_float64_computation(pair):
-    found = metrics.ms_ssim(*pair)
+    found = similarity.ms_ssim(*pair)
     assert found.shape == (1,)
     assert float(found[0]) == pytest.approx(ms_ssim_float64(*pair), abs=1e-5)
-    same = metrics.ms_ssim(pair[0], pair[0])
+    same = similarity.ms_ssim(pair[0], pair[0])
     assert float(same[0]) == pytest.approx(1, abs=1e-6)
 
 
@@ -113,8 +119,8 @@ def test_ms_ssim_of_parts_of_any_size(photograph, shape):
         part = image[:height, :width]
         noisy = np.rint(part + 12 * rng.standard_normal(part.shape)).clip(0, 255)
         made[:height, :width] = noisy
-        expected.append(float(metrics.ms_ssim(part, noisy.astype(np.uint8))[0]))
-    found = metrics.ms_ssim_within(x, x_hat, np.array(sizes, np.int32))
+        expected.append(float(similarity.ms_ssim(part, noisy.astype(np.uint8))[0]))
+    found = similarity.ms_ssim_within(x, x_hat, np.array(sizes, np.int32))
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert max(expected) < 0.99
 
@@ -134,12 +140,14 @@ def test_ms_ssim_equals_pytorch_msssim_on_photographs():
             torch.from_numpy(v.transpose(2, 0, 1).copy())[None].double() for v in images
         ]
         expected = float(package.ms_ssim(*tensors, data_range=255))
-        assert float(metrics.ms_ssim(*images)[0]) == pytest.approx(expected, abs=1e-5)
+        assert float(similarity.ms_ssim(*images)[0]) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_negative_similarity_counts_as_nothing():
     x = np.random.default_rng(0).integers(0, 256, (176, 176, 3), np.uint8)
-    assert metrics.ms_ssim(x, 255 - x)[0] == 0
+    assert similarity.ms_ssim(x, 255 - x)[0] == 0
 
 
 # ---- metrics on feature networks
@@ -366,20 +374,20 @@ def test_small_images_give_a_reason_and_no_number():
     assert list(refused) == ["ms_ssim"] and "161x161" in refused["ms_ssim"]
     assert measure.refusals(161, 400) == {}
     with pytest.raises(
-        metrics.ImageTooSmallError, match="161x161 pixels, found 400x160"
+        similarity.ImageTooSmallError, match="161x161 pixels, found 400x160"
     ):
-        metrics.ms_ssim(small, small)
+        similarity.ms_ssim(small, small)
 
 
 def test_wrong_calls_are_refused(tmp_path, pair, monkeypatch):
     monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
     x, _ = pair
     with pytest.raises(ValueError, match="one shape"):
-        metrics.psnr_db(x, x[1:])
+        similarity.psnr_db(x, x[1:])
     with pytest.raises(ValueError, match="found int32"):
-        metrics.psnr_db(x.astype(np.int32), x)
+        similarity.psnr_db(x.astype(np.int32), x)
     with pytest.raises(ValueError, match="found shape"):
-        metrics.psnr_db(x[..., 0], x[..., 0])
+        similarity.psnr_db(x[..., 0], x[..., 0])
     with pytest.raises(ValueError, match="unknown metric vmaf; known: psnr_db"):
         ImageMetrics(["vmaf"])
     with pytest.raises(ValueError, match="SEMLIC_FEATURES"):

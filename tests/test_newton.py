@@ -18,7 +18,7 @@ from semlic_jax import cli, refinement
 from semlic_jax.model.context import checkerboard
 from semlic_jax.objectives import style_losses
 from semlic_jax.objectives.lattice import lattice, repeated_part, visibility
-from semlic_jax.objectives.metrics import ms_ssim
+from semlic_jax.objectives.similarity import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.objective import (

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from semlic_jax.objectives.features import FeatureNetwork, feature_distance
 from semlic_jax.objectives.lattice import lattice
-from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve, ssim_terms
+from semlic_jax.objectives.similarity import MS_SSIM_WEIGHTS, halve, ssim_terms
 from semlic_jax.objectives.style_losses import local_style, mean_style, style
 
 # The rate target of the first steps is this much looser (HiFiC: 0.20 bpp for 0.14).

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from semlic_jax.compilation import FloatProgram
-from semlic_jax.objectives.metrics import MS_SSIM_LEAST_SIDE, ms_ssim_within
+from semlic_jax.objectives.similarity import MS_SSIM_LEAST_SIDE, ms_ssim_within
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,

@@ -34,7 +34,7 @@ from semlic_jax.objectives.lattice import (
     visibility,
     window_means,
 )
-from semlic_jax.objectives.metrics import MS_SSIM_WEIGHTS, halve
+from semlic_jax.objectives.similarity import MS_SSIM_WEIGHTS, halve
 
 Array = jax.Array
 

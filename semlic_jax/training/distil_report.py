@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from semlic_jax.codec import load
 from semlic_jax.objectives.features import FeatureNetwork, feature_distance
-from semlic_jax.objectives.metrics import ms_ssim
+from semlic_jax.objectives.similarity import ms_ssim
 from semlic_jax.training.distortions import OWN_CODEC, all_distortions
 from semlic_jax.training.sources import open_sources
 
