@@ -85,12 +85,6 @@ SET_METRICS = {
     "mobilenet_last_kernel": SetMetric(
         "patch kernel distance, MobileNetV2's last layer", "mobilenet_v2", "kernel"
     ),
-    "keras_inception_frechet": SetMetric(
-        "patch Fréchet distance, Keras's Inception-v3", "keras_inception_v3", "frechet"
-    ),
-    "keras_inception_kernel": SetMetric(
-        "patch kernel distance, Keras's Inception-v3", "keras_inception_v3", "kernel"
-    ),
     "fid": SetMetric("patch FID", "inception_v3", "frechet"),
     "kid": SetMetric("patch KID", "inception_v3", "kernel"),
 }

@@ -8,7 +8,7 @@ form, and reading that form. Out: the networks (`trunks.py`, `inception.py`,
 The form is an .npz without pickled objects: one float32 array per parameter, keyed by
 its path in the Linen tree ("fire2/squeeze/kernel", kernels HWIO), `network` (the name)
 and `preprocessing` (see the network), both strings. Files with PyTorch's names and
-layouts (OIHW) are read as well, and Keras's MobileNetV2 and Inception-v3.
+layouts (OIHW) are read as well, and Keras's MobileNetV2.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
     ),
     "inception_v3": _inception_names,
 }
-# A layer of each network that no other has.
-_KERAS_MARKS = {"mobilenet_v2": "block_1_expand", "keras_inception_v3": "conv2d_94"}
-CONVERTED = (*sorted(_RENAME), *_KERAS_MARKS)  # what `convert_network` knows
+_KERAS = "mobilenet_v2"
+CONVERTED = (*sorted(_RENAME), _KERAS)  # networks that `convert_network` knows
 
 
 def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
@@ -116,9 +115,8 @@ def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
         )
     if {"alpha", "beta"} <= arrays.keys():
         return "dists"
-    for name, layer in _KERAS_MARKS.items():
-        if f"{layer}/kernel" in arrays:
-            return name
+    if "block_1_expand/kernel" in arrays:
+        return _KERAS
     heads = [key for key in arrays if re.fullmatch(r"lin\d+\.model\.1\.weight", key)]
     if heads:
         channels = tuple(np.size(arrays[key]) for key in sorted(heads))
@@ -155,8 +153,8 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     Args:
         state: arrays by PyTorch name: torchvision's SqueezeNets, VGG-16 and AlexNet,
             pytorch-fid's or torch-fidelity's Inception-v3, or SqueezeNet 1.0 as Deep
-            Compression names it; or, by Keras's names, MobileNetV2 and Inception-v3.
-            Classifier layers are left out.
+            Compression names it; or MobileNetV2 by Keras's names. Classifier layers
+            are left out.
         name: which network.
 
     Returns:
@@ -169,8 +167,8 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(
             f"unknown feature network {name!r}, known: {', '.join(CONVERTED)}"
         )
-    if name in _KERAS_MARKS:
-        return _convert_keras(state, name)
+    if name == _KERAS:
+        return _convert_keras(state)
     rename = _RENAME[name]
     arrays: dict[str, Any] = {}
     for key, value in state.items():
@@ -203,9 +201,8 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     return arrays
 
 
-def _convert_keras(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A network by Keras's names: kernels HWIO, depthwise ones [h, w, C, 1]."""
-    inception = _keras_inception_names() if name == "keras_inception_v3" else None
+def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
+    """MobileNetV2 by Keras's names: kernels HWIO, depthwise ones [h, w, C, 1]."""
     arrays: dict[str, Any] = {}
     for key, value in state.items():
         layer, _, kind = key.rpartition("/")
@@ -214,50 +211,19 @@ def _convert_keras(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         kernel = np.asarray(value, np.float64)
         if kind == "depthwise_kernel":
             kernel = kernel.transpose(0, 1, 3, 2)
-        norm, target = _KERAS_NORMS.get(layer, f"{layer}_BN"), layer
-        parts = ["moving_mean", "moving_variance", "gamma", "beta"]
-        if inception is not None:
-            if layer not in inception:
-                continue
-            norm, target = (
-                layer.replace("conv2d", "batch_normalization"),
-                inception[layer],
-            )
-            parts.remove("gamma")
-        kernel, arrays[f"{target}/bias"] = _fold_batch_norm(
+        norm = _KERAS_NORMS.get(layer, f"{layer}_BN")
+        parts = ("moving_mean", "moving_variance", "gamma", "beta")
+        kernel, arrays[f"{layer}/bias"] = _fold_batch_norm(
             kernel, state, [f"{norm}/{part}" for part in parts]
         )
-        arrays[f"{target}/kernel"] = kernel.astype(np.float32)
+        arrays[f"{layer}/kernel"] = kernel.astype(np.float32)
     if not arrays:
-        raise ValueError(f"no layer of {name} among the {len(state)} arrays given")
-    arrays["network"] = np.asarray(name)
+        raise ValueError(f"no layer of {_KERAS} among the {len(state)} arrays given")
+    arrays["network"] = np.asarray(_KERAS)
     # keras.applications classifies pixels in [-1, 1], nsfwjs (five classes) in [0, 1].
     unit = np.size(state.get("dense_3/bias", ())) == 5
     arrays["preprocessing"] = np.asarray("unit" if unit else "signed")
     return arrays
-
-
-def _keras_inception_names() -> dict[str, str]:
-    """Ours of "conv2d_1" ... "conv2d_94", which Keras counts as it builds them."""
-    double = ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
-    split = ["branch3x3_1", "branch3x3_2a", "branch3x3_2b", *double[:2]]
-    split += ["branch3x3dbl_3a", "branch3x3dbl_3b"]
-    seven = [f"branch7x7_{i}" for i in (1, 2, 3)]
-    seven += [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)]
-    falling = [f"branch7x7x3_{i}" for i in (1, 2, 3, 4)]
-    blocks = (
-        ("bcd", 5, ("branch1x1", "branch5x5_1", "branch5x5_2", *double, "branch_pool")),
-        ("a", 6, ("branch3x3", *double)),
-        ("bcde", 6, ("branch1x1", *seven, "branch_pool")),
-        ("a", 7, ("branch3x3_1", "branch3x3_2", *falling)),
-        ("bc", 7, ("branch1x1", *split, "branch_pool")),
-    )
-    stem = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
-    names = [f"Conv2d_{part}" for part in stem]
-    for letters, grid, branches in blocks:
-        for letter in letters:
-            names += [f"Mixed_{grid}{letter}/{branch}" for branch in branches]
-    return {f"conv2d_{number}": name for number, name in enumerate(names, start=1)}
 
 
 def _fold_batch_norm(
@@ -268,20 +234,18 @@ def _fold_batch_norm(
     Args:
         kernel: float64 HWIO.
         state: holds the norm's arrays.
-        names: theirs: mean, variance, gamma (left out: 1), beta.
+        names: theirs: mean, variance, gamma, beta.
     """
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"expected the arrays {', '.join(missing)}, found none")
-    parts = [np.asarray(state[name], np.float64) for name in names]
-    if any(part.shape != kernel.shape[-1:] for part in parts):
-        shapes = ", ".join(str(part.shape) for part in parts)
+    mean, variance, gamma, beta = (np.asarray(state[n], np.float64) for n in names)
+    if any(part.shape != kernel.shape[-1:] for part in (mean, variance, gamma, beta)):
         raise ValueError(
             f"expected {', '.join(names)} of {kernel.shape[-1]} channels each, found "
-            f"shapes {shapes}"
+            f"shapes {mean.shape}, {variance.shape}, {gamma.shape}, {beta.shape}"
         )
-    mean, variance, *gamma, beta = parts
-    scale = (gamma[0] if gamma else 1.0) / np.sqrt(variance + _BATCH_NORM_EPS)
+    scale = gamma / np.sqrt(variance + _BATCH_NORM_EPS)
     return kernel * scale, (beta - mean * scale).astype(np.float32)
 
 

@@ -67,7 +67,6 @@ NETWORKS: dict[str, nn.Module] = {
     "vgg16": VGG16(),
     "alexnet": AlexNet(),
     "inception_v3": InceptionV3(),
-    "keras_inception_v3": InceptionV3("keras", preprocessing="signed"),
     "mobilenet_v2": MobileNetV2(),
     "compact": CompactTrunk(),
 }

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception-v3 in the variant that FID is defined with, and Keras's, in Flax Linen.
+"""Inception-v3 in the variant that FID is defined with, in Flax Linen.
 
-The first is the network of the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
+The network of the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
 arXiv:1706.08500), as pytorch-fid and torch-fidelity run it. It differs from the
 Inception-v3 of torchvision: average pools leave their padding out of the mean, and
-the last block's pool is a max-pool. In that of keras.applications the last pool is a
-mean too. Batch norms are folded into the convolutions when weights are converted.
-Imports jax and flax only.
+the last block's pool is a max-pool. Batch norms are folded into the convolutions
+when weights are converted. Imports jax and flax only.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.objectives.trunks import max_pool, preprocess
+from semlic_jax.objectives.trunks import max_pool
 
 # Feature depths that FID's literature calls 64, 192, 768 and 2048.
 INCEPTION_TAPS = ("MaxPool_1", "MaxPool_2", "Mixed_6e", "Mixed_7c")
@@ -159,14 +158,14 @@ class InceptionD(_Block):
 class InceptionE(_Block):
     """8x8 grid: 3x3 convolutions split into 1x3 beside 3x1."""
 
-    max_pooled: bool = False
+    last: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         three = self.conv("branch3x3_1", x, 384)
         double = self.conv("branch3x3dbl_1", x, 448)
         double = self.conv("branch3x3dbl_2", double, 384, 3)
-        pooled = max_pool(x, 3, 1, padding=1) if self.max_pooled else _average_pool(x)
+        pooled = max_pool(x, 3, 1, padding=1) if self.last else _average_pool(x)
         branches = [
             self.conv("branch1x1", x, 320),
             self.conv("branch3x3_2a", three, 384, (1, 3)),
@@ -179,20 +178,17 @@ class InceptionE(_Block):
 
 
 class InceptionV3(nn.Module):
-    """Inception-v3 up to its last convolutional block.
+    """FID's Inception-v3 up to its last convolutional block.
 
     Attributes:
-        version: "fid" or "keras".
         taps: layers to return, of `INCEPTION_TAPS`; the spatial mean of "Mixed_7c"
             is the 2048-vector of FID and KID.
         preprocessing: "torch_fidelity" (TensorFlow 1's resizing to 299x299, then
-            (255 x - 128) / 128; what published image-compression results use),
-            "pytorch_fid" (half-pixel resizing, then 2 x - 1), or, of the same resizing,
-            "signed" or "unit" (see `trunks.preprocess`): keras.applications, nsfwjs.
+            (255 x - 128) / 128; what published image-compression results use) or
+            "pytorch_fid" (half-pixel resizing, then 2 x - 1).
         dtype: compute type.
     """
 
-    version: str = "fid"
     taps: tuple[str, ...] = ("Mixed_7c",)
     preprocessing: str = "torch_fidelity"
     dtype: Any = None
@@ -203,12 +199,11 @@ class InceptionV3(nn.Module):
             # In 0..255, where 8-bit pixels are exact, as that package resizes them.
             images = resize_bilinear(images * 255, size, half_pixel=False)
             return (images - 128) / 128
-        if self.preprocessing in ("pytorch_fid", "signed", "unit"):
-            form = "unit" if self.preprocessing == "unit" else "signed"
-            return preprocess(resize_bilinear(images, size, half_pixel=True), form)
+        if self.preprocessing == "pytorch_fid":
+            return 2 * resize_bilinear(images, size, half_pixel=True) - 1
         raise ValueError(
-            'preprocessing must be "torch_fidelity", "pytorch_fid", "signed" or '
-            f'"unit", found {self.preprocessing!r}'
+            'preprocessing must be "torch_fidelity" or "pytorch_fid", '
+            f"found {self.preprocessing!r}"
         )
 
     @nn.compact
@@ -220,8 +215,6 @@ class InceptionV3(nn.Module):
                 f"taps must be among {', '.join(INCEPTION_TAPS)}; "
                 f"found {', '.join(sorted(unknown)) or '-'}"
             )
-        if self.version not in ("fid", "keras"):
-            raise ValueError(f'version must be "fid" or "keras": {self.version!r}')
         dtype = self.dtype
 
         def conv(
@@ -252,8 +245,7 @@ class InceptionV3(nn.Module):
         def top(x: jax.Array) -> jax.Array:
             x = InceptionD(dtype, name="Mixed_7a")(x)
             x = InceptionE(dtype, name="Mixed_7b")(x)
-            fid = self.version == "fid"
-            return InceptionE(dtype, max_pooled=fid, name="Mixed_7c")(x)
+            return InceptionE(dtype, last=True, name="Mixed_7c")(x)
 
         taps: dict[str, jax.Array] = {}
         x = self._prepare(images)

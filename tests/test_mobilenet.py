@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keras's networks against NumPy, TensorFlow.js's files, and what is refused."""
+"""MobileNetV2 against NumPy, TensorFlow.js's files, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from semlic_jax.cli import main
 from semlic_jax.evaluation.measures import Measures
-from semlic_jax.objectives import feature_weights, inception, metrics
-from semlic_jax.objectives.features import (
-    NETWORKS,
-    feature_distance,
-    load_features,
-)
+from semlic_jax.objectives import metrics
+from semlic_jax.objectives.features import feature_distance, load_features
 from semlic_jax.objectives.tfjs_files import read_tfjs_file
 
 # Table 2 of arXiv:1801.04381: expansion, channels, repeats, stride of the first.
@@ -250,80 +244,3 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     write_model(tmp_path / "other", weights)
     with pytest.raises(ValueError, match="expected the arrays block_3_expand_BN/gamma"):
         load_features(tmp_path / "other" / "model.json", "mobilenet_v2")
-
-
-def keras_inception() -> list[tuple[int, int, int]]:
-    """Output channels and kernel sides of conv2d_1 ... conv2d_94 of Keras."""
-    layers = [(32, 3, 3), (32, 3, 3), (64, 3, 3), (80, 1, 1), (192, 3, 3)]
-    for pool in (32, 64, 64):  # mixed0 to mixed2
-        layers += [(64, 1, 1), (48, 1, 1), (64, 5, 5)]
-        layers += [(64, 1, 1), (96, 3, 3), (96, 3, 3), (pool, 1, 1)]
-    layers += [(384, 3, 3), (64, 1, 1), (96, 3, 3), (96, 3, 3)]
-    for width in (128, 160, 160, 192):  # mixed4 to mixed7
-        layers += [(192, 1, 1), (width, 1, 1), (width, 1, 7), (192, 7, 1)]
-        layers += [(width, 1, 1), (width, 7, 1), (width, 1, 7), (width, 7, 1)]
-        layers += [(192, 1, 7), (192, 1, 1)]
-    layers += [(192, 1, 1), (320, 3, 3)]
-    layers += [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)]
-    for _ in range(2):  # mixed9, mixed10
-        layers += [(320, 1, 1), (384, 1, 1), (384, 1, 3), (384, 3, 1)]
-        layers += [(448, 1, 1), (384, 3, 3), (384, 1, 3), (384, 3, 1), (192, 1, 1)]
-    return layers
-
-
-def test_layers_of_keras_inception_find_their_places():
-    layers = keras_inception()
-    assert len(layers) == 94
-    state: dict[str, np.ndarray] = {"conv2d_95/kernel": np.zeros((1, 1, 1, 7))}
-    for number, (channels, height, width) in enumerate(layers, start=1):
-        norm = f"batch_normalization_{number}"
-        state[f"conv2d_{number}/kernel"] = np.ones((height, width, 1, channels))
-        state[f"{norm}/moving_mean"] = np.full(channels, 2.0)
-        state[f"{norm}/moving_variance"] = np.full(channels, 0.003)
-        state[f"{norm}/beta"] = np.full(channels, float(number))
-    assert feature_weights.recognise(state, "f") == "keras_inception_v3"
-    arrays = feature_weights.convert_network(state, "keras_inception_v3")
-    assert arrays["preprocessing"] == "signed"
-    scale = 0.004**-0.5  # no gamma, and the norm's epsilon
-    places = {}
-    for key in (key for key in arrays if key.endswith("/bias")):
-        number = float(arrays[key][0]) + 2 * scale
-        assert number == pytest.approx(round(number), abs=1e-4)
-        places[round(number)] = key.removesuffix("/bias")
-    assert sorted(places) == list(range(1, 95))
-    assert places[1] == "Conv2d_1a_3x3" and places[94] == "Mixed_7c/branch_pool"
-    assert places[35] == "Mixed_6b/branch7x7dbl_1"
-    module = NETWORKS["keras_inception_v3"]
-    images = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    wanted = traverse_util.flatten_dict(params, sep="/")
-    assert len(wanted) == 2 * 94
-    for place in places.values():
-        found = arrays[f"{place}/kernel"]
-        np.testing.assert_allclose(found, scale, rtol=1e-6)
-        height, width, _, channels = wanted[f"{place}/kernel"].shape
-        assert found.shape == (height, width, 1, channels), place
-
-
-def test_last_pool_of_keras_inception_is_a_mean():
-    x = jnp.asarray(np.random.default_rng(2).random((1, 4, 5, 8), np.float32))
-    for version, pooled in (("fid", True), ("keras", False)):
-        block = inception.InceptionE(max_pooled=pooled)
-        params = block.init(jax.random.key(0), x)
-        kernel = params["params"]["branch_pool"]["kernel"][0, 0]
-        found = block.apply(params, x)[..., -192:]
-        windows = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=np.nan)
-        windows = np.lib.stride_tricks.sliding_window_view(windows, (3, 3), (1, 2))
-        take = np.nanmax if pooled else np.nanmean
-        expected = np.maximum(take(windows, (-2, -1)) @ np.asarray(kernel), 0)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-
-        module = inception.InceptionV3(version, preprocessing="signed")
-        images = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-        params = jax.eval_shape(module.init, jax.random.key(0), images)
-        program = str(jax.make_jaxpr(module.apply)(params, images))
-        # A mean is a sum of pixels over one of ones; nine blocks have one, the last
-        # of FID's a maximum.
-        assert program.count("reduce_window_sum") == 2 * (8 if pooled else 9)
-    with pytest.raises(ValueError, match='"fid" or "keras"'):
-        inception.InceptionV3("2").init(jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
