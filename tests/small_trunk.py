@@ -20,6 +20,6 @@ class _Moments(nn.Module):
         return {"moments": jnp.stack([x.mean(axis=-1) for x in found], axis=-1)}
 
 
-def load_small_trunk(*args) -> FeatureNetwork:
+def load_small_trunk(*args, **options) -> FeatureNetwork:
     """In the place of `load_features`."""
     return FeatureNetwork({}, _Moments())

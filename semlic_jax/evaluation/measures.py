@@ -158,13 +158,14 @@ class Measures:
         self._of_sets = {
             name: SET_METRICS[name] for name in names if name in SET_METRICS
         }
+        wanted = {metric.trunk: metric for metric in self._of_sets.values()}
         self._networks = {
-            metric.trunk: load_features(
+            trunk: load_features(
                 None if metric.network == PACKAGED else weights,
                 metric.network,
                 taps=(metric.tap,) if metric.tap else None,
             )
-            for metric in self._of_sets.values()
+            for trunk, metric in wanted.items()
         }
         self._folder = (
             weights if weights is not None else os.environ.get("SEMLIC_FEATURES")
