@@ -214,7 +214,7 @@ def test_damaged_tfjs_files_are_refused_in_a_sentence(tmp_path, capsys):
     assert "gone.bin, which is not there" in refusal(["gone.bin"], good)
     assert "24 bytes, which end or go on after 1" in refusal(["w.bin"], good, good)
     assert "after 0 of them" in refusal(["w.bin"])
-    assert "expected 2 weights of other names" in refusal(
+    assert "expected 2 weights of different names" in refusal(
         ["w.bin"], good | {"shape": [3]}, good | {"shape": [3]}
     )
     huge = good | {"shape": [1 << 40, 1 << 40]}

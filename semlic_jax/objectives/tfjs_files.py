@@ -110,7 +110,7 @@ def _unpack(weights: list[Mapping[str, Any]], data: bytes) -> dict[str, np.ndarr
         offset = end
     if len(arrays) < len(weights) or offset != len(data):
         raise _Refused(
-            f"expected {len(weights)} weights of other names in its files, found "
+            f"expected {len(weights)} weights of different names in its files, found "
             f"{len(data)} bytes, which end or go on after {len(arrays)} of them"
         )
     return arrays

@@ -119,6 +119,7 @@ def l2_pool(x: jax.Array) -> jax.Array:
 
 
 def require_side(images: jax.Array, least: int, network: str) -> None:
+    """Raises ValueError for images [..., H, W, C] with a side of less than `least`."""
     height, width = images.shape[-3:-1]
     if min(height, width) < least:
         raise ValueError(
@@ -128,6 +129,7 @@ def require_side(images: jax.Array, least: int, network: str) -> None:
 
 
 def require_taps(taps: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises ValueError where taps are none, or not all among those known."""
     unknown = [name for name in taps if name not in known]
     if unknown or not taps:
         raise ValueError(
