@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import numpy as np
@@ -15,13 +14,11 @@ pytest.importorskip("ml_collections")
 from mini_config import get_config  # noqa: E402
 
 from semlic_jax.codec import Codec  # noqa: E402
-from semlic_jax.model.compression import CompressionModel  # noqa: E402
 from semlic_jax.training import average, export  # noqa: E402
 from semlic_jax.training.model_files import (  # noqa: E402
     mean_decoder,
     training_params,
     with_decoder,
-    with_fresh_blocks,
 )
 from semlic_jax.training.settings import read_settings  # noqa: E402
 from semlic_jax.training.train import initial_params  # noqa: E402
@@ -92,46 +89,6 @@ def test_training_starts_from_a_model_file(tiny_model, tmp_path):
     config.architecture = dict(blocks=2)
     with pytest.raises(ValueError, match="does not fit this model"):
         initial_params(read_settings(config), None)
-
-
-def test_fresh_blocks_change_nothing_yet(tiny_model, tiny_file):
-    config = get_config()
-    config.architecture = dict(level_blocks=1, decoder_blocks=1)
-    config.init_from = str(tiny_model)
-    settings = read_settings(config)
-    params = initial_params(settings, None)
-    assert "level_1_block_0" in params["g_a"] and "level_1_block_1" in params["g_s"]
-    assert "level_1_block_1" not in params["g_a"]
-    known = training_params(tiny_file)
-    x = np.random.default_rng(4).random((1, 64, 64, 3), np.float32)
-    y_hat = np.float32(np.random.default_rng(5).standard_normal((1, 4, 4, 24)))
-    pictures, latents = [], []
-    for sizes, tree in ((settings.model_config, params), (tiny_file.config, known)):
-        model = CompressionModel(sizes)
-        run = partial(model.apply, {"params": tree})
-        latents.append(run(x, method="analysis"))
-        pictures.append(run(y_hat, np.float32([0.4]), method="synthesis"))
-    assert np.std(pictures[0]) > 0.05 and np.std(latents[0]) > 0.05
-    np.testing.assert_array_equal(*latents)
-    np.testing.assert_array_equal(*pictures)
-
-
-def test_a_decoder_may_have_more_blocks(tiny_file, photograph):
-    config = dataclasses.replace(tiny_file.config, decoder_blocks=1)
-    params = training_params(tiny_file)
-    params |= with_fresh_blocks(params, config, 0)
-    image = photograph(80, 112)
-    data = Codec(tiny_file).compress(image, quality=0.3)
-    same = with_decoder(tiny_file, config, params)
-    assert same.fingerprint() == tiny_file.fingerprint()
-    picture = Codec(tiny_file).decompress(data)
-    np.testing.assert_array_equal(Codec(same).decompress(data), picture)
-    for name, layer in params["g_s"].items():
-        if name.startswith("level"):
-            layer["ChannelNorm_1"]["gamma"][:] = 0.5
-    other = Codec(with_decoder(tiny_file, config, params))
-    assert other.compress(image, quality=0.3) == data
-    assert (other.decompress(data) != picture).any()
 
 
 def test_export_keeps_the_rest_of_a_model(

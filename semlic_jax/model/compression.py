@@ -69,7 +69,6 @@ class ModelConfig:
         gain_anchors: learnt gain vectors, evenly spaced in q.
         texture_channels: of noise at each level of g_s (see `texture`); 0 for none.
         level_blocks: residual blocks of g_a and g_s at each level finer than 1/16.
-        decoder_blocks: more of them in g_s alone.
     """
 
     name: str
@@ -87,7 +86,6 @@ class ModelConfig:
     gain_anchors: int = 6
     texture_channels: int = 0
     level_blocks: int = 0
-    decoder_blocks: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field: a configuration may come from a hostile model file.
@@ -116,11 +114,6 @@ class ModelConfig:
                 f"found {len(self.context_shifts)}"
             )
 
-    @property
-    def synthesis_blocks(self) -> int:
-        """Residual blocks of g_s at each level finer than 1/16."""
-        return self.level_blocks + self.decoder_blocks
-
 
 # Smallest and largest value of the fields that are not 1 to 4096.
 _FIELD_RANGES = {
@@ -129,7 +122,6 @@ _FIELD_RANGES = {
     "blocks": (0, 64),
     "texture_channels": (0, 256),
     "level_blocks": (0, 64),
-    "decoder_blocks": (0, 64),
     "context_shifts": (0, 15),
     "gain_anchors": (2, 256),
 }
@@ -317,7 +309,7 @@ class CompressionModel(nn.Module):
             config.linear_skip,
             head_norm=not config.linear_skip,
             texture_channels=config.texture_channels,
-            level_blocks=config.synthesis_blocks,
+            level_blocks=config.level_blocks,
             block_remat=self.remat,
             dtype=self.dtype,
             tile=self.tile,

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.coding.integer_networks import float_twin
 from semlic_jax.model.compression import ModelConfig
-from semlic_jax.model.layers import ResidualBlock
 from semlic_jax.weights import ModelFile, check_params, to_dtype
 
 
@@ -27,18 +25,14 @@ def with_decoder(
 
     Args:
         model: what to keep: everything but g_s, and so the fingerprint.
-        config: of g_s; no more than `texture_channels` and `decoder_blocks` may differ.
+        config: of g_s; no more than `texture_channels` may differ.
         params: of `CompressionModel`, trained from this model with g_s alone.
 
     Raises:
         ValueError: the architectures differ, the gains do (the decoder is for other
             latents), or a parameter is not finite or beyond float16.
     """
-    kept = dataclasses.replace(
-        model.config,
-        texture_channels=config.texture_channels,
-        decoder_blocks=config.decoder_blocks,
-    )
+    kept = dataclasses.replace(model.config, texture_channels=config.texture_channels)
     if kept != config:
         raise ValueError(
             f"expected a decoder for the architecture of {model.config.name}, found "
@@ -54,41 +48,6 @@ def with_decoder(
     transforms = {**model.transforms, "g_s": g_s}
     check_params(config, {**transforms, "prior": model.prior})
     return dataclasses.replace(model, config=config, transforms=transforms)
-
-
-def with_fresh_blocks(
-    params: Mapping[str, Any], config: ModelConfig, seed: int
-) -> dict[str, Any]:
-    """g_a and g_s with the residual blocks of finer levels that they lack.
-
-    Fresh blocks are the identity, the gain of their last norm being 0: pictures and
-    latents stay as they are.
-
-    Args:
-        params: of `CompressionModel`.
-        config: says how many blocks there are to be.
-        seed: of the kernels.
-    """
-    key = jax.random.key(seed)
-    parts = {}
-    for part, count in (
-        ("g_a", config.level_blocks),
-        ("g_s", config.synthesis_blocks),
-    ):
-        # g_a goes from fine to coarse, g_s ends at the finest.
-        widths = config.widths[:-1] if part == "g_a" else config.widths[-2::-1]
-        parts[part] = dict(params[part])
-        for level, width in enumerate(widths):
-            x = jnp.zeros((1, 4, 4, width))
-            for i in range(count):
-                key, own = jax.random.split(key)
-                name = f"level_{level}_block_{i}"
-                if name not in parts[part]:
-                    fresh = ResidualBlock().init(own, x)["params"]
-                    fresh = jax.tree.map(np.array, fresh)
-                    fresh["ChannelNorm_1"]["gamma"][:] = 0
-                    parts[part][name] = fresh
-    return parts
 
 
 def mean_decoder(

@@ -32,7 +32,7 @@ from semlic_jax.training.data import Photographs
 from semlic_jax.training.feature_codes import kept_codes
 from semlic_jax.training.klt import block_covariance, start_from_klt
 from semlic_jax.training.loop import run_program
-from semlic_jax.training.model_files import training_params, with_fresh_blocks
+from semlic_jax.training.model_files import training_params
 from semlic_jax.training.programs import (
     Run,
     codec_program,
@@ -67,8 +67,8 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     """The codec's first parameters: of `init_from`, or fresh; NumPy arrays.
 
     Fresh ones start at the KLT of the photographs where the model has a linear skip.
-    Texture layers and residual blocks of finer levels that `init_from` lacks are fresh,
-    which changes no picture yet; texture layers that the model lacks are left out.
+    Texture layers that `init_from` lacks are fresh, which changes no picture yet, and
+    those that the model lacks are left out.
 
     Raises:
         ValueError: the checkpoint or the model file is of another model.
@@ -91,7 +91,6 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
             texture = {k: v for k, v in fresh.items() if _is_texture(k)}
             g_s = {**jax.tree.map(np.asarray, texture), **params["g_s"]}
         params = {**params, "g_s": g_s}
-        params |= with_fresh_blocks(params, config, settings.seed)
         wanted = jax.eval_shape(model.init, key, x, jnp.zeros(1), key)["params"]
         # No more either: a model file is refused for what its model has not.
         checkpoints.check_fits(params, wanted, place, exactly=True)

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.images import check_outputs
 from semlic_jax.model.compression import SIZES, ModelConfig
-from semlic_jax.training.model_files import training_params, with_fresh_blocks
+from semlic_jax.model.layers import ResidualBlock
+from semlic_jax.training.model_files import training_params
 from semlic_jax.weights import ModelFile, load_model, save_model, to_dtype
 
 Tree = Any
@@ -51,7 +53,7 @@ def widened(
         params: float32, the tree of the narrow `CompressionModel`; what is neither g_a
             nor g_s is passed on.
         narrow, wide: the architectures: with a linear skip, `widths` doubled,
-            as many residual blocks at their finer levels or more, all else the same.
+            `level_blocks` as many or more, all else the same.
         seed: of the unequal parts and of the new blocks' kernels.
 
     Returns:
@@ -65,15 +67,13 @@ def widened(
         name=wide.name,
         widths=tuple(2 * width for width in narrow.widths),
         level_blocks=max(narrow.level_blocks, wide.level_blocks),
-        decoder_blocks=wide.decoder_blocks,
         linear_skip=True,
     )
-    fewer = wide.synthesis_blocks < narrow.synthesis_blocks
-    if doubled != wide or fewer or not narrow.linear_skip:
+    if doubled != wide or not narrow.linear_skip:
         raise ValueError(
             f"expected an architecture with twice the widths of {narrow.name}, "
-            f"{doubled.widths}, a linear skip, at least its blocks at each level and "
-            f"all else the same, found {wide}"
+            f"{doubled.widths}, a linear skip, at least its level_blocks and all else "
+            f"the same, found {wide}"
         )
     rng = np.random.default_rng(seed)
     last = {f"Conv_{len(narrow.widths)}": "in"}
@@ -88,7 +88,7 @@ def widened(
     read = _twice_in(repair["kernel"][:, :, :split], 2, rng)
     kernel = np.concatenate([read, repair["kernel"][:, :, split:]], 2)
     tree["g_s"]["repair_0"] = _twice_out({**repair, "kernel": kernel})
-    tree |= with_fresh_blocks(tree, wide, seed)
+    _add_blocks(tree, wide, seed)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
 
 
@@ -134,6 +134,22 @@ def _twice_out(layer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "kernel": np.concatenate([layer["kernel"]] * 2, -1),
         "bias": np.tile(layer["bias"], 2),
     }
+
+
+def _add_blocks(tree: dict[str, Tree], config: ModelConfig, seed: int) -> None:
+    """Fresh residual blocks where the tree has none, at the identity."""
+    key = jax.random.key(seed)
+    for part in ("g_a", "g_s"):
+        for level in range(len(config.widths) - 1):
+            # g_a goes from fine to coarse, g_s ends at the finest.
+            widths = config.widths if part == "g_a" else config.widths[-2::-1]
+            x = jnp.zeros((1, 4, 4, widths[level]))
+            for i in range(config.level_blocks):
+                name = f"level_{level}_block_{i}"
+                key, own = jax.random.split(key)
+                fresh = jax.tree.map(np.array, ResidualBlock().init(own, x)["params"])
+                fresh["ChannelNorm_1"]["gamma"][:] = 0
+                tree[part].setdefault(name, fresh)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
