@@ -28,6 +28,7 @@ from semlic_jax.training.torch_twin import (  # noqa: E402
 VARIANTS = [
     {},
     dict(linear_skip=False, patch=1, widths=(6, 8, 8, 8, 8)),
+    dict(level_blocks=2),
 ]
 
 

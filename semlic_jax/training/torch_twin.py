@@ -125,6 +125,11 @@ def channel_norm(x: Tensor, p: Params) -> Tensor:
     return (deviation * torch.rsqrt(variance + 1e-3) * gamma + beta).to(x.dtype)
 
 
+def residual_block(x: Tensor, p: Params) -> Tensor:
+    h = F.relu(channel_norm(conv(x, p["Conv_0"]), p["ChannelNorm_0"]))
+    return x + channel_norm(conv(h, p["Conv_1"]), p["ChannelNorm_1"])
+
+
 def filter_borders(x: Tensor, matrix: Tensor) -> Tensor:
     """As in `model.transforms`, channels first."""
     half = STRIDE // 2
@@ -179,6 +184,8 @@ class Twin:
             h = F.relu(channel_norm(conv(h, p["Conv_0"]), p["ChannelNorm_0"]))
             levels = len(config.widths)
             for i in range(1, levels):
+                for j in range(config.level_blocks):
+                    h = residual_block(h, p[f"level_{i - 1}_block_{j}"])
                 h = conv(h, p[f"Conv_{i}"], 2)
                 h = F.relu(channel_norm(h, p[f"ChannelNorm_{i}"]))
             y = conv(h, p[f"Conv_{levels}"]).float()
@@ -204,11 +211,7 @@ class Twin:
             shift = features @ p["quality"]["kernel"] + p["quality"]["bias"]
             head = h = norm(h + shift[:, :, None, None].to(h.dtype))
             for i in range(config.blocks):
-                block = p[f"block_{i}"]
-                r = F.relu(
-                    channel_norm(conv(h, block["Conv_0"]), block["ChannelNorm_0"])
-                )
-                h = h + channel_norm(conv(r, block["Conv_1"]), block["ChannelNorm_1"])
+                h = residual_block(h, p[f"block_{i}"])
             h = h + head
             for i in range(len(config.widths) - 1):
                 h = F.relu(norm(conv_transpose(h, p[f"ConvTranspose_{i}"])))
@@ -216,6 +219,8 @@ class Twin:
                     gate = conv(h, p[f"texture_{i}"]["gate"])
                     noise = _noise(gate.shape, i).to(gate)
                     h = h + conv(gate * noise, p[f"texture_{i}"]["mix"])
+                for j in range(config.level_blocks):
+                    h = residual_block(h, p[f"level_{i}_block_{j}"])
             out = conv(h, p["Conv_1"])
         x_hat = depth_to_space(out.float(), config.patch)
         if not config.linear_skip:
