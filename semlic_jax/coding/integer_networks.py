@@ -164,7 +164,6 @@ def _psi(
     return psi
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _parameters(
     network: EntropyModel,
     pass_: Pass,
@@ -173,6 +172,7 @@ def _parameters(
     y_hat: tuple[Array, ...],
     level: Array,
     size: Array,
+    second: Array | None = None,
 ) -> tuple[Array, Array]:
     """Index uint8 and mean int16 of one pass, [1, h, w, C]."""
     masks = image_masks(size[None], (psi.shape[1], psi.shape[2]), jnp.int32)
@@ -183,10 +183,16 @@ def _parameters(
         y_hat,
         level[None],
         masks,
+        second,
         method="parameters",
     )
     index, mean = found
     return index.astype(jnp.uint8), mean.astype(jnp.int16)
+
+
+# Of a decoder, which waits for each pass. One for both passes of a group: half as many
+# to compile.
+_group_parameters = jax.jit(_parameters, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -279,14 +285,19 @@ class IntegerEntropyModel(PassCoder):
         def parameters(
             pass_: Pass, y_hat: tuple[np.ndarray, ...]
         ) -> tuple[np.ndarray, np.ndarray]:
-            found = _parameters(
+            first = pass_.parity == 0
+            if first:
+                shape = (*psi.shape[:3], pass_.stop - pass_.start)
+                y_hat = (*y_hat, np.zeros(shape, np.int32))
+            found = _group_parameters(
                 self._network,
-                pass_,
+                pass_._replace(parity=0),
                 self._params,
                 psi,
                 y_hat,
                 level_array,
                 size_array,
+                jnp.int32(not first),
             )
             return np.asarray(found[0]), np.asarray(found[1])
 

@@ -89,7 +89,7 @@ def checkerboard(height: int, width: int, parity: int) -> np.ndarray:
     return ((rows + columns) % 2 == parity)[..., None]
 
 
-def pack_colour(x: Array, parity: int) -> Array:
+def pack_colour(x: Array, parity: int | Array) -> Array:
     """The positions of one colour of the checkerboard, [B, h, w, C] with an even w ->
     [B, h, w/2, C]."""
     batch, height, width, channels = x.shape
@@ -435,6 +435,7 @@ class EntropyModel(nn.Module):
         y_hat: tuple[Array, ...],
         quality: Array,
         masks: Masks,
+        second: Array | None = None,
     ) -> tuple[Array, Array]:
         """Table index and mean of one pass.
 
@@ -444,6 +445,9 @@ class EntropyModel(nn.Module):
             y_hat: the groups known so far in 1/16 steps, see `traverse`.
             quality: [B], whole numbers in 0..255.
             masks: where the image is.
+            second: int32 [], 1 in the second pass of the group and 0 in the first,
+                instead of what `pass_` says of it: one program for both. In the first
+                `y_hat` then has the group too, zeros.
 
         Returns:
             index [B, h, w, C] in 0..63 and mean [B, h, w, C] in 1/16 steps within
@@ -462,13 +466,15 @@ class EntropyModel(nn.Module):
             h = layers[f"g_ch_{k}_0"](jnp.concatenate(context[:k], -1))
             h = layers[f"g_ch_{k}_1"](_activation(h, masks.y))
             features.append(_activation(h, masks.y))
-        if pass_.parity == 1:
-            features.append(_activation(layers[f"g_sp_{k}"](context[k]), masks.y))
-        else:
+        if second is None and pass_.parity == 0:
             features.append(nothing)
+        else:
+            h = _activation(layers[f"g_sp_{k}"](context[k]), masks.y)
+            features.append(h if second is None else h * second)
+        parity = pass_.parity if second is None else second
         # From here on position by position: those of the pass suffice.
-        features = [pack_colour(part, pass_.parity) for part in features]
-        mask = pack_colour(masks.y, pass_.parity)
+        features = [pack_colour(part, parity) for part in features]
+        mask = pack_colour(masks.y, parity)
         h = layers[f"g_ep_{k}_0"](jnp.concatenate(features, -1))
         h = layers[f"g_ep_{k}_1"](_activation(h, mask))
         # The quality also goes straight to the output: scales follow it closely.
