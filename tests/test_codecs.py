@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -74,6 +75,24 @@ def test_fit_finds_the_best_file_that_fits(name, image):
     for setting in codec.settings:
         if fit.setting < setting <= fit.setting + 2:
             assert len(ladder.encode(setting)) > 2000
+
+
+@pytest.mark.skipif(
+    len(getattr(os, "sched_getaffinity", lambda pid: [0])(0)) < 2,
+    reason="one core here, or no way to choose one",
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_files_do_not_depend_on_the_number_of_cores(name):
+    image = packaged_photograph().pixels  # large enough for several threads
+    codec = codecs.classical_codec(name)
+    setting = codec.settings[len(codec.settings) // 3]
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        alone = codec.encode(image, setting)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert codec.encode(image, setting) == alone
 
 
 def test_settings_show_in_the_file(image):

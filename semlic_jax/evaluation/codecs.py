@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classical codecs under one small interface, at their best settings, in real bytes.
+"""Classical codecs under one small interface, in real bytes.
 
 Each codec is one class: a name, a file suffix, its settings as a range of integers
 from the smallest file to the largest, `encode`, `decode`. `Ladder.fit` finds the best
 setting whose file fits a number of bytes. To add a codec, write a class and name it in
 `CODECS`.
 
-Sizes are whole files as the format's own encoder writes them, without metadata.
+Sizes are whole files as the format's own encoder writes them, without metadata. JPEG,
+WebP and JPEG 2000 are at their best settings; AVIF and JPEG XL could search longer.
 """
 
 from __future__ import annotations
@@ -111,7 +112,11 @@ class WebP:
 
 
 class Avif:
-    """AVIF (AV1 still pictures) at speed 4 with 4:2:0 colour."""
+    """AVIF (AV1 still pictures) at speed 4 with 4:2:0 colour.
+
+    Two threads on any machine: libaom's files are others with one, by about 1 % in
+    size, and the same with two or more.
+    """
 
     name = "AVIF"
     suffix = ".avif"
@@ -122,7 +127,12 @@ class Avif:
 
     def encode(self, image: np.ndarray, setting: int) -> bytes:
         return _save(
-            image, format="AVIF", quality=setting, speed=4, subsampling="4:2:0"
+            image,
+            format="AVIF",
+            quality=setting,
+            speed=4,
+            subsampling="4:2:0",
+            max_threads=2,
         )
 
     def decode(self, data: bytes) -> np.ndarray:
