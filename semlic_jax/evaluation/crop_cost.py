@@ -81,7 +81,10 @@ def crop_cost(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.evaluation.crop_cost",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("model", help="a name or a file")
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--side", type=int, default=128, help="default 128")

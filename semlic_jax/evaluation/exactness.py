@@ -150,7 +150,10 @@ def report(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.evaluation.exactness",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("images", nargs="*", type=Path)
     parser.add_argument("--model", default="small")
     parser.add_argument("--out", type=Path)

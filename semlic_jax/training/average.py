@@ -24,7 +24,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.training.average",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("output", type=Path, help="model file to write")
     parser.add_argument("models", nargs="+", metavar="model", help="name or path")
     parser.add_argument("--weights", type=_numbers, help="of each; default: the same")

@@ -166,7 +166,10 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.training.benchmark",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("--size", default="small", choices=sorted(SIZES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=128)

@@ -57,7 +57,10 @@ def trained_config(stage: epath.Path) -> ModelConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.training.export",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("stage", type=epath.Path, help="folder of its checkpoints")
     parser.add_argument("model", type=Path, help="file to write")
     parser.add_argument(

@@ -105,7 +105,10 @@ def integer_cost(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.training.integer_cost",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("stage", type=Path)
     parser.add_argument("model")
     parser.add_argument("images", nargs="+", type=Path)

@@ -72,7 +72,10 @@ def plot(workdir: Path, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.training.plot",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("output", type=Path, nargs="?")
     options = parser.parse_args(argv)

@@ -153,7 +153,10 @@ def _add_blocks(tree: dict[str, Tree], config: ModelConfig, seed: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m semlic_jax.training.widen",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("narrow", help="name or path of a model")
     parser.add_argument("output", type=Path, help="model file to write")
     parser.add_argument("--size", default="base", choices=sorted(SIZES))
