@@ -33,7 +33,9 @@ def add_demo(commands: Commands) -> None:
         commands, "demo", _demo, "compare one photograph with JPEG, WebP and AVIF"
     )
     sub.add_argument("input", metavar="IMAGE", type=Path, nargs="?")
-    sub.add_argument("--out", metavar="DIR", type=Path, default=Path("demo"))
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("demo"), help="default demo"
+    )
     sub.add_argument("--bpp", type=positive_float, default=0.15, help="default 0.15")
     add_model(sub)
     add_background(sub)
@@ -127,9 +129,15 @@ def add_eval(commands: Commands) -> None:
     sub.add_argument(
         "--metrics", metavar="M,...", type=names, help="default: what is here"
     )
-    sub.add_argument("--out", metavar="DIR", type=Path, default=Path("eval"))
+    sub.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("eval"), help="default eval"
+    )
     add_model(sub)
-    sub.add_argument("--anchor", metavar="C", help="of BD-rates; default avif")
+    sub.add_argument(
+        "--anchor",
+        metavar="C",
+        help="codec that BD-rates are against; default avif, else the first of others",
+    )
     sub.add_argument("--weights", metavar="DIR", type=Path, help="of feature networks")
     sub.add_argument(
         "--patch", metavar="N", type=positive_int, default=256, help="default 256"
