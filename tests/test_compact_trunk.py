@@ -208,7 +208,7 @@ def test_sweeps_measure_it_where_no_other_is_given(monkeypatch, tmp_path, pixels
     facts = measures.image_metrics | measures.set_metrics
     assert all("compact" in facts[name].label for name in ours)
     x = pixels[:64, :64]
-    values, gaps = measures.measure(x, x[::-1], ours[:1])
+    values, gaps, _ = measures.measure(x, x[::-1], ours[:1])
     assert values[ours[0]] > 0 and not gaps
     assert measures.features(x, "compact").shape[1] == 224
 

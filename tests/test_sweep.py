@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,15 +23,20 @@ from semlic_jax.evaluation.codecs import CODECS, Jpeg, classical_codec
 from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import (
     ClassicalEntrant,
+    Encoded,
     RateSearch,
     RefinedEntrant,
+    SemlicEntrant,
+    TooSmallError,
     entrants,
     refinement_identity,
 )
 from semlic_jax.evaluation.image_sets import list_images
+from semlic_jax.evaluation.journal import Journal
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.results import read_results
-from semlic_jax.evaluation.sweep import Journal, check_rates, run_sweep
+from semlic_jax.evaluation.sweep import check_rates, run_sweep
+from semlic_jax.objectives import metrics
 from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.refinement import preset
 
@@ -109,6 +115,13 @@ def test_search_finds_the_highest_setting_that_fits(base, rate):
     else:
         assert search.fit(rate).setting == str(fitting[-1])
         assert len(codec.calls) == len(set(codec.calls)) <= 9
+
+
+def test_search_uses_every_byte_of_the_rate():
+    """0.7 bpp of 180 x 240 are 3,780 bytes; the product is a hair less in floats."""
+    assert 0.7 * 180 * 240 / 8 < 3780
+    search = RateSearch(Stairs([3000, 3780, 3781]), np.zeros((180, 240, 3), np.uint8))
+    assert search.fit(0.7).setting == "1"
 
 
 def test_search_on_plateaus_and_cliffs():
@@ -533,11 +546,102 @@ def test_an_image_without_room_to_be_measured_leaves_a_gap(
     *others, row = results.rows
     assert row.bpp is not None and all(other.values for other in others)
     why = "it was not measured: 9 GiB"
-    # What was measured before stays.
+    # What was measured before in this run stays.
     assert row.gaps == ({"psnr_db": why} if step == "measure" else {})
     assert why in results.set_rows[0].gaps["frechet"]
     found = run_sweep(paths, *run)
     assert found.rows[-1].values and found.set_rows[0].values
+
+
+def test_one_metric_that_fails_leaves_the_others(folder, tmp_path, monkeypatch):
+    """And none of its older values, which may be of other weights."""
+    measures = Measures(["psnr_db", "lattice"])
+    run = list_images([folder]), [ClassicalEntrant("jpeg")], [3.0], measures
+    first = run_sweep(*run, tmp_path / "out")
+
+    def no_room(*images):
+        raise MemoryError("9 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Measures, "identity", lambda self, metric: "other weights")
+        of_lattice = measures._of_images["lattice"]._functions
+        patched.setitem(of_lattice, "lattice", no_room)
+        failed = run_sweep(*run, tmp_path / "out")
+    for before, row in zip(first.rows, failed.rows, strict=True):
+        assert row.values == {"psnr_db": before.values["psnr_db"]}
+        assert row.gaps == {"lattice": "it was not measured: 9 GiB"}
+    again = run_sweep(*run, tmp_path / "out")  # what failed was not kept
+    assert [row.values for row in again.rows] == [row.values for row in first.rows]
+
+
+def test_values_of_older_weights_are_not_shown_as_new_ones(
+    folder, tmp_path, monkeypatch
+):
+    run = list_images([folder]), [Counting("jpeg")], [3.0], Measures(["psnr_db"])
+    run_sweep(*run, tmp_path / "out")
+
+    def no_room(self, data):
+        raise MemoryError("9 GiB")
+
+    monkeypatch.setattr(Measures, "identity", lambda self, metric: "other weights")
+    monkeypatch.setattr(Counting, "decode", no_room)
+    for row in run_sweep(*run, tmp_path / "out").rows:
+        assert (row.values, list(row.gaps)) == ({}, ["psnr_db"])
+
+
+def test_codecs_of_like_names_have_files_of_their_own(folder, tmp_path):
+    class Named(ClassicalEntrant):
+        def __init__(self, key, setting):
+            super().__init__("jpeg")
+            self.key, self.setting = key, setting
+
+        def fitter(self, image):
+            data = self._codec.encode(image, self.setting)
+            return lambda bpp: Encoded(data, str(self.setting), 0.0)
+
+    keys = "semlic:модель", "semlic:опорная", "a" * 90, "a" * 91, "a:b", "a;b"
+    codecs = [Named(key, 20 + at) for at, key in enumerate(keys)]
+    results = sweep(folder, tmp_path, codecs)
+    assert len(list((tmp_path / "files").iterdir())) == len(keys)
+    for row in results.rows:
+        codec = next(codec for codec in codecs if codec.key == row.codec)
+        assert row.setting == str(codec.setting) and row.values
+
+
+def test_with_one_thread_nothing_is_measured_while_a_file_is_made(
+    folder, tmp_path, monkeypatch
+):
+    at_work, measure = [], Measures.measure
+
+    class Timed(ClassicalEntrant):
+        def fitter(self, image):
+            fit = super().fitter(image)
+
+            def watched(bpp):
+                at_work.append(bpp)
+                time.sleep(0.05)
+                found = fit(bpp)
+                at_work.pop()
+                return found
+
+            return watched
+
+    def measured(self, *arguments):
+        assert not at_work
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Measures, "measure", measured)
+    sweep(folder, tmp_path, [Timed("jpeg")], jobs=1)
+
+
+def test_images_that_the_set_leaves_out_are_named(
+    with_one_lower, tmp_path, small_trunk
+):
+    measures = Measures(["psnr_db", "frechet"], patch_side=64)
+    run = [ClassicalEntrant("jpeg")], [3.0], measures, tmp_path / "out"
+    assert run_sweep(with_one_lower(64), *run).notes == ()
+    [note] = run_sweep(with_one_lower(48), *run).notes
+    assert "leave out 1 of 4 images" in note
 
 
 def test_an_image_without_room_to_be_read_is_skipped(folder, tmp_path, monkeypatch):
@@ -605,6 +709,18 @@ def test_measures_are_of_the_contents_of_their_weights(tmp_path, monkeypatch):
     Measures(["psnr_db"], tmp_path)
 
 
+def test_ssimulacra2_is_of_its_package(monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs its package: pip install ssimulacra2"):
+        Measures(["psnr_db", "ssimulacra2"])
+    identities = set()
+    for version in "1.0", "2.0":
+        found = {"ssimulacra2": version}.__getitem__
+        monkeypatch.setattr(measures_module.metadata, "version", found)
+        identities.add(Measures([]).identity("ssimulacra2"))
+    assert len(identities) == 2
+
+
 def test_unknown_metrics():
     with pytest.raises(ValueError, match="unknown metric 'psnr': expected .*psnr_db"):
         Measures(["psnr"])
@@ -649,6 +765,17 @@ def test_a_changed_codec_is_another_one(monkeypatch):
         assert "Pillow" in identity and "Progressive JPEG" in identity
         identities.add(identity)
     assert len(identities) == 4
+
+
+@pytest.mark.parametrize("kind", [SemlicEntrant, RefinedEntrant])
+def test_the_largest_file_counts_for_rates_just_above(kind, codec, photograph):
+    refine = [replace(preset(1), gamma=0.0)] if kind is RefinedEntrant else []
+    image = photograph(64, 64)
+    fit = kind("semlic", codec, *refine).fitter(image)
+    most = len(codec.compress(image, quality=1)) * 8 / 64**2
+    assert fit(1.01 * most).setting == "255"
+    with pytest.raises(TooSmallError, match=r"largest file .* takes 0\.\d{3} bpp"):
+        fit(1.1 * most)
 
 
 def test_refined_files_are_of_their_feature_network_too(codec):

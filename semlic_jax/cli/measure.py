@@ -146,7 +146,10 @@ def add_eval(commands: Commands) -> None:
         "--published", metavar="SET", help="draw published curves; kodak is recognised"
     )
     sub.add_argument(
-        "--jobs", metavar="N", type=positive_int, help="threads; 1 for exact timings"
+        "--jobs",
+        metavar="N",
+        type=positive_int,
+        help="threads that encode; 1 for exact timings",
     )
     sub.add_argument(
         "--remeasure", action="store_true", help="take all metrics anew from the files"

@@ -23,9 +23,11 @@ from PIL import Image
 from semlic_jax.evaluation.bit_allocation import bits_per_block
 from semlic_jax.evaluation.codecs import FAILURES, reason_of
 from semlic_jax.evaluation.entrants import (
+    Encoded,
     Entrant,
     RefinedEntrant,
     SemlicEntrant,
+    TooSmallError,
 )
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.tables import number
@@ -92,18 +94,18 @@ def compare(
             "suffix": entrant.suffix,
         }
         try:
-            encoded = entrant.fitter(pixels)(rate)
+            encoded = _nearest(entrant, pixels, rate)
             start_s = time.perf_counter()
             image = entrant.decode(encoded.data)
             decode_s = time.perf_counter() - start_s
-            progress(f"measuring {entrant.label}")
-            values, gaps = measures.measure(pixels, image, names)
             bits = None
             if isinstance(entrant, SemlicEntrant | RefinedEntrant):
                 bits = bits_per_block(entrant.codec, encoded.data)
         except FAILURES as error:
             shown.append(Shown(**facts, gaps={"file": reason_of(error)}))
             continue
+        progress(f"measuring {entrant.label}")
+        values, gaps, failed = measures.measure(pixels, image, names)
         if not any(each.data for each in shown):
             # A hair more than the file takes, so that rounding does not lose a byte.
             rate = 8 * len(encoded.data) / (height * width) * (1 + 1e-12)
@@ -115,7 +117,7 @@ def compare(
                 encode_s=encoded.encode_s,
                 decode_s=decode_s,
                 values=values,
-                gaps=gaps,
+                gaps=gaps | failed,
                 bits=bits,
             )
         )
@@ -125,6 +127,14 @@ def compare(
             f"no codec makes a file of {bpp:g} bpp; {first.label}: {first.gaps['file']}"
         )
     return shown
+
+
+def _nearest(entrant: Entrant, pixels: np.ndarray, rate: float) -> Encoded:
+    """The best file of at most this rate, though the codec's files end far below."""
+    try:
+        return entrant.fitter(pixels)(rate)
+    except TooSmallError as error:
+        return error.encoded
 
 
 def page(

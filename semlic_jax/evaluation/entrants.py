@@ -46,6 +46,15 @@ class Encoded:
     encode_s: float
 
 
+class TooSmallError(ValueError):
+    """The codec's largest file of an image is far below the rate: `encoded`."""
+
+    def __init__(self, encoded: Encoded, pixels: int) -> None:
+        self.encoded = encoded
+        most = 8 * len(encoded.data) / pixels
+        super().__init__(f"its largest file of this image takes {most:.3f} bpp")
+
+
 class Entrant(Protocol):
     """A codec as a sweep sees it.
 
@@ -65,7 +74,8 @@ class Entrant(Protocol):
         """For one image, uint8 [H, W, 3]: a function of bits per pixel.
 
         It returns the best file of at most that rate, and raises ValueError, with the
-        reason, where the codec does not reach it.
+        reason, where the codec does not reach it: TooSmallError where its files end
+        far below.
         """
         ...
 
@@ -96,9 +106,9 @@ class RateSearch:
 
         Raises:
           ValueError: the codec does not reach the rate on this image; says how far it
-            gets.
+            gets. TooSmallError where that is below it.
         """
-        budget = max(int(bpp * self._pixels / 8), 1)
+        budget = max(semlic_jax.Codec.budget_bytes(bpp, self._image.shape), 1)
         last = len(self._codec.settings) - 1
         sizes = {at: len(file.data) for at, file in self._files.items()}
         low = max((at for at, size in sizes.items() if size <= budget), default=-1)
@@ -114,8 +124,7 @@ class RateSearch:
             least = self._bpp(0)
             raise ValueError(f"its smallest file of this image takes {least:.3f} bpp")
         if low == last and self._bpp(last) < _LEAST_USE * bpp:
-            most = self._bpp(last)
-            raise ValueError(f"its largest file of this image takes {most:.3f} bpp")
+            raise TooSmallError(self._files[last], self._pixels)
         return self._files[low]
 
     def _encode(self, at: int) -> Encoded:
@@ -177,12 +186,19 @@ class ClassicalEntrant:
 
 def _classical_identity(key: str, codec: ClassicalCodec) -> str:
     """The library's version, and the settings as the class and its code state them."""
-    libraries = {"jpeg": "libjpeg_turbo", "webp": "webp", "avif": "avif"}
+    libraries = {
+        "jpeg": "libjpeg_turbo",
+        "webp": "webp",
+        "avif": "avif",
+        "jpeg2000": "jpg_2000",
+    }
     if key == "jxl":
         version = f"pillow-jxl-plugin {metadata.version('pillow-jxl-plugin')}"
     else:
-        library = libraries.get(key, "jpg_2000")
-        version = f"Pillow {PIL.__version__}, {library} {features.version(library)}"
+        library = libraries.get(key)  # none of a codec that a user added
+        version = f"Pillow {PIL.__version__}"
+        if library:
+            version += f", {library} {features.version(library)}"
     return f"{inspect.getdoc(type(codec))} {version}, {_code_digest(type(codec))}"
 
 
@@ -199,19 +215,16 @@ def _code_digest(kind: type) -> str:
 
 
 class _AtLevels:
-    """A model as a `ClassicalCodec` of 256 settings; analyses one image once."""
+    """A model on one analysed image as a `ClassicalCodec` of 256 settings."""
 
     suffix = ".semlic"
     settings = range(256)
 
-    def __init__(self, codec: Codec, name: str) -> None:
-        self._codec, self.name = codec, name
-        self._analysed: tuple[np.ndarray, Latents] | None = None
+    def __init__(self, codec: Codec, name: str, latents: Latents) -> None:
+        self._codec, self.name, self._latents = codec, name, latents
 
     def encode(self, image: np.ndarray, setting: int) -> bytes:
-        if self._analysed is None or self._analysed[0] is not image:
-            self._analysed = image, self._codec.analyse(image)
-        return self._codec.encode(self._analysed[1], setting)
+        return self._codec.encode(self._latents, setting)
 
     def decode(self, data: bytes) -> np.ndarray:
         return self._codec.decompress(data)
@@ -231,7 +244,9 @@ class SemlicEntrant:
         self.identity = model_identity(codec)
 
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
-        return RateSearch(_AtLevels(self.codec, self.label), image).fit
+        latents = self.codec.analyse(image)
+        latents.y.block_until_ready()  # or the first file's time would have it
+        return RateSearch(_AtLevels(self.codec, self.label, latents), image).fit
 
     def decode(self, data: bytes) -> np.ndarray:
         return self.codec.decompress(data)
@@ -266,10 +281,15 @@ class RefinedEntrant:
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
         def fit(bpp: float) -> Encoded:
             start_s = time.perf_counter()
-            data = self.codec.compress(image, bpp=bpp, refine=self._settings)
+            # By bytes: the best quality may end below the rate, as without refinement.
+            budget = max(self.codec.budget_bytes(bpp, image.shape), 1)
+            data = self.codec.compress(image, max_bytes=budget, refine=self._settings)
             wall_s = time.perf_counter() - start_s
-            quality = self.codec.info(data)["quality"]
-            return Encoded(data, f"{quality * 255:.0f}", wall_s)
+            facts = self.codec.info(data)
+            encoded = Encoded(data, f"{facts['quality'] * 255:.0f}", wall_s)
+            if facts["quality"] == 1 and facts["bpp"] < _LEAST_USE * bpp:
+                raise TooSmallError(encoded, facts["width"] * facts["height"])
+            return encoded
 
         return fit
 

@@ -19,11 +19,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from semlic_jax.evaluation.codecs import FAILURES, reason_of
 from semlic_jax.evaluation.results import MetricFacts
 from semlic_jax.objectives.distribution_metrics import (
     PATCH_SIDE,
@@ -215,6 +217,8 @@ class Measures:
 
     def identity(self, metric: str) -> str:
         """Changes when the values of a metric of images would."""
+        if metric == "ssimulacra2":
+            return metadata.version("ssimulacra2")
         if metric in (*_WITHOUT_NETWORKS, _LATTICE):
             return ""
         packaged = metric in (*_OF_PACKAGED, _MEAN_STYLE)
@@ -222,27 +226,36 @@ class Measures:
 
     def measure(
         self, original: np.ndarray, decoded: np.ndarray, names: Sequence[str]
-    ) -> tuple[dict[str, float], dict[str, str]]:
+    ) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
         """Values of metrics of one image, and reasons for those that have none.
 
         Args:
           original, decoded: uint8 [H, W, 3].
           names: which of `image_metrics`.
+
+        Returns:
+          Values; gaps, which are the image's; and what failed, which may be of this
+          moment (no memory).
         """
         values: dict[str, float] = {}
         gaps: dict[str, str] = {}
+        failed: dict[str, str] = {}
         for name in names:
             metric = self._of_images[name]
             refused = metric.refusals(*original.shape[:2])
             if refused:
                 gaps |= refused
                 continue
-            value = float(metric(original, decoded)[name][0])
+            try:
+                value = float(metric(original, decoded)[name][0])
+            except FAILURES as error:
+                failed[name] = reason_of(error)
+                continue
             if math.isfinite(value):
                 values[name] = value
             else:  # PSNR of equal images
                 gaps[name] = f"its value is {value}"
-        return values, gaps
+        return values, gaps, failed
 
     def features(self, image: np.ndarray, trunk: str) -> np.ndarray:
         """float32 [patches, D] of one image, uint8 [H, W, 3].

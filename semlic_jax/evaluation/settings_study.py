@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 import semlic_jax
 from semlic_jax.evaluation.entrants import model_identity
 from semlic_jax.evaluation.image_sets import list_images
+from semlic_jax.evaluation.journal import Journal
 from semlic_jax.evaluation.plots import write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
-from semlic_jax.evaluation.sweep import Journal
 from semlic_jax.evaluation.tables import table
 from semlic_jax.images import read_photograph, write_file
 

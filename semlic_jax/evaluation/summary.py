@@ -255,7 +255,10 @@ def bd_rate_to_published(
 
 @dataclass(frozen=True)
 class Timing:
-    """Mean wall times of one call of a codec over images and rates, in seconds."""
+    """Median wall times of one call of a codec over images and rates, in seconds.
+
+    Medians, since the first call of a shape compiles.
+    """
 
     codec: str
     encode_s: float | None
@@ -312,7 +315,7 @@ def summarise(
     published: Sequence[PublishedCurve] = (),
     resamples: int = RESAMPLES,
 ) -> Summary:
-    """Means, BD-rates and times of a sweep.
+    """Means, BD-rates and median times of a sweep.
 
     Args:
       results: of the sweep.
@@ -336,7 +339,7 @@ def summarise(
         rows = [row for row in results.rows if row.codec == codec and row.bpp]
         encode_s = [row.encode_s for row in rows if row.encode_s is not None]
         decode_s = [row.decode_s for row in rows if row.decode_s is not None]
-        timing.append(Timing(codec, _mean(encode_s), _mean(decode_s)))
+        timing.append(Timing(codec, _median(encode_s), _median(decode_s)))
     return Summary(
         results=results,
         anchor=anchor,
@@ -366,5 +369,5 @@ def default_anchor(results: Results) -> str:
     return [*others, *results.codecs][0]
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None

@@ -16,13 +16,12 @@ were. Files are encoded by threads while the metrics of earlier ones are measure
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import numpy as np
 from semlic_jax.evaluation.codecs import FAILURES, reason_of
 from semlic_jax.evaluation.entrants import Entrant
 from semlic_jax.evaluation.image_sets import readable_images
+from semlic_jax.evaluation.journal import Journal
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.evaluation.results import (
     CodecFacts,
@@ -71,39 +71,6 @@ def check_rates(rates: Sequence[float]) -> list[float]:
     return sorted(rates)
 
 
-class Journal:
-    """What was done so far: a file of JSON lines, kept across runs.
-
-    Args:
-      path: read if it is there; a last line that was cut off is ignored.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = record
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
-        # A line that was cut off must not swallow the next one.
-        self._prefix = "\n" if path.exists() and path.stat().st_size else ""
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The last record of this key."""
-        return self._known.get(key)
-
-    def put(self, key: str, record: dict[str, Any]) -> None:
-        """Adds a record; it is on disk when this returns."""
-        record = {"key": key, **record}
-        self._known[key] = record
-        with open(self._path, "a") as stream:
-            stream.write(f"{self._prefix}{json.dumps(record)}\n")
-        self._prefix = ""
-
-
 def run_sweep(
     paths: Sequence[Path],
     entrants: Sequence[Entrant],
@@ -125,7 +92,8 @@ def run_sweep(
       rates: bits per pixel.
       measures: metrics.
       out: folder, new or of an earlier sweep.
-      jobs: threads that encode; 0: one for each core.
+      jobs: threads that encode; 0: one for each core. With 1 nothing is measured while
+        a file is encoded.
       background: RGB that transparent pixels are laid on; None: such images are
         skipped.
       remeasure: measures again what was measured already.
@@ -165,6 +133,8 @@ def run_sweep(
                     pool.submit(sweep.encode, image, pixels, entrant)
                     for entrant in entrants
                 ]
+                if jobs == 1:  # nothing else runs while a file is timed
+                    wait(encoded)
                 waiting.append((image, pixels, encoded))
                 if len(waiting) > _IMAGES_AHEAD:
                     measure_one()
@@ -179,6 +149,7 @@ def run_sweep(
             f"{skipped[0].reason}"
         )
     progress("distances of the sets")
+    notes = [*notes, *_left_out(images, measures)]
     results = Results(
         images=tuple(images),
         skipped=tuple(skipped),
@@ -191,6 +162,18 @@ def run_sweep(
     )
     write_results(results, out)
     return results
+
+
+def _left_out(images: Sequence[ImageFacts], measures: Measures) -> list[str]:
+    """A sentence on the images that the metrics of the set leave out, if any."""
+    side = measures.patch_side
+    small = sum(min(image.width, image.height) < side for image in images)
+    if not measures.set_metrics or not 0 < small < len(images):
+        return []
+    return [
+        f"The metrics of the set leave out {small} of {len(images)} images, which are "
+        f"smaller than a patch of {side} pixels"
+    ]
 
 
 def write_results(results: Results, out: Path) -> None:
@@ -330,9 +313,9 @@ class _Sweep:
             missing = self._missing(record)
             wanted = self._features_known(sha256)
             if missing or wanted is None or "decode_s" not in record:
-                decoded, decode_s = _decoded(entrant, file.path, pixels.shape)
+                decoded, decode_s = _decoded(entrant, file, pixels.shape)
                 record["decode_s"] = decode_s
-                self._add_values(record, pixels, decoded, missing)
+                failed = self._add_values(record, pixels, decoded, missing)
                 wanted = self._features_of(sha256, decoded)
                 self._journal.put(key, record)
             if image.sha256 not in self._originals:
@@ -340,7 +323,7 @@ class _Sweep:
         except FAILURES as error:  # not kept: the next run tries again
             reason = f"it was not measured: {reason_of(error)}"
             wanted = f"{image.name}: {reason}"
-            failed = dict.fromkeys(self._missing(record), reason)
+            failed |= dict.fromkeys(self._missing(record), reason)
         features[image.sha256] = wanted
         bpp = 8 * file.facts["bytes"] / (image.width * image.height)
         self._bpps.setdefault(at, {})[image.sha256] = bpp
@@ -354,7 +337,12 @@ class _Sweep:
             setting=file.facts["setting"],
             encode_s=file.facts["encode_s"],
             decode_s=record.get("decode_s"),
-            values={n: record["values"][n][1] for n in names if n in record["values"]},
+            # What was kept of a metric that failed now is of other weights.
+            values={
+                n: record["values"][n][1]
+                for n in names
+                if n in record["values"] and n not in failed
+            },
             gaps={n: record["gaps"][n][1] for n in names if n in record["gaps"]}
             | failed,
         )
@@ -374,12 +362,14 @@ class _Sweep:
         pixels: np.ndarray,
         decoded: np.ndarray,
         names: Sequence[str],
-    ) -> None:
-        values, gaps = self._measures.measure(pixels, decoded, names)
+    ) -> dict[str, str]:
+        """Keeps what was measured; metrics that failed, and why, are returned."""
+        values, gaps, failed = self._measures.measure(pixels, decoded, names)
         for kind, found in (("values", values), ("gaps", gaps)):
             kept = {k: v for k, v in record[kind].items() if k not in names}
             identities = {k: [self._measures.identity(k), v] for k, v in found.items()}
             record[kind] = kept | identities
+        return {k: f"it was not measured: {why}" for k, why in failed.items()}
 
     def _feature_paths(self, sha256: str) -> dict[str, Path]:
         folder = self._out / "features"
@@ -449,10 +439,14 @@ class _Sweep:
 
 
 def _decoded(
-    entrant: Entrant, path: Path, shape: tuple[int, ...]
+    entrant: Entrant, file: _File, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, float]:
     """The image in a file, which has this shape, and the seconds that it took."""
+    path = file.path
+    assert path is not None
     data = path.read_bytes()
+    if _sha256(data) != file.facts["sha256"]:
+        raise RuntimeError(f"{path} was changed while the sweep ran")
     start_s = time.perf_counter()
     decoded = entrant.decode(data)
     wall_s = time.perf_counter() - start_s
@@ -473,7 +467,9 @@ def _by_trunk(images: Sequence[dict[str, np.ndarray]]) -> dict[str, list[np.ndar
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text)[:80]
+    """A name for a file or folder; other texts have other names."""
+    slug = re.sub(r"[^A-Za-z0-9._+-]+", "_", text)[:80]
+    return slug if slug == text else f"{slug}-{_sha256(os.fsencode(text))[:8]}"
 
 
 def _sha256(data: bytes) -> str:

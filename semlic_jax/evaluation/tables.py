@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from semlic_jax.evaluation.results import Results
 from semlic_jax.evaluation.summary import CONFIDENCE, BdRate, Summary
 
 
@@ -65,17 +66,12 @@ def markdown(summary: Summary) -> str:
                 if each.metric == metric
             ],
         )
-    first = next(iter(results.metrics), None)
     lines += ["", "### Bits per pixel used", ""]
     lines += table(
         ["codec", *header],
         [
-            [
-                results.codecs[each.codec].label,
-                *_cells(targets, {p.target_bpp: p.bpp for p in each.points}),
-            ]
-            for each in summary.curves
-            if each.metric == first
+            [facts.label, *_cells(targets, _used_bpp(results, key))]
+            for key, facts in results.codecs.items()
         ],
     )
     if summary.bd_rates:
@@ -96,7 +92,7 @@ def markdown(summary: Summary) -> str:
             summary.to_published,
             lambda found: f"{found.codec} : {found.anchor}",
         )
-    lines += ["", "### Wall time of one call, under the load of the sweep", ""]
+    lines += ["", "### Wall time of one call, median, under the load of the sweep", ""]
     lines += table(
         ["codec", "encode (s)", "decode (s)"],
         [
@@ -116,6 +112,18 @@ def markdown(summary: Summary) -> str:
     if results.notes:
         lines += ["", "### Notes", "", *(f"* {note}" for note in results.notes)]
     return "\n".join(lines)
+
+
+def _used_bpp(results: Results, codec: str) -> dict[float, float]:
+    """Mean rate of the files at each rate that the codec reaches on every image."""
+    used: dict[float, list[float]] = {}
+    for row in results.rows:
+        if row.codec == codec and row.bpp is not None:
+            used.setdefault(row.target_bpp, []).append(row.bpp)
+    count = len(results.images)
+    return {
+        rate: sum(bpps) / count for rate, bpps in used.items() if len(bpps) == count
+    }
 
 
 def _cells(targets: Sequence[float], found: dict[float, float]) -> list[str]:

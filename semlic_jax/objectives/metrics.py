@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -196,6 +197,9 @@ def lattice_pattern(reference: Images, image: Images) -> jax.Array:
     return lattice(x / 255, x_hat / 255, tiles=REFINED_TILES)
 
 
+_NO_SSIMULACRA2 = "SSIMULACRA2 needs its package: pip install ssimulacra2"
+
+
 def ssimulacra2(reference: Images, image: Images) -> np.ndarray:
     """SSIMULACRA2 through its PyPI package, float64 [B]; 100 for equal images.
 
@@ -207,9 +211,7 @@ def ssimulacra2(reference: Images, image: Images) -> np.ndarray:
     try:
         compute = importlib.import_module("ssimulacra2").compute_ssimulacra2
     except ImportError:
-        raise ValueError(
-            "SSIMULACRA2 needs its package: pip install ssimulacra2"
-        ) from None
+        raise ValueError(_NO_SSIMULACRA2) from None
     from PIL import Image
 
     def file_of(pixels: np.ndarray) -> io.BytesIO:
@@ -291,6 +293,8 @@ class ImageMetrics:
             "ssimulacra2": ssimulacra2,
             "lattice": lattice_pattern,
         }
+        if name == "ssimulacra2" and importlib.util.find_spec(name) is None:
+            raise ValueError(_NO_SSIMULACRA2)
         if name in plain:
             return plain[name]
         if name == "feature_distance":
