@@ -366,6 +366,18 @@ def test_bench(folder, semlic, monkeypatch):
     assert 0 < ours["coding_decompress_s"] < ours["decompress_s"]
 
 
+def test_bench_of_an_image_that_others_code_exactly(folder, semlic):
+    """JSON has no infinity, and what is larger than our file says so."""
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(folder / "flat.png")
+    command = ("bench", "flat.png", "--repeats", 1, "--quality", 0)
+    status, out, err = semlic(*command, "--json")
+    assert status == 0, err
+    report = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert report["rows"][1]["name"] == "JPEG" and report["rows"][1]["psnr_db"] is None
+    status, out, err = semlic(*command)
+    assert status == 0 and "JPEG has no smaller file of this image" in out
+
+
 def test_as_a_program(folder, tiny_model):
     """The installed way in, in a process of its own, from photograph to photograph."""
     program = [sys.executable, "-m", "semlic_jax.cli"]

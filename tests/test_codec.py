@@ -470,6 +470,16 @@ def test_files_decode_to_the_same_latents_elsewhere(tiny_model, photograph, tmp_
         assert variant["different"] == 0, name
 
 
+def test_images_of_one_name_are_both_looked_at(tiny_model, photograph, tmp_path):
+    paths = [tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png"]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir()
+        Image.fromarray(photograph(16, 16, seed)).save(path)
+    written = exactness.write_files(str(tiny_model), paths, [0.5], tmp_path)
+    assert len(set(written["digests"].values())) == 2
+    assert exactness.decode_files(str(tiny_model), tmp_path) == written["digests"]
+
+
 def test_a_different_decoder_is_found_out(
     tiny_model, photograph, tmp_path, monkeypatch
 ):

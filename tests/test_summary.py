@@ -492,6 +492,10 @@ def test_styles_differ_in_colour_and_in_marker():
     assert len({style["marker"] for style in styles}) == len(codecs)
     # A codec keeps its style when another one joins.
     assert style_of("avif", codecs) == style_of("avif", codecs[:3])
+    # More of ours than there are colours.
+    models = [f"semlic:{number}" for number in range(9)]
+    styles = [style_of(codec, models) for codec in models]
+    assert len({tuple(style.items()) for style in styles}) == len(models)
 
 
 def test_a_metric_without_points_has_no_plot(tmp_path):

@@ -2,12 +2,14 @@
 """`semlic bench`: how long compressing and decompressing take, beside classical codecs.
 
 Medians after warm-up, in one process on one image. The classical codecs are measured at
-the setting whose file is closest below ours. A last row starts `semlic decompress` as a
-new process, with compiled programs from the cache: what a user of the command waits.
+the setting whose file is closest below ours, or their smallest file. A last row starts
+`semlic decompress` as a new process, with compiled programs from the cache: what a user
+of the command waits.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -70,7 +72,12 @@ class Report:
     process_decompress_s: float
 
     def facts(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no infinity: the PSNR of equal images is None."""
+        facts = asdict(self)
+        for row in facts["rows"]:
+            if not math.isfinite(row["psnr_db"]):
+                row["psnr_db"] = None
+        return facts
 
     def table(self) -> str:
         lines = [
@@ -86,6 +93,9 @@ class Report:
                 f"{_ms(row.coding_compress_s):>11}{_ms(row.decompress_s):>12}"
                 f"{_ms(row.coding_decompress_s):>11}"
             )
+        for row in self.rows[1:]:
+            if row.file_bytes > self.rows[0].file_bytes:
+                lines.append(f"{row.name} has no smaller file of this image")
         lines.append(
             f"first calls in this process: compress {self.first_compress_s:.2f} s, "
             f"decompress {self.first_decompress_s:.2f} s"

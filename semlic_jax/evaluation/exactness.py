@@ -60,14 +60,14 @@ def write_files(
 
     codec = semlic_jax.load(model)
     digests, ideal_bytes, file_bytes, excess = {}, [], [], []
-    for path in images:
+    for index, path in enumerate(images):  # names of images may come twice
         latents = codec.analyse(read_photograph(path).pixels)
         for quality in qualities:
             level = round(quality * MAX_LEVEL)
             scaled = codec.scaled(latents, level)
             symbols = codec.entropy.symbols(*scaled, level, latents.size)
             data = codec.encode_symbols(symbols, level, latents.size)
-            name = f"{path.stem}-{level}.semlic"
+            name = f"{index}-{path.stem}-{level}.semlic"
             (folder / name).write_bytes(data)
             rows, columns = (-(-side // 16) for side in latents.size)
             y_hat = symbols.y + symbols.mean_steps.astype(np.float32) / 16

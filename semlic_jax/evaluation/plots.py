@@ -2,7 +2,7 @@
 """Rate-distortion plots of a sweep: PNG and SVG, with published curves beside ours.
 
 Colours are those of Okabe and Ito, which people with any colour vision tell apart;
-every codec has a marker of its own as well, so that the plots also read in grey.
+every codec has a marker or a line of its own as well, so that they also read in grey.
 Published curves are thin, dashed and grey.
 """
 
@@ -26,8 +26,9 @@ from semlic_jax.images import write_file
 # Okabe and Ito's colours but yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("s", "^", "D", "v", "P", "X")
-_OURS = ("#D55E00", "#8C3B00", "#F08A4B")
-_OUR_MARKERS = ("o", "*", "p")
+_OURS = ("#D55E00", "#8C3B00", "#F08A4B", "#B2182B")
+_OUR_MARKERS = ("o", "*", "p", "h")
+_LINES = ("-", ":", "-.")  # where colours and markers begin again
 _PUBLISHED_MARKERS = ("1", "2", "3", "4", "+", "x")
 _GREY = "#6B6B6B"
 
@@ -45,16 +46,23 @@ _WIDTH, _HEIGHT, _DPI = 6.4, 4.6, 160
 
 
 def style_of(codec: str, codecs: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and width of a codec: the same in every plot of a sweep."""
+    """Colour, marker and line of a codec: the same in every plot of a sweep."""
     ours = [name for name in codecs if name.startswith("semlic")]
     if codec in ours:
-        at = ours.index(codec)
-        colour, marker = _OURS[at % len(_OURS)], _OUR_MARKERS[at % len(_OUR_MARKERS)]
-        return {"color": colour, "marker": marker, "linewidth": 2.4, "zorder": 4}
+        style = _nth(ours.index(codec), _OURS, _OUR_MARKERS)
+        return {**style, "linewidth": 2.4, "zorder": 4}
     others = [name for name in codecs if name not in ours]
-    at = others.index(codec)
-    colour, marker = _COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]
-    return {"color": colour, "marker": marker, "linewidth": 1.5, "zorder": 3}
+    style = _nth(others.index(codec), _COLOURS, _MARKERS)
+    return {**style, "linewidth": 1.5, "zorder": 3}
+
+
+def _nth(at: int, colours: Sequence[str], markers: Sequence[str]) -> dict[str, str]:
+    rounds, place = divmod(at, len(colours))
+    return {
+        "color": colours[place],
+        "marker": markers[place],
+        "linestyle": _LINES[rounds % len(_LINES)],
+    }
 
 
 def plot_metric(

@@ -15,6 +15,8 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 LEAST_POINTS = 4  # VCEG-M33 and everyone since
+# Of the shorter curve's range: a mean over less says nothing of the curves.
+LEAST_OVERLAP = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,8 @@ def bd_rate(anchor: RateCurve, test: RateCurve) -> float:
     rate, rising or falling.
 
     Raises:
-        ValueError: other metric or images, curves that are not monotonic, no common
-            range.
+        ValueError: other metric or images, curves that are not monotonic, a common
+            range of less than a tenth of the shorter curve's.
     """
     _require_comparable(anchor, test)
     (rate_a, value_a), (rate_b, value_b) = anchor.points(), test.points()
@@ -127,13 +129,15 @@ def _mean_difference(
     low = max(a[0].min(), b[0].min())
     high = min(a[0].max(), b[0].max())
     rising = [curve[0][-1] > curve[0][0] for curve in (a, b)]
-    if not low < high or rising[0] != rising[1]:
+    shorter = min(np.ptp(a[0]), np.ptp(b[0]))
+    if not high - low >= LEAST_OVERLAP * shorter or rising[0] != rising[1]:
         spans = []
         for curve, name in ((a, anchor.name), (b, test.name)):
             ends = curve[0][[0, -1]]
             ends = 10**ends if axis.startswith("bpp") else ends
             spans.append(f"{axis.format(name)} goes from {ends[0]:g} to {ends[1]:g}")
-        raise ValueError("no common range: " + ", ".join(spans))
+        little = "hardly a" if low < high and rising[0] == rising[1] else "no"
+        raise ValueError(f"{little} common range: " + ", ".join(spans))
     integrals = []
     for abscissa, value in (a, b):
         order = np.argsort(abscissa)
