@@ -287,9 +287,9 @@ class Codec:
             size: height and width in pixels.
         """
         pixels = size[0] * size[1]
-        budget = int(min(bpp * pixels / 8, 2.0**60))
-        # The product may round to just below the whole number that was meant.
-        return budget + ((budget + 1) * 8 / pixels <= bpp)
+        near = int(min(bpp * pixels / 8, 2.0**60))
+        # The product rounds, and so may miss by one.
+        return max(n for n in (near - 1, near, near + 1) if n * 8 / pixels <= bpp)
 
     @staticmethod
     def bucket(size: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
     """One line on the terminal that says what is being done; nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: closed by the caller
         yield lambda text: None
         return
 

@@ -411,6 +411,30 @@ def test_names_that_are_not_utf_8(folder):
     assert (done.returncode, done.stderr) == (0, b"") and name in done.stdout
 
 
+def test_names_that_the_output_has_no_letters_for(folder):
+    name = "照.semlic"
+    Path(name).write_bytes(pack(Header(8, 8, 99, b"\x12\x34\x56\x78"), b"payload!"))
+    done = subprocess.run(
+        [sys.executable, "-m", "semlic_jax.cli", "info", name],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and rb"\u7167" in done.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_errors(folder, tiny_model, closed):
+    program = f"{sys.executable} -m semlic_jax.cli compress photo.png --quality 0.1"
+    done = subprocess.run(
+        f"{program} --model {tiny_model} {closed}",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("photo.semlic").exists()
+
+
 def test_a_closed_pipe_is_no_error_message():
     program = [sys.executable, "-m", "semlic_jax.cli", "models"]
     done = subprocess.run(

@@ -422,6 +422,17 @@ def compiled(caplog):
     return [r.message for r in caplog.records if r.message.startswith("Compiling")]
 
 
+def test_budgets_of_bits_per_pixel_are_exact():
+    rng = np.random.default_rng(0)
+    for _ in range(20_000):
+        height, width = rng.integers(1, 5000, 2).tolist()
+        bpp = int(rng.integers(1, 9999)) * 8 / (height * width)  # or a hair beside it
+        bpp = float(rng.choice([bpp, np.nextafter(bpp, 0), np.nextafter(bpp, 99)]))
+        budget = semlic_jax.Codec.budget_bytes(bpp, (height, width))
+        over = (budget + 1) * 8 / (height * width)
+        assert budget * 8 / (height * width) <= bpp < over, (height, width, bpp)
+
+
 def test_a_new_size_in_the_same_bucket_compiles_nothing(codec, photograph, caplog):
     # A bucket that no other test uses: its programs would be compiled already.
     sizes = [(200, 20), (256, 64), (230, 33)]

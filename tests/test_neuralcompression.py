@@ -264,6 +264,11 @@ def test_missing_and_misshapen_tensors_are_named(state, tmp_path, capsys):
     assert "decoder.blocks.1.0.weight" in refused(wrong)
     wrong = state | {"encoder.blocks.2.1.gamma": np.zeros(8, np.float32)}
     assert "4 axes of the tensor encoder.blocks.2.1.gamma" in refused(wrong)
+    [median] = [name for name in state if name.endswith("quantiles")]
+    wrong = state | {median: state[median][:, :, :0]}
+    assert f"none of them empty, found shape ({len(state[median])}, 1, 0)" in refused(
+        wrong
+    )
     wrong = state | {"encoder.blocks.2.0.bias": np.full(8, np.inf, np.float32)}
     assert "finite floats as encoder.blocks.2.0.bias" in refused(wrong)
     assert not output.exists()

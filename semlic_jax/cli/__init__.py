@@ -13,6 +13,7 @@ where that is a terminal.
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import os
 import sys
@@ -29,15 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files need not be UTF-8: they come out as the bytes that they are.
-        sys.stdout.reconfigure(errors="surrogateescape")
+        # Names of files need not be UTF-8: they come out as the bytes that they are,
+        # and what another encoding lacks comes out as its number.
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        errors = "surrogateescape" if utf8 else "backslashreplace"
+        sys.stdout.reconfigure(errors=errors)
     if "program" in options:
         options.rest = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         return status or 0
     except BrokenPipeError:
         # The reader went away. Python would complain again when it flushes at exit.

@@ -14,7 +14,8 @@ REFUSED, USAGE, INTERNAL, SKIPPED, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    if sys.stderr is not None:  # closed by the caller; print would take stdout
+        print(text, file=sys.stderr)
 
 
 @contextmanager

@@ -238,9 +238,10 @@ def _array(value: np.ndarray, path: str, source: str) -> np.ndarray:
     ranks = {"kernel": 4, "gamma": 4, "beta": 4, "bias": 1}
     leaf = path.rpartition("/")[2]
     rank = ranks.get(leaf, 3)
-    if value.ndim != rank:
+    if value.ndim != rank or 0 in value.shape:
         raise ValueError(
-            f"expected {rank} axes of the tensor {source}, found shape {value.shape}"
+            f"expected {rank} axes of the tensor {source}, none of them empty, found "
+            f"shape {value.shape}"
         )
     if leaf == "kernel":
         # OIHW to HWIO. A transposed convolution is kept as the kernel of the
