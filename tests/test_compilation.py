@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation of float programs, with and without the compiler's option."""
+"""Compilation of float programs, with and without the options of the compiler."""
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,19 @@ def double(static, x):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="an option of XLA:CPU")
-def test_the_tested_compiler_has_the_option(fresh):
-    assert compilation.compiler_options() == compilation._OWN_CONVOLUTIONS
+@pytest.mark.parametrize("off, level", [(False, {1}), (True, set())])
+def test_the_tested_compiler_has_the_options(fresh, off, level):
+    before = jax.config.values["jax_disable_most_optimizations"]
+    try:
+        jax.config.update("jax_disable_most_optimizations", off)
+        options = compilation.compiler_options()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+    assert options.items() >= compilation._OWN_CONVOLUTIONS.items()
+    assert {options.get("xla_backend_optimization_level")} - {None} == level
 
 
-def test_a_compiler_without_the_option_is_asked_for_nothing(fresh, monkeypatch):
+def test_a_compiler_without_an_option_is_asked_for_nothing(fresh, monkeypatch):
     monkeypatch.setattr(compilation, "_OWN_CONVOLUTIONS", {"xla_cpu_no_such": "1"})
     assert compilation.compiler_options() is None
     program = compilation.FloatProgram(double, static_argnums=0)
