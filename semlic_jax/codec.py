@@ -164,7 +164,7 @@ class Codec:
         max_bytes: int | None = None,
         icc_profile: bytes | None = None,
         refine: str | int | Settings | None = None,
-        roi: Region | np.ndarray | str | None = None,
+        roi: Region | np.ndarray | str | os.PathLike[str] | None = None,
     ) -> bytes:
         """Compress an image to the bytes of a `.semlic` file.
 

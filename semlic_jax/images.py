@@ -27,6 +27,7 @@ import numpy as np
 from PIL import (
     ExifTags,
     Image,
+    ImageChops,
     ImageCms,
     ImageColor,
     ImageOps,
@@ -37,6 +38,7 @@ MAX_SIDE = 65535
 # 134 megapixels: 400 MB of pixels. Pillow's own limit (179 megapixels) stays in force.
 MAX_PIXELS = 2**27
 
+_TIFF_SIDES = 256, 257  # the tags ImageWidth and ImageLength
 _TIFF_BITS = 258  # the tag BitsPerSample
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 _GRID_LEVELS = 18  # of each colour, to compare profiles
@@ -152,8 +154,8 @@ def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the pixels
         with _open(source, name) as image:
-            width, height = image.size
             _check_size(image.size, name, MAX_PIXELS)
+            width, height = _sides_as_stored(image)
             try:
                 orientation = image.getexif().get(ExifTags.Base.Orientation)
             except _DECODE_ERRORS:
@@ -164,6 +166,8 @@ def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
 def read_brightness(source: str | os.PathLike | BinaryIO) -> np.ndarray:
     """uint8 [H, W] of an image file that nobody has checked, whatever its colours.
 
+    Upright, as photographs are, and the darker the more transparent it is.
+
     Raises:
       ValueError, OSError: as `read_photograph`, but for transparency.
     """
@@ -173,7 +177,19 @@ def read_brightness(source: str | os.PathLike | BinaryIO) -> np.ndarray:
         with _open(source, name) as image:
             _check_size(image.size, name, MAX_PIXELS)
             _load(image, name)
+            image = _upright(image, [])
+            if image.has_transparency_data:
+                image = _with_alpha(image, name, [])
+                alpha = image.getchannel("A")
+                return np.array(ImageChops.multiply(image.convert("L"), alpha))
             return np.array(_at_most_8_bits(image, name, []).convert("L"))
+
+
+def _sides_as_stored(image: Image.Image) -> tuple[int, int]:
+    """Width and height before the orientation; Pillow has a TIFF's turned already."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag) for tag in _TIFF_SIDES)
+    return width or image.width, height or image.height
 
 
 def _name_of(source: str | os.PathLike | BinaryIO) -> str:
@@ -281,14 +297,7 @@ def _without_transparency(
     if not image.has_transparency_data:
         return image
     grey = image.mode in ("L", "LA", "La", "1", "I;16", "I")
-    if image.mode == "I;16":
-        # The transparent grey value of a 16-bit PNG counts in 16 bits.
-        key = image.info.get("transparency")
-        wide = np.asarray(image)
-        alpha = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
-        image = _narrow(image, name, notes).convert("RGBA")
-        image.putalpha(alpha)
-    rgba = image.convert("RGBA")
+    rgba = _with_alpha(image, name, notes)
     if rgba.getchannel("A").getextrema() == (255, 255):
         notes.append("an alpha channel that was opaque everywhere was dropped")
         return rgba.convert("L" if grey else "RGB")
@@ -299,6 +308,19 @@ def _without_transparency(
     ground = Image.new("RGBA", rgba.size, (*background, 255))
     notes.append("transparent pixels were laid on the background colour")
     return Image.alpha_composite(ground, rgba).convert("RGB")
+
+
+def _with_alpha(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    """An image that has transparency as RGBA."""
+    if image.mode != "I;16":
+        return image.convert("RGBA")
+    # The transparent grey value of a 16-bit PNG counts in 16 bits.
+    key = image.info.get("transparency")
+    wide = np.asarray(image)
+    alpha = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
+    rgba = _narrow(image, name, notes).convert("RGBA")
+    rgba.putalpha(alpha)
+    return rgba
 
 
 def _to_rgb(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import jax
 import pytest
@@ -42,6 +43,7 @@ def refined(monkeypatch):
     seen = []
 
     def refine_batch(codec, images, *, unrefined, **options):
+        assert len({codec.bucket(image.shape[:2]) for image in images}) == 1
         seen.extend(int(image[0, 0, 0]) for image in images)
         return [Refined(data, data, 1.0, 2.0, SETTINGS.steps, ()) for data in unrefined]
 
@@ -132,6 +134,12 @@ def test_upright_photographs_are_of_their_own_bucket(album, refined):
     assert refined == [1, 3, 2]
 
 
+def test_heads_with_another_size_do_not_end_the_run(album, refined, monkeypatch):
+    Image.new("RGB", SIZE, (2, 0, 0)).save(album / "b.png")
+    monkeypatch.setattr(folder_module, "photograph_size", lambda path: SIZE)
+    assert len(run(album, batch=3).rows) == 3 and refined == [1, 3, 2]
+
+
 def test_a_photograph_that_was_damaged_since_is_skipped(album, refined):
     (album / "a.png").unlink()
     path = album / "a.bmp"  # whose head is whole when its end is lost
@@ -154,3 +162,63 @@ def test_names_that_are_not_utf_8(album, refined):
     assert (out / os.fsdecode(b"caf\xe9.semlic")).is_file()
     assert b"caf\xe9.png,caf\xe9.semlic," in (out / "refine.csv").read_bytes()
     assert len(run(album).rows) == len(refined) == 3  # it is found again
+
+
+def test_names_with_a_carriage_return(album, refined):
+    (album / "b.png").rename(album / "b\r.png")
+    run(album)
+    assert len(run(album).rows) == len(refined) == 3  # it is found again
+
+
+def test_another_profile_is_another_photograph(album, refined, monkeypatch):
+    profiles = [b"one", b"one", b"two"]
+    read = folder_module.read_photograph
+
+    def with_profile(path, **options):
+        return replace(read(path, **options), icc_profile=profiles[0])
+
+    monkeypatch.setattr(folder_module, "read_photograph", with_profile)
+    run(album)
+    profiles.pop(0)
+    assert len(run(album).rows) == len(refined) == 3
+    profiles.pop(0)
+    with pytest.raises(ValueError, match="a.semlic was not made from this image"):
+        run(album)
+
+
+# The table.
+
+HEAD = folder_module._csv([], header=True)
+
+
+OTHER_ORDER = b",".join(HEAD.strip().split(b",")[::-1]) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [b"", HEAD[:8], HEAD + b"b.png,b.semlic,64,6", HEAD + b'"b,.pn', OTHER_ORDER],
+)
+def test_tables_that_were_cut_off_or_edited_are_gone_on_with(album, refined, left):
+    (album.parent / "out").mkdir()
+    (album.parent / "out" / "refine.csv").write_bytes(left)
+    with pytest.raises(KeyboardInterrupt):
+        run(album, Stub(failing=3, error=KeyboardInterrupt()))
+    assert refined == [1, 2]
+    assert len(run(album).rows) == len(refined) == 3
+
+
+def test_tables_of_others_are_not_replaced(album, refined):
+    out = album.parent / "out"
+    out.mkdir()
+    (out / "refine.csv").write_text("my,notes\n1,2\n")
+    with pytest.raises(ValueError, match="expected a table of refined files"):
+        run(album)
+    assert os.listdir(out) == ["refine.csv"] and not refined
+    assert (out / "refine.csv").read_text() == "my,notes\n1,2\n"
+    with pytest.raises(KeyboardInterrupt):
+        run(album, Stub(failing=3, error=KeyboardInterrupt()), force=True)
+    assert len(run(album).rows) == len(refined) == 3
+    # With notes beside it, it is still ours.
+    lines = (out / "refine.csv").read_text().splitlines()
+    (out / "refine.csv").write_text("".join(f"{line},notes\n" for line in lines))
+    assert len(run(album).rows) == len(refined) == 3

@@ -246,14 +246,18 @@ def test_whatever_a_decoder_raises_is_damage(pixels, monkeypatch, error, step):
         images.read_photograph(data)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_those_of_the_photographs(tmp_path, pixels, orientation):
+def test_sizes_are_those_of_the_photographs(tmp_path, pixels, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "photo.png"
+    path = tmp_path / f"photo.{suffix}"
     Image.fromarray(pixels).save(path, exif=exif)
-    found = images.read_photograph(path).pixels.shape[:2]
-    assert images.photograph_size(path) == found
+    photograph = images.read_photograph(path).pixels
+    assert images.photograph_size(path) == photograph.shape[:2]
+    # A mask is turned like the photograph that it is of.
+    expected = np.asarray(Image.fromarray(photograph).convert("L"))
+    np.testing.assert_array_equal(images.read_brightness(path), expected)
 
 
 def test_sizes_of_files_with_damage(tmp_path, pixels):
@@ -282,10 +286,23 @@ def test_brightness_is_that_of_the_photograph(pixels):
             found = images.read_brightness(stream)
             assert found.dtype == np.uint8
             np.testing.assert_array_equal(found, np.asarray(expected.convert("L")))
-    # A mask has no colours behind its holes: transparency is no matter.
+
+
+def test_what_is_transparent_is_dark(pixels):
+    alpha = np.linspace(0, 255, pixels[..., 0].size).round().astype(np.uint8)
+    alpha = alpha.reshape(pixels.shape[:2])
+    for mode in ("LA", "RGBA"):
+        image = Image.fromarray(pixels).convert(mode)
+        image.putalpha(Image.fromarray(alpha))
+        stream = io.BytesIO()
+        image.save(stream, format="PNG")
+        expected = np.asarray(image.convert("L"), float) * alpha / 255
+        found = images.read_brightness(stream)
+        np.testing.assert_allclose(found, expected, atol=1)
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert("LA").save(stream, format="PNG")
-    assert images.read_brightness(stream).shape == (5, 7)
+    wide = Image.fromarray(np.array([[65535, 700]], np.uint16))
+    wide.save(stream, format="PNG", transparency=65535)
+    np.testing.assert_array_equal(images.read_brightness(stream), [[0, 3]])
 
 
 @pytest.mark.parametrize(

@@ -637,10 +637,15 @@ def test_trust_rises_and_then_falls(steps, rise, rising):
     assert (trust[:rising] < falling[:rising]).all()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 9])
 def test_few_steps_are_all_taken(steps):
     trust = newton.make_schedule(dataclasses.replace(SETTINGS, steps=steps)).trust
     assert trust[0] == pytest.approx(SETTINGS.trust_start) and (trust > 0).all()
+
+
+def test_more_steps_rise():
+    trust = newton.make_schedule(dataclasses.replace(SETTINGS, steps=10)).trust
+    assert trust[0] == 0 and 0 < trust[1] < trust[2]
 
 
 # The command line.

@@ -324,7 +324,7 @@ def test_batches_are_of_one_bucket(mini_codec, image, photograph):
         (dict(temperature_end=0.0), "above 0"),
         (dict(probes=0), "probes of at least 1, found 0"),
         (dict(kappa=0.0), "kappa above 0, found 0"),
-        (dict(kappa=float("inf")), "kappa above 0, found inf"),
+        (dict(kappa=float("inf")), "kappa from .* to .*, found inf"),
         (dict(trust_start=0.0), "trust_start above 0 and at most 1, found 0"),
         (dict(trust_end=1.5), "trust_end above 0 and at most 1, found 1.5"),
         (dict(trust_rise=-0.1), "trust_rise of at least 0, found -0.1"),
@@ -332,6 +332,21 @@ def test_batches_are_of_one_bucket(mini_codec, image, photograph):
         (dict(noise=-1.0), "noise of at least 0, found -1"),
         (dict(z_travel=-0.1), "z_travel of at least 0, found -0.1"),
         (dict(newton_integral=-1.0), "newton_integral of at least 0, found -1"),
+        (dict(integral=-1.0), "integral of at least 0, found -1"),
+        (dict(proportional=float("nan")), "proportional of at least 0, found nan"),
+        (dict(alpha=1e39), r"alpha of at most 3.40282e\+38, found 1e\+39"),
+        (dict(kappa=1e39), r"kappa from .* to 3.40282e\+38, found 1e\+39"),
+        (dict(beta=1e-60), "beta from .* to .*, found 1e-60"),
+        (dict(decay=1.5), "decay from 0 to 1, found 1.5"),
+        (dict(decay=float("nan")), "decay from 0 to 1, found nan"),
+        (dict(overshoot=-1.0), "a finite overshoot above -1, found -1"),
+        (dict(overshoot=float("inf")), "a finite overshoot above -1, found inf"),
+        (dict(steps=2.5), "a whole number as steps, found 2.5"),
+        (dict(chunk_steps=float("nan")), "a whole number as chunk_steps, found nan"),
+        (dict(probes=2.5), "a whole number as probes, found 2.5"),
+        (dict(seed=1.5), "a whole number as seed, found 1.5"),
+        (dict(seed=-1), "a seed from 0 to 4294967295, found -1"),
+        (dict(seed=2**32), "a seed from 0 to 4294967295, found 4294967296"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -343,6 +358,9 @@ def test_presets():
     steps = [refinement.preset(name).steps for name in ("fast", "default", "best")]
     assert steps == sorted(steps) and len(set(steps)) == 3
     assert refinement.preset(7).steps == 7
+    assert refinement.preset(np.int64(7)) == refinement.preset(7)
+    with pytest.raises(ValueError, match="whole number as steps, found 7.5"):
+        refinement.preset(7.5)
     # Relaxed rounding takes more steps, unless their number is said.
     relaxed = refinement.preset("fast", method="sga")
     assert relaxed.method == "sga" and relaxed.steps > 3 * steps[0]
@@ -441,6 +459,11 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
         (("--refine", "1.5"), 2, "preset or number of steps"),
         (("--refine", 5, "--alpha", -1), 1, "alpha of at least 0"),
         (("--refine", 5, "--method", "magic"), 1, "unknown rounding method"),
+        (("--refine", 5, "--seed", 10**30), 1, "expected a seed from 0 to 4294967295"),
+        ((*STEPS, "--mean-style", 1), 1, "--gamma above 0 with --mean-style, found 0"),
+        ((*STEPS, "--structure", 1), 1, "--gamma above 0 with --structure, found 0"),
+        ((*STEPS, "--lattice", 1), 1, "--gamma above 0 with --lattice, found 0"),
+        ((*STEPS, "--features", "f"), 1, "--gamma above 0 with --features, found 0"),
         (("--alpha", 1), 1, "expected --refine with --alpha"),
         (("--mean-style", 1), 1, "expected --refine with --mean-style"),
         (("--lattice", 1), 1, "expected --refine with --lattice"),

@@ -45,12 +45,26 @@ def test_the_mean_weight_is_that_of_no_region():
     assert Region(half_mask(), 0.8, 0.2).pixel_weights(SIZE).mean() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("value", "words"), [(0, "is empty"), (1, "covers the whole")])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0, "is empty"), (1, "covers the whole"), (0.3, "is the same everywhere")],
+)
 def test_regions_without_a_border_say_so(value, words):
     mask = np.full(SIZE, value, np.float32)
     with pytest.warns(RegionWarning, match=words):
         weights = Region(mask).pixel_weights(SIZE)
     np.testing.assert_allclose(weights, 1)
+    assert Region(mask).weight_ratio() == 1
+
+
+@pytest.mark.parametrize("contrast", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("weights", [(0.8, 0.2), (0.1, 0.9)])
+def test_ratios_are_of_weights_that_there_are(contrast, weights):
+    region = Region(0.05 + 0.9 * contrast * half_mask(), *weights)
+    found = region.pixel_weights(SIZE)
+    expected = found[0, 0] / found[0, -1]  # foreground over background
+    assert region.weight_ratio() == pytest.approx(expected, rel=1e-5)
+    assert Region(half_mask(), 1.0, 0.0).weight_ratio() == 1e3
 
 
 @pytest.mark.parametrize(
@@ -166,7 +180,7 @@ def test_saliency_of_any_size(size):
     assert mask.shape == size and np.isfinite(mask).all()
 
 
-def test_regions_in_any_form():
+def test_regions_in_any_form(tmp_path):
     image = np.zeros((*SIZE, 3), np.uint8)
     region = Region(half_mask())
     assert as_region(None, image) is None
@@ -176,6 +190,10 @@ def test_regions_in_any_form():
         as_region((half_mask() * 255).astype(np.uint8), image).mask, half_mask()
     )
     assert as_region("0,0,8,8", image).mask[0, 0] > 0.3
+    path = tmp_path / "auto"  # a name that means something as text
+    Image.fromarray((half_mask() * 255).astype(np.uint8)).save(path, format="PNG")
+    soft = soften(half_mask(), 8.0)
+    np.testing.assert_allclose(as_region(path, image).mask, soft, atol=1e-6)
 
 
 def psnr_db_where(chosen, codec, data, image):

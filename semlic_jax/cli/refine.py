@@ -224,7 +224,13 @@ def settings_of(
         _refuse_without("roi", region)
     from semlic_jax import refinement
 
-    return refinement.preset(refine, **changes)
+    settings = refinement.preset(refine, **changes)
+    if settings.gamma == 0:
+        for name in ("mean_style", "structure", "lattice", "features"):
+            if changes[name] is not None:
+                given = name.replace("_", "-")
+                raise ValueError(f"expected --gamma above 0 with --{given}, found 0")
+    return settings
 
 
 def _refuse_without(option: str, others: dict[str, Any]) -> None:

@@ -130,12 +130,27 @@ class SymbolTables:
         Raises:
             ValueError: an argument has another type, shape or range.
         """
+        bits, _, further_bits = self._lengths(symbols, indexes)
+        return float(bits.sum() + further_bits.sum())
+
+    def symbol_bits(
+        self, symbols: ArrayLike, indexes: ArrayLike
+    ) -> NDArray[np.float64]:
+        """Code length of each symbol, float64 [n]; otherwise as `ideal_bits`."""
+        bits, escaped, further_bits = self._lengths(symbols, indexes)
+        bits[escaped] += further_bits
+        return bits
+
+    def _lengths(
+        self, symbols: ArrayLike, indexes: ArrayLike
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.floating]]:
+        """Bits of the entries [n], which are escapes [n], and what these take more."""
         symbols = as_symbols(symbols)
         indexes = self.as_indexes(indexes, symbols.size)
         slots, excess = self.slots(symbols, indexes)
-        bits = self._slot_bits[self.starts[indexes] + slots].sum()
         escaped = slots == self.escapes[indexes]
-        return float(bits + _escape_bits(excess[escaped]).sum())
+        bits = self._slot_bits[self.starts[indexes] + slots]
+        return bits, escaped, _escape_bits(excess[escaped])
 
     def bits_lookup(self) -> tuple[NDArray[np.float32], int]:
         """The code length of every symbol as one matrix, for rate estimates.

@@ -68,6 +68,5 @@ def bits_per_block(codec: Codec, data: bytes) -> np.ndarray:
 
 def _bits(tables: SymbolTables, symbols: np.ndarray, indexes: np.ndarray) -> np.ndarray:
     """Code lengths [h, w] of symbols [h, w, C], summed over channels."""
-    bits, radius = tables.bits_lookup()
-    clipped = np.clip(symbols, -radius, radius) + radius
-    return bits[indexes, clipped].sum(axis=-1, dtype=np.float64)
+    bits = tables.symbol_bits(symbols.ravel(), indexes.ravel())
+    return bits.reshape(symbols.shape).sum(axis=-1)

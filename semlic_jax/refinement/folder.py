@@ -37,6 +37,7 @@ from semlic_jax.refinement.settings import REVISION, Settings
 
 SUFFIX = ".semlic"
 _TABLE_NAME = "refine.csv"
+_LONGEST_HEAD = 4096  # bytes that are read of the first line of a table
 _AS_NAMED = "surrogateescape"  # names of files need not be UTF-8
 
 
@@ -53,7 +54,7 @@ class Row:
         value, unrefined_value: objective of both as decoded; lower is better.
         steps: that were made.
         seconds: of the image's batch, divided by its images.
-        task: names the pixels, the model, the budget and the settings.
+        task: names the pixels, their profile, the model, the budget and the settings.
         sha256: of the file.
     """
 
@@ -129,9 +130,9 @@ def refine_folder(
             refined again by the next run.
 
     Raises:
-        ValueError: two images would have one file, a file is there that was not made
-            like this, or a number is out of range. One image that cannot be refined
-            is in `Report.skipped` instead.
+        ValueError: two images would have one file, a file or a table is there that was
+            not made like this, or a number is out of range. One image that cannot be
+            refined is in `Report.skipped` instead.
     """
     if batch < 1:
         raise ValueError(f"expected a batch of at least 1 image, found {batch}")
@@ -155,6 +156,11 @@ def refine_folder(
     out.mkdir(parents=True, exist_ok=True)
     task = f"{codec.fingerprint.hex()} {bpp!r} {background} {_as_text(settings)}"
     table = _Table(out / _table_name(process, processes))
+    if not (force or table.is_ours()):
+        raise ValueError(
+            f"expected a table of refined files as {table.path}, found another file: "
+            "give --force to replace it, or another folder"
+        )
     known = _known_rows(out)
     waiting: list[Path] = []
     for path in share:
@@ -164,7 +170,7 @@ def refine_folder(
             photograph = _read(path, background, report)
             if photograph is None:
                 continue
-            alike = row.task == _task_of(task, photograph.pixels)
+            alike = row.task == _task_of(task, photograph)
             if alike and row.steps >= settings.steps:
                 report.rows.append(row)
                 continue
@@ -176,19 +182,17 @@ def refine_folder(
                 "give --force to replace it, or another folder"
             )
         waiting.append(path)
-    for group in _batches(waiting, batch, codec, settings, report):
-        ready = list(_compressed(codec, group, bpp, background, report))
-        if not ready:
-            continue
+    groups = _batches(waiting, batch, codec, settings, report)
+    for ready in _ready(codec, groups, bpp, background, report):
         listener = _Listener(progress, len(report.rows), len(share))
         begun_s = time.perf_counter()
         try:
             refined = refine_batch(
                 codec,
-                [each.pixels for each in ready],
+                [each.photograph.pixels for each in ready],
                 max_bytes=[each.budget_bytes for each in ready],
                 settings=settings,
-                icc_profiles=[each.icc_profile for each in ready],
+                icc_profiles=[each.photograph.icc_profile for each in ready],
                 unrefined=[each.unrefined for each in ready],
                 progress=listener,
             )
@@ -201,7 +205,7 @@ def refine_folder(
             output = outputs[each.path]
             row = _row(each, output, result)
             row = replace(
-                row, seconds=round(seconds, 3), task=_task_of(task, each.pixels)
+                row, seconds=round(seconds, 3), task=_task_of(task, each.photograph)
             )
             # The row first: a file without its row would be taken for a stranger's.
             table.add(row)
@@ -238,30 +242,50 @@ class _Table:
     """A CSV of rows: added one by one, on disk at once; whole and sorted at the end."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+
+    def is_ours(self) -> bool:
+        """Whether nothing is there, or such a table, its end cut off or not."""
+        if not self.path.exists():
+            return True
+        with open(self.path, "rb") as stream:
+            head = stream.readline(_LONGEST_HEAD)
+        columns = next(csv.reader([head.decode("utf-8", _AS_NAMED)]), [])
+        ours = {entry.name for entry in fields(Row)} <= set(columns)
+        return ours or _csv([], header=True).startswith(head)
 
     def add(self, row: Row) -> None:
-        """Appends a row."""
-        new = not self._path.exists()
-        with open(self._path, "ab") as stream:
-            stream.write(_csv([row], header=new))
+        """Appends a row, to a whole table: a killed run may have left half a line."""
+        if not self._is_whole():
+            self.finish([])
+        with open(self.path, "ab") as stream:
+            stream.write(_csv([row], header=False))
 
     def finish(self, rows: Sequence[Row]) -> None:
         """Leaves one row per image: these, and those of images of other runs."""
-        found = {row.image: row for row in _rows_in(self._path)}
+        found = {row.image: row for row in _rows_in(self.path)}
         found |= {row.image: row for row in rows}
         kept = sorted(found.values(), key=lambda row: row.image)
-        write_file(self._path, _csv(kept, header=True), force=True)
+        write_file(self.path, _csv(kept, header=True), force=True)
+
+    def _is_whole(self) -> bool:
+        """Whether a line of ours can follow."""
+        if not self.path.exists():
+            return False
+        data = self.path.read_bytes()
+        return data.startswith(_csv([], header=True)) and data.endswith(b"\n")
 
 
 def _csv(rows: Sequence[Row], *, header: bool) -> bytes:
     stream = io.StringIO()
-    writer = csv.DictWriter(
-        stream, [entry.name for entry in fields(Row)], lineterminator="\n"
-    )
+    plain = csv.writer(stream, lineterminator="\n")
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
     if header:
-        writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+        plain.writerow(entry.name for entry in fields(Row))
+    for row in rows:
+        # Python before 3.13 quotes no carriage return by itself.
+        writer = quoted if "\r" in row.image else plain
+        writer.writerow(asdict(row).values())
     return stream.getvalue().encode("utf-8", _AS_NAMED)
 
 
@@ -269,8 +293,8 @@ def _rows_in(path: Path) -> Iterator[Row]:
     """Rows of a table; a line that was cut off is left out."""
     if not path.exists():
         return
-    text = path.read_text("utf-8", _AS_NAMED)
-    for record in csv.DictReader(io.StringIO(text)):
+    text = path.read_bytes().decode("utf-8", _AS_NAMED)
+    for record in csv.DictReader(io.StringIO(text, newline="")):
         try:
             yield Row(
                 **{
@@ -346,10 +370,28 @@ class _Ready(NamedTuple):
     """A photograph that can be refined, with its budget and the file within it."""
 
     path: Path
-    pixels: np.ndarray
-    icc_profile: bytes | None
+    photograph: Photograph
     budget_bytes: int
     unrefined: bytes
+
+
+def _ready(
+    codec: Any,
+    groups: Sequence[Sequence[Path]],
+    bpp: float,
+    background: tuple[int, int, int] | None,
+    report: Report,
+) -> Iterator[list[_Ready]]:
+    """Of each group those to refine together.
+
+    They are of one bucket as they were read: the head of a file may say another.
+    """
+    for group in groups:
+        buckets: dict[tuple[int, int], list[_Ready]] = {}
+        for each in _compressed(codec, group, bpp, background, report):
+            bucket = codec.bucket(each.photograph.pixels.shape[:2])
+            buckets.setdefault(bucket, []).append(each)
+        yield from buckets.values()
 
 
 def _compressed(
@@ -373,7 +415,7 @@ def _compressed(
             report.skipped[path.name] = _reason(error)
             continue
         budget = codec.budget_bytes(bpp, pixels.shape[:2])
-        yield _Ready(path, pixels, profile, budget, start)
+        yield _Ready(path, photograph, budget, start)
 
 
 def _read(
@@ -393,7 +435,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _row(image: _Ready, output: Path, result: Refined) -> Row:
-    height, width = image.pixels.shape[:2]
+    height, width = image.photograph.pixels.shape[:2]
     return Row(
         image=image.path.name,
         file=output.name,
@@ -423,9 +465,12 @@ def _as_text(settings: Settings) -> str:
     return f"{REVISION} {replace(settings, features=None)} {digest.hexdigest()}"
 
 
-def _task_of(task: str, pixels: np.ndarray) -> str:
-    text = f"{task} {pixels.shape} ".encode()
-    return hashlib.sha256(text + pixels.tobytes()).hexdigest()[:16]
+def _task_of(task: str, photograph: Photograph) -> str:
+    pixels = photograph.pixels
+    digest = hashlib.sha256(f"{task} {pixels.shape} ".encode())
+    digest.update(pixels.tobytes())
+    digest.update(photograph.icc_profile or b"")
+    return digest.hexdigest()[:16]
 
 
 def _is_ours(row: Row | None, output: Path) -> bool:

@@ -423,7 +423,7 @@ def make_schedule(settings: Settings) -> Schedule:
     done = np.arange(steps) / max(steps - 1, 1)
     trust = settings.trust_start * (settings.trust_end / settings.trust_start) ** done
     rising = settings.trust_rise * steps
-    if rising >= 1:  # of a few steps none is to be lost
+    if rising >= 2:  # a shorter one is a lost first step and hardly a rise
         trust = trust * np.minimum(np.arange(steps) / rising, 1)
     cooling = np.clip(1 - done / _NOISY, 0, 1)
     return Schedule(

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -87,8 +87,8 @@ class Region:
     def pixel_weights(self, size: tuple[int, int]) -> np.ndarray:
         """Weights whose mean with the pixels' errors is D: float32 [H, W].
 
-        Their mean is w_fg + w_bg. A region that is empty or covers everything gives
-        equal weights and a RegionWarning.
+        Their mean is w_fg + w_bg. A region that is the same everywhere gives equal
+        weights and a RegionWarning.
 
         Args:
             size: height and width of the image.
@@ -101,29 +101,38 @@ class Region:
                 f"expected a mask of the image's size {size[1]} x {size[0]}, found "
                 f"{self.mask.shape[1]} x {self.mask.shape[0]}"
             )
-        share = float(self.mask.mean(dtype=np.float64))
-        total = self.foreground + self.background
-        if not 0 < share < 1:
-            what = "is empty" if share == 0 else "covers the whole image"
+        if self._is_even():
+            what = {0: "is empty", 1: "covers the whole image"}.get(
+                self.mask.flat[0], "is the same everywhere"
+            )
             warnings.warn(
                 f"the region {what}: refining without one", RegionWarning, stacklevel=2
             )
+            total = self.foreground + self.background
             return np.full(size, total, np.float32)
-        weights = self.foreground / share * self.mask
-        weights += self.background / (1 - share) * (1 - self.mask)
-        return weights.astype(np.float32)
+        return self._weights(self.mask).astype(np.float32)
 
     def weight_ratio(self) -> float:
-        """Weight of a pixel of the foreground over one of the background.
+        """Weight of a pixel where the mask is highest over one where it is lowest.
 
-        Between 1e-3 and 1e3; 1 for a region that is empty or covers everything.
+        Between 1e-3 and 1e3; 1 for a region that is the same everywhere.
         """
-        share = float(self.mask.mean(dtype=np.float64))
-        if not 0 < share < 1:
+        if self._is_even():
             return 1.0
-        inside = self.foreground / share
-        outside = self.background / (1 - share)
+        ends = np.array([self.mask.max(), self.mask.min()], np.float64)
+        inside, outside = self._weights(ends).tolist()
         return min(max(inside / max(outside, 1e-9), 1e-3), 1e3)
+
+    def _weights(self, mask: np.ndarray) -> np.ndarray:
+        """Of pixels with these values of the mask."""
+        share = float(self.mask.mean(dtype=np.float64))
+        weights = self.foreground / share * mask
+        weights += self.background / (1 - share) * (1 - mask)
+        return weights
+
+    def _is_even(self) -> bool:
+        share = float(self.mask.mean(dtype=np.float64))
+        return not 0 < share < 1 or bool(self.mask.min() == self.mask.max())
 
 
 def box_mask(
@@ -145,7 +154,7 @@ def box_mask(
 
 
 def read_mask(
-    path: str | Path,
+    path: str | os.PathLike[str],
     size: tuple[int, int],
     *,
     resize: bool = False,
@@ -202,13 +211,15 @@ def parse_region(text: str, image: np.ndarray, *, resize: bool = False) -> np.nd
 
 
 def as_region(
-    given: Region | np.ndarray | str | None, image: np.ndarray
+    given: Region | np.ndarray | str | os.PathLike[str] | None, image: np.ndarray
 ) -> Region | None:
     """A region in any of the forms that `Codec.compress` takes."""
     if given is None or isinstance(given, Region):
         return given
     if isinstance(given, str):
         return Region(parse_region(given, image))
+    if isinstance(given, os.PathLike):  # a file, whatever its name
+        return Region(read_mask(given, image.shape[:2]))
     return Region(np.asarray(given))
 
 

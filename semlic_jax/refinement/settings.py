@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ from semlic_jax.refinement.sga import check_method, temperatures
 
 METHODS = (*RELAXED, "newton")
 # Counts up when the same settings give other files: kept files are named by it.
-REVISION = 6
+REVISION = 7
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
@@ -29,7 +30,13 @@ _NOT_NEGATIVE = (
     "noise",
     "z_travel",
     "newton_integral",
+    "integral",
+    "proportional",
 )
+_COUNTS = ("steps", "chunk_steps", "probes")
+_SEEDS = 2**32  # of NumPy's and JAX's generators
+_LARGEST = float(np.finfo(np.float32).max)  # what the programs compute in
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,14 +75,16 @@ class Settings:
         trust_start, trust_end: part of the way to the minimum that y goes: it falls
             from the one to the other, above 0 and at most 1.
         trust_rise: share of the steps at the start over which that part rises from 0,
-            at most 1; 0 for none. Without it the second step, of all latents at once by
-            a diagonal curvature, makes the objective worse than it was.
+            at most 1; there is none where that is less than two steps. Without it the
+            second step, of all latents at once by a diagonal curvature, makes the
+            objective worse than it was.
         noise: scale in bits of the noise in the choice of symbols at the start.
         z_travel: sum of the learning rates of z, which fall to 0.
         probes: random signs that the curvature is estimated with, per image.
         newton_integral: gain of the dual ascent, in the place of the two above.
         chunk_steps: steps between two looks at the rounded latents.
-        seed: of the noise. The same seed gives the same file on the same machine.
+        seed: of the noise, from 0 to 2^32 - 1. The same seed gives the same file on
+            the same machine.
         dtype: that g_s computes in.
     """
 
@@ -111,31 +120,31 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_method(self.method, METHODS)
-        for name in ("steps", "chunk_steps", "probes"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"expected {name} of at least 1, found {getattr(self, name)}"
-                )
+        for name in (*_COUNTS, "seed"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        for name in _COUNTS:
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} of at least 1", value)
+        known = 0 <= self.seed < _SEEDS
+        _require(known, f"a seed from 0 to {_SEEDS - 1}", self.seed)
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"expected {name} of at least 0, found {value:g}")
-        if not (math.isfinite(self.kappa) and self.kappa > 0):
-            raise ValueError(f"expected kappa above 0, found {self.kappa:g}")
+            _require(value >= 0, f"{name} of at least 0", value)
+            _require(value <= _LARGEST, f"{name} of at most {_LARGEST:g}", value)
+        for name in ("kappa",) if self.beta is None else ("kappa", "beta"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} above 0", value)
+            fits = _SMALLEST <= value <= _LARGEST
+            _require(fits, f"{name} from {_SMALLEST:g} to {_LARGEST:g}", value)
         for name in ("trust_start", "trust_end"):
             value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise ValueError(
-                    f"expected {name} above 0 and at most 1, found {value:g}"
-                )
-        if self.trust_rise > 1:
-            raise ValueError(
-                f"expected trust_rise of at most 1, found {self.trust_rise:g}"
-            )
+            _require(0 < value <= 1, f"{name} above 0 and at most 1", value)
+        _require(self.trust_rise <= 1, "trust_rise of at most 1", self.trust_rise)
+        _require(0 <= self.decay <= 1, "decay from 0 to 1", self.decay)
+        finite = -1 < self.overshoot < math.inf
+        _require(finite, "a finite overshoot above -1", self.overshoot)
         if self.alpha == 0 and self.gamma == 0:
             raise ValueError("expected alpha or gamma above 0, found both 0")
-        if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"expected beta above 0, found {self.beta:g}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"expected float32 or bfloat16, found {self.dtype!r}")
         temperatures(
@@ -168,6 +177,19 @@ class Settings:
             raise ValueError(
                 f"{error}; or refine for PSNR alone, with gamma 0"
             ) from error
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"expected a whole number as {name}, found {value}") from None
+
+
+def _require(holds: bool, wanted: str, value: float) -> None:
+    if not holds:
+        found = f"{value:g}" if isinstance(value, float) else value
+        raise ValueError(f"expected {wanted}, found {found}")
 
 
 PRESETS: dict[str, Settings] = {
@@ -209,7 +231,7 @@ def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
     elif isinstance(name, Settings):
         settings = name
     else:
-        settings = dataclasses.replace(PRESETS["default"], steps=int(name))
+        settings = dataclasses.replace(PRESETS["default"], steps=name)
     return dataclasses.replace(settings, **given)
 
 
