@@ -6,11 +6,12 @@ the ICC profile beside it names (sRGB where there is none). What a file holds be
 that is converted, and every conversion that changes values says so in a note; what
 cannot be converted without a decision of the caller (transparency) is refused.
 
-May import NumPy and Pillow, and nothing of this package.
+May import NumPy and Pillow, and of this package `image_modes`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import secrets
@@ -28,10 +29,18 @@ from PIL import (
     ExifTags,
     Image,
     ImageChops,
-    ImageCms,
     ImageColor,
     ImageOps,
     UnidentifiedImageError,
+)
+
+from semlic_jax.image_modes import (
+    Samples,
+    at_most_8_bits,
+    samples_of,
+    to_rgb,
+    with_alpha,
+    without_transparency,
 )
 
 MAX_SIDE = 65535
@@ -39,9 +48,7 @@ MAX_SIDE = 65535
 MAX_PIXELS = 2**27
 
 _TIFF_SIDES = 256, 257  # the tags ImageWidth and ImageLength
-_TIFF_BITS = 258  # the tag BitsPerSample
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
-_GRID_LEVELS = 18  # of each colour, to compare profiles
 
 # What Pillow's decoders raise on damaged data.
 _DECODE_ERRORS = (
@@ -71,6 +78,9 @@ _SAVE_OPTIONS: dict[str, tuple[str, dict]] = {
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
+
+
+_LONGEST_SIDES = {"JPEG": 65500, "WEBP": 16383}
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ def read_photograph(
     *,
     background: tuple[int, int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
+    catch_warnings: bool = True,
 ) -> Photograph:
     """Reads an image file that nobody has checked.
 
@@ -114,6 +125,8 @@ def read_photograph(
         with transparency.
       max_pixels: larger images are refused from their header, before any memory is
         taken for them.
+      catch_warnings: make the decoder's warnings notes. Not in threads: what Python
+        catches is of the whole process.
 
     Raises:
       ValueError: not an image, damaged, too large, transparent without a background,
@@ -121,8 +134,13 @@ def read_photograph(
       OSError: the file cannot be opened at all.
     """
     name = _name_of(source)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    caught: list[warnings.WarningMessage] = []
+    with contextlib.ExitStack() as stack:
+        if catch_warnings:
+            found = stack.enter_context(warnings.catch_warnings(record=True))
+            assert found is not None  # it is recorded
+            caught = found
+            warnings.simplefilter("always")
         image = _open(source, name)
         with image:
             _check_size(image.size, name, max_pixels)
@@ -176,13 +194,14 @@ def read_brightness(source: str | os.PathLike | BinaryIO) -> np.ndarray:
         warnings.simplefilter("ignore")
         with _open(source, name) as image:
             _check_size(image.size, name, MAX_PIXELS)
-            _load(image, name)
+            samples = samples_of(image)
+            _load(image, name, samples)
             image = _upright(image, [])
             if image.has_transparency_data:
-                image = _with_alpha(image, name, [])
+                image = with_alpha(image, name, samples, [])
                 alpha = image.getchannel("A")
                 return np.array(ImageChops.multiply(image.convert("L"), alpha))
-            return np.array(_at_most_8_bits(image, name, []).convert("L"))
+            return np.array(at_most_8_bits(image, name, samples, []).convert("L"))
 
 
 def _sides_as_stored(image: Image.Image) -> tuple[int, int]:
@@ -202,7 +221,7 @@ def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         raise ValueError(f"{name} is a folder: expected an image file")
     try:
-        return Image.open(source)
+        image = Image.open(source)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image in a format known here") from None
     except Image.DecompressionBombError as error:
@@ -213,6 +232,9 @@ def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
         raise ValueError(
             f"{name} is not a readable image: {_one_line(error)}"
         ) from None
+    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+        raise ValueError(f"{name} is a PostScript file: expected a photograph")
+    return image
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -234,14 +256,18 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 def _convert(
     image: Image.Image, name: str, background: tuple[int, int, int] | None
 ) -> Photograph:
-    notes = []
-    if _raw_bits(image) == 16:
-        notes.append("16-bit samples were rounded to 8 bits")
-    _load(image, name)
+    samples = samples_of(image)
+    notes = [samples.note] if samples.note else []
+    _load(image, name, samples)
     icc_profile = image.info.get("icc_profile") or None
+    if isinstance(icc_profile, bytearray):
+        icc_profile = bytes(icc_profile)
+    if not isinstance(icc_profile, bytes | None):  # a TIFF's can be of any type
+        notes.append("its ICC profile is damaged and was dropped")
+        icc_profile = None
     first = _upright(image, notes)
-    first = _without_transparency(first, name, background, notes)
-    first, icc_profile = _to_rgb(first, name, icc_profile, notes)
+    first = without_transparency(first, name, samples, background, notes)
+    first, icc_profile = to_rgb(first, name, samples, icc_profile, notes)
     pixels = np.array(first, dtype=np.uint8)
     # Last, since it reads on in the file.
     frames = _count_frames(image)
@@ -250,8 +276,8 @@ def _convert(
     return Photograph(pixels, icc_profile, tuple(dict.fromkeys(notes)))
 
 
-def _load(image: Image.Image, name: str) -> None:
-    if image.mode == "I" and _raw_bits(image) > 16:
+def _load(image: Image.Image, name: str, samples: Samples) -> None:
+    if image.mode == "I" and samples.bits > 16:
         raise ValueError(f"{name} has 32-bit samples: expected 8 or 16 bits per sample")
     try:
         image.load()
@@ -267,19 +293,6 @@ def _count_frames(image: Image.Image) -> int:
         return 1
 
 
-def _raw_bits(image: Image.Image) -> int:
-    """Bits per sample in the file, where the image's mode does not say."""
-    of_tiff = getattr(image, "tag_v2", {}).get(_TIFF_BITS)
-    if isinstance(of_tiff, tuple):  # whatever else a damaged file has there
-        return max((bits for bits in of_tiff if isinstance(bits, int)), default=8)
-    tiles = getattr(image, "tile", None) or ()
-    for tile in tiles:
-        args = tile[3] if isinstance(tile[3], tuple | list) else (tile[3],)
-        if any(isinstance(arg, str) and ";16" in arg for arg in args):
-            return 16
-    return 8
-
-
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -288,132 +301,27 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
         return image
 
 
-def _without_transparency(
-    image: Image.Image,
-    name: str,
-    background: tuple[int, int, int] | None,
-    notes: list[str],
-) -> Image.Image:
-    if not image.has_transparency_data:
-        return image
-    grey = image.mode in ("L", "LA", "La", "1", "I;16", "I")
-    rgba = _with_alpha(image, name, notes)
-    if rgba.getchannel("A").getextrema() == (255, 255):
-        notes.append("an alpha channel that was opaque everywhere was dropped")
-        return rgba.convert("L" if grey else "RGB")
-    if background is None:
-        raise ValueError(
-            f"{name} has transparent pixels: give a background colour to lay it on"
-        )
-    ground = Image.new("RGBA", rgba.size, (*background, 255))
-    notes.append("transparent pixels were laid on the background colour")
-    return Image.alpha_composite(ground, rgba).convert("RGB")
-
-
-def _with_alpha(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """An image that has transparency as RGBA."""
-    if image.mode != "I;16":
-        return image.convert("RGBA")
-    # The transparent grey value of a 16-bit PNG counts in 16 bits.
-    key = image.info.get("transparency")
-    wide = np.asarray(image)
-    alpha = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
-    rgba = _narrow(image, name, notes).convert("RGBA")
-    rgba.putalpha(alpha)
-    return rgba
-
-
-def _to_rgb(
-    image: Image.Image, name: str, icc_profile: bytes | None, notes: list[str]
-) -> tuple[Image.Image, bytes | None]:
-    image = _at_most_8_bits(image, name, notes)
-    space = icc_profile[16:20] if icc_profile else None
-    if icc_profile and space == b"RGB " and _is_srgb(icc_profile):
-        icc_profile, space = None, None  # 3 kB that say what no profile says
-    if image.mode == "RGB" and space in (None, b"RGB "):
-        return image, icc_profile
-    kinds = {
-        "1": "a black-and-white image",
-        "L": "a greyscale image",
-        "P": "a palette image",
-        "CMYK": "a CMYK image",
-    }
-    notes.append(f"{kinds.get(image.mode, image.mode + ' pixels')} was made RGB")
-    if image.mode == "1":
-        image = image.convert("L")
-    if icc_profile and {b"GRAY": "L", b"CMYK": "CMYK"}.get(space or b"") == image.mode:
-        try:
-            return _through_profile(image, icc_profile), None
-        except (ImageCms.PyCMSError, OSError):
-            notes.append("its ICC profile is damaged and was dropped")
-            return image.convert("RGB"), None
-    try:
-        rgb = image.convert("RGB")
-    except ValueError:
-        raise ValueError(
-            f"{name} has {image.mode} pixels: expected greyscale, RGB or CMYK"
-        ) from None
-    if icc_profile and space != b"RGB ":
-        notes.append("an ICC profile of another colour space was dropped")
-        icc_profile = None
-    return rgb, icc_profile
-
-
-def _at_most_8_bits(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError(
-            f"{name} has floating-point samples: expected 8 or 16 bits per sample"
-        )
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        return _narrow(image, name, notes)
-    return image
-
-
-def _narrow(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """16-bit greyscale -> 8-bit, rounded (65535 / 255 = 257)."""
-    wide = np.asarray(image).astype(np.int64)
-    if wide.size and (wide.min() < 0 or wide.max() > 65535):
-        raise ValueError(
-            f"{name} has samples from {wide.min()} to {wide.max()}: "
-            "expected 16 bits per sample, 0 to 65535"
-        )
-    notes.append("16-bit samples were rounded to 8 bits")
-    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-
-
-def _through_profile(image: Image.Image, icc_profile: bytes) -> Image.Image:
-    converted = ImageCms.profileToProfile(
-        image,
-        ImageCms.ImageCmsProfile(io.BytesIO(icc_profile)),
-        ImageCms.createProfile("sRGB"),
-        outputMode="RGB",
-    )
-    assert converted is not None  # only an in-place conversion gives None
-    return converted
-
-
-def _is_srgb(icc_profile: bytes) -> bool:
-    """Whether no colour of a grid differs from sRGB by more than one level."""
-    levels = np.linspace(0, 255, _GRID_LEVELS).round().astype(np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels), -1)
-    grid = colours.reshape(_GRID_LEVELS, -1, 3)
-    try:
-        seen = _through_profile(Image.fromarray(grid), icc_profile)
-    except (ImageCms.PyCMSError, OSError):
-        return False
-    return int(np.abs(np.asarray(seen, int) - grid).max()) <= 1
-
-
 def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_suffix(suffix: str) -> None:
-    """Refuses kinds of image files that `encode_image` does not write."""
+def check_suffix(suffix: str, size: tuple[int, ...] = (1, 1)) -> None:
+    """Refuses kinds of image files that `encode_image` does not write.
+
+    Args:
+      suffix: of the file.
+      size: height and width of the image.
+    """
     if suffix.lower() not in _SAVE_OPTIONS:
         raise ValueError(
             f"cannot write {suffix or 'a file without a suffix'}: "
             f"expected one of {' '.join(_SAVE_OPTIONS)}"
+        )
+    longest = _LONGEST_SIDES.get(_SAVE_OPTIONS[suffix.lower()][0], MAX_SIDE)
+    if max(size[:2]) > longest:
+        raise ValueError(
+            f"expected sides of at most {longest} pixels for {suffix}, found "
+            f"{size[1]}x{size[0]}: another kind of file can be larger"
         )
 
 
@@ -421,7 +329,7 @@ def encode_image(
     pixels: np.ndarray, suffix: str, *, icc_profile: bytes | None = None
 ) -> bytes:
     """uint8 [H, W, 3] -> the bytes of an image file of the kind that `suffix` names."""
-    check_suffix(suffix)
+    check_suffix(suffix, pixels.shape)
     kind, options = _SAVE_OPTIONS[suffix.lower()]
     if icc_profile and kind not in ("BMP", "PPM"):  # these have no place for it
         options = {**options, "icc_profile": icc_profile}
@@ -438,14 +346,18 @@ def check_outputs(paths: Sequence[str | os.PathLike], *, force: bool) -> None:
             raise ValueError(f"the output {path} is a folder: expected a file name")
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {path.parent} to write {path.name}")
-        if os.path.lexists(path) and not force and _is_regular(path):
+        if not _is_regular(path):
+            continue
+        if os.path.lexists(path) and not force:
             raise ValueError(f"{path} exists: give --force to replace it")
+        if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK | os.X_OK):
+            raise ValueError(f"the folder of {path} cannot be written to")
 
 
 def _is_regular(path: Path) -> bool:
     try:
         return stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:  # a link that leads nowhere
+    except FileNotFoundError:  # nothing there, or a link that leads nowhere
         return True
 
 
@@ -456,11 +368,12 @@ def write_file(path: str | os.PathLike, data: bytes, *, force: bool = False) -> 
     appeared while we worked. A pipe or a device is written to directly.
     """
     check_outputs([path], force=force)
-    target = Path(os.path.realpath(path))
-    if target.exists() and not _is_regular(target):
-        with open(target, "wb") as stream:
+    if not _is_regular(Path(path)):
+        # Not resolved: what /dev/stdout leads to may have no name.
+        with open(path, "wb") as stream:
             stream.write(data)
         return
+    target = Path(os.path.realpath(path))
     # Short, whatever the name: that may be as long as the file system allows.
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:

@@ -422,6 +422,14 @@ def test_names_that_the_output_has_no_letters_for(folder):
     assert (done.returncode, done.stderr) == (0, b"") and rb"\u7167" in done.stdout
 
 
+def test_files_go_down_pipes(folder, tiny_model):
+    program = f"{sys.executable} -m semlic_jax.cli compress photo.png /dev/stdout"
+    command = f"{program} --quality 0.1 --model {tiny_model} | cat"
+    done = subprocess.run(command, shell=True, capture_output=True)
+    assert unpack(done.stdout)[0].width == 64  # a file and nothing else
+    assert done.stderr.startswith(b"/dev/stdout: 64x48, ")
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams_are_no_errors(folder, tiny_model, closed):
     program = f"{sys.executable} -m semlic_jax.cli compress photo.png --quality 0.1"

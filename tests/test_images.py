@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
+import types
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
+from png_files import png
 
 from semlic_jax import images
+from semlic_jax.training import sources
 
 RNG_SEED = 7
 
@@ -95,36 +96,49 @@ def test_black_and_white():
     np.testing.assert_array_equal(photograph.pixels[0], [[0] * 3, [255] * 3])
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_greyscale_is_rounded(kind):
-    wide = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
-    photograph = read(Image.fromarray(wide), kind=kind)
-    expected = np.round(wide / 257).astype(np.uint8)
-    np.testing.assert_array_equal(photograph.pixels[..., 1], expected)
-    assert "16-bit samples were rounded to 8 bits" in photograph.notes
+def test_programs_are_no_photographs():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(ValueError, match="is a PostScript file: expected a photograph"):
+        images.read_photograph(io.BytesIO(eps))
 
 
-def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG file of kinds that Pillow reads but does not write."""
-
-    def chunk(tag: bytes, body: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(tag + body))
-        return struct.pack(">I", len(body)) + tag + body + check
-
-    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+def test_sides_that_a_kind_of_file_cannot_have():
+    wide = np.zeros((1, 65501, 3), np.uint8)
+    for suffix, most in ((".jpg", 65500), (".webp", 16383)):
+        with pytest.raises(ValueError, match=f"at most {most} pixels .* 65501x1"):
+            images.encode_image(wide, suffix)
+    images.check_suffix(".png", wide.shape)
 
 
-def test_16_bit_colour_is_noted():
-    data = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 0, 256))
-    photograph = images.read_photograph(io.BytesIO(data))
-    np.testing.assert_array_equal(photograph.pixels, [[[255, 0, 1]]])
-    assert "16-bit samples were rounded to 8 bits" in photograph.notes
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(images.os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="the folder of .* cannot be written to"):
+        images.check_outputs([tmp_path / "a.png"], force=False)
+    images.check_outputs(["/dev/null"], force=False)
+
+
+def test_a_pipe_without_a_name_is_written_to():
+    read_end, write_end = os.pipe()
+    try:
+        images.write_file(f"/dev/fd/{write_end}", b"whole")
+        assert os.read(read_end, 9) == b"whole"
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_threads_leave_the_warnings_of_python_alone(pixels, monkeypatch):
+    """What is caught is of the whole process: a thread must catch nothing."""
+
+    def caught(**options):
+        raise AssertionError
+
+    stand_in = types.SimpleNamespace(catch_warnings=caught)
+    monkeypatch.setattr(images, "warnings", stand_in)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    found = sources.decode(stream.getvalue(), "here")
+    np.testing.assert_array_equal(found, pixels)
 
 
 def test_palette(pixels):

@@ -27,7 +27,7 @@ from semlic_jax.cli.refine import (
     refine_image,
     settings_of,
 )
-from semlic_jax.cli.terminal import INTERRUPTED
+from semlic_jax.cli.terminal import INTERRUPTED, tell
 from semlic_jax.terminal import progress_line
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ def _compress(options: argparse.Namespace) -> int:
         wall_s = time.perf_counter() - start_s
     write_file(output, data, force=options.force)
     height, width = photograph.pixels.shape[:2]
-    print(
+    tell(
         f"{output}: {width}x{height}, {len(data):,} bytes, "
-        f"{8 * len(data) / (height * width):.4f} bpp, {wall_s:.2f} s{refined}"
+        f"{8 * len(data) / (height * width):.4f} bpp, {wall_s:.2f} s{refined}",
+        output,
     )
     return INTERRUPTED if steps < wanted else 0
 
@@ -110,6 +111,7 @@ def _decompress(options: argparse.Namespace) -> None:
     check_suffix(output.suffix)
     data = options.input.read_bytes()
     header, _ = unpack(data)
+    check_suffix(output.suffix, (header.height, header.width))
     check_not_input(options, output)
     check_outputs([output], force=options.force)
     with progress_line() as progress:
@@ -124,7 +126,7 @@ def _decompress(options: argparse.Namespace) -> None:
             image, output.suffix, icc_profile=header.chunks.get(b"ICCP")
         )
     write_file(output, encoded, force=options.force)
-    print(f"{output}: {header.width}x{header.height}, {wall_s:.2f} s")
+    tell(f"{output}: {header.width}x{header.height}, {wall_s:.2f} s", output)
 
 
 def _codec_of_file(data: bytes, given: str | None) -> Codec:

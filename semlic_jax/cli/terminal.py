@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 REFUSED, USAGE, INTERNAL, SKIPPED, INTERRUPTED = 1, 2, 3, 4, 130
@@ -16,6 +18,18 @@ REFUSED, USAGE, INTERNAL, SKIPPED, INTERRUPTED = 1, 2, 3, 4, 130
 def say(text: str) -> None:
     if sys.stderr is not None:  # closed by the caller; print would take stdout
         print(text, file=sys.stderr)
+
+
+def tell(text: str, output: Path) -> None:
+    """A line on the standard output, or beside it where that was the output file."""
+    try:
+        taken = os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        taken = False
+    if taken:
+        say(text)
+    else:
+        print(text)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def decode(data: bytes | str, name: str) -> np.ndarray:
     """
     source = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        return read_photograph(source).pixels
+        return read_photograph(source, catch_warnings=False).pixels
     except (OSError, ValueError) as error:
         raise UnusableImage(f"{name} ({error})") from error
 
