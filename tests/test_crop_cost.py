@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole photographs against their tiles."""
 
+import importlib
 import json
 
 import numpy as np
@@ -45,3 +46,16 @@ def test_the_packaged_model_did_not_learn_borders(tmp_path, capsys):
     assert len(lines) == 3
     for line in lines:
         assert json.loads(line)["whole_percent"] < 3, line
+
+
+@pytest.mark.parametrize("program", ["crop_cost", "exactness"])
+def test_a_missing_image_is_one_sentence(program, tmp_path, capsys, monkeypatch):
+    module = importlib.import_module(f"semlic_jax.evaluation.{program}")
+    missing = str(tmp_path / "a.png")
+    arguments = ["small", missing] if program == "crop_cost" else [missing]
+    monkeypatch.setattr("sys.argv", [program, *arguments])
+    with pytest.raises(SystemExit) as exit:
+        module.main()
+    assert exit.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and missing in error

@@ -91,8 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.side < 1:
         parser.error(f"expected a side of at least 1, found {options.side}")
-    images: list[Any] = [read_photograph(path).pixels for path in options.images]
-    for record in crop_cost(load(options.model), images, options.side):
+    try:
+        images: list[Any] = [read_photograph(path).pixels for path in options.images]
+        records = crop_cost(load(options.model), images, options.side)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    for record in records:
         print(json.dumps(record))
 
 

@@ -171,7 +171,10 @@ def main() -> int:
     variants = dict(VARIANTS)
     for platform in arguments.platforms:
         variants[f"on {platform}"] = {"JAX_PLATFORMS": platform}
-    record = report(arguments.model, arguments.images, variants=variants)
+    try:
+        record = report(arguments.model, arguments.images, variants=variants)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     text = json.dumps(record, indent=2)
     if arguments.out:
         arguments.out.write_text(text + "\n")
