@@ -66,6 +66,8 @@ def start(options: argparse.Namespace, task: Task) -> int:
         raise ValueError(
             f"--gpus must be a multiple of the {count} processes, found {options.gpus}"
         )
+    if options.restarts < 0:
+        raise ValueError(f"expected --restarts from 0, found {options.restarts}")
     if options.dry_run:
         for command, variables in _commands(options, task, count):
             print(shown(command, variables))
@@ -76,7 +78,10 @@ def start(options: argparse.Namespace, task: Task) -> int:
         if all(end.status == SKIPPED_STATUS for end in failed):
             return SKIPPED_STATUS if failed else 0
         story = "; ".join(end.story() for end in failed)
-        if not all(end.stopped or worth_restarting(end.status) for end in failed):
+        if not all(
+            end.stopped or end.status == SKIPPED_STATUS or worth_restarting(end.status)
+            for end in failed
+        ):
             raise ValueError(story)
         if restart < options.restarts:
             print(f"launch: {story}; starting again", file=sys.stderr, flush=True)

@@ -76,6 +76,8 @@ def start(options: argparse.Namespace, task: Task) -> int:
         ValueError: an argument is wrong, gcloud is not here or not logged in, or the
             task failed.
     """
+    if options.restarts < 0:
+        raise ValueError(f"expected --restarts from 0, found {options.restarts}")
     task.check_paths_shared("a TPU slice")
     slice_ = _Slice(options, task.shipped_config())
     if options.dry_run:
@@ -223,11 +225,23 @@ class _Slice:
 
     def run(self) -> int:
         """Everything, through preemptions; returns the task's exit status."""
+        _check_clone()
+        installed = False
         for attempt in range(self._options.restarts + 1):
             fresh = self._make_active()
-            if fresh or attempt == 0:
-                for command in self._install():
-                    run_tool(command)
+            if fresh or not installed:
+                pack, *remote = self._install()
+                run_tool(pack)
+                try:
+                    for command in remote:
+                        run_tool(command)
+                except ValueError as error:
+                    if not self._is_lost():
+                        raise
+                    installed = False
+                    _say(f"the slice was preempted ({error})")
+                    continue
+                installed = True
             program = self._program(replace=attempt > 0 and not fresh)
             status = subprocess.run(program).returncode
             if status in (0, SKIPPED_STATUS):
@@ -285,6 +299,18 @@ class _Slice:
                 said = state
             time.sleep(self._options.poll)
         return fresh
+
+
+def _check_clone() -> None:
+    """Refuses a tree of which git, and so the archive, knows no file.
+
+    Raises:
+        ValueError: there is no git, no clone, or it is empty.
+    """
+    if shutil.which("git") is None:
+        raise ValueError("a TPU slice gets the files that git lists, found no git")
+    if not run_tool(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]):
+        raise ValueError(f"expected files that git lists in {ROOT}, found none")
 
 
 def _say(text: str) -> None:

@@ -268,6 +268,11 @@ REFUSED = [
     ([*LOCAL, "eval", "tests"], "eval needs --out DIR, found none"),
     ([*LOCAL, "--processes", "0", *REFINE], "--processes must be at least 1, found 0"),
     ([*LOCAL, "--processes", "2", "--gpus", "3", *REFINE], "the 2 processes, found 3"),
+    ([*LOCAL, "--restarts", "-1", *REFINE], "--restarts from 0, found -1"),
+    (
+        [*TPU, "--project", "p", "--restarts", "-1", *REFINE],
+        "--restarts from 0, found -1",
+    ),
     ([*SLURM[:2], "--time", "soon", *REFINE], "like 24:00:00, found 'soon'"),
     ([*SLURM, "--nodes", "0", *REFINE], "--nodes from 1"),
     ([*TPU, "--dry-run", *REFINE], "--project or the variable GOOGLE_CLOUD_PROJECT"),
@@ -442,3 +447,18 @@ def test_shares_are_independent(tmp_path, monkeypatch, capsys):
     assert found.err.splitlines()[-1] == "launch: process 0 ended with status 1"
     program.write_text("#!/bin/sh\nexit 4\n")  # all done, but some were skipped
     assert main(arguments) == 4
+
+
+def test_a_killed_share_starts_again_beside_one_that_skipped(
+    tmp_path, monkeypatch, capsys
+):
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *process=0) exit 4;; esac\n'
+        f"[ -e {tmp_path}/again ] || {{ touch {tmp_path}/again; kill -9 $$; }}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    options = ["local", "--processes", "2", "--restarts", "1"]
+    assert main([*options, "refine", "tests", "out", "--bpp", "1"]) == 4
+    assert "process 1 was killed by SIGKILL; starting again" in capsys.readouterr().err

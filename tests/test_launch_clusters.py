@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_launch import GKE, REFINE, ROOT, SLICE, TPU, TRAIN, in_the_root, stand_in
 
-from launch import worker
+from launch import tpu, worker
 from launch.__main__ import main
 from launch.tasks import LOST_STATUS
 
@@ -33,14 +33,19 @@ def test_the_manifest_is_applied(tmp_path, monkeypatch, capsys):
     assert calls[-1] == "apply -f -"
 
 
-def submit(folder: Path, step: str, **variables: str) -> tuple[int, str]:
+def submit(
+    folder: Path,
+    step: str,
+    command: tuple[str, ...] = ("semlic", "train", "a b"),
+    **variables: str,
+) -> tuple[int, str]:
     """The job script, where `srun` is `step`; its status and the calls it made."""
     stand_in(folder, "srun", f'echo "srun $*" >> {folder}/calls\n{step}')
     stand_in(folder, "scontrol", f'echo "scontrol $*" >> {folder}/calls')
     calls = folder / "calls"
     calls.write_text("")
     done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "semlic", "a b"],
+        ["bash", str(ROOT / "launch" / "slurm.sbatch"), *command],
         cwd=folder,
         env=dict(
             os.environ,
@@ -55,7 +60,7 @@ def submit(folder: Path, step: str, **variables: str) -> tuple[int, str]:
 
 
 def test_the_job_script_goes_back_into_the_queue(tmp_path):
-    step = "srun --kill-on-bad-exit=1 semlic a b\n"
+    step = "srun --kill-on-bad-exit=1 semlic train a b\n"
     requeue = "scontrol requeue 77\n"
     assert submit(tmp_path, "exit 0") == (0, step)
     assert submit(tmp_path, "exit 1") == (1, step)
@@ -73,6 +78,30 @@ def test_the_job_script_goes_back_into_the_queue(tmp_path):
     assert submit(tmp_path, "kill -USR1 $PPID; sleep 1") == (0, step + requeue)
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
     assert "#SBATCH --signal=B:USR1@" in text and "#SBATCH --requeue" in text
+
+
+def test_a_share_that_fails_leaves_the_others_of_its_job(tmp_path):
+    python = ("/env/bin/python", "-m", "semlic_jax.cli")
+    worker_ = ("/env/bin/python", "launch/worker.py", "--auto")
+    for command, kills in (
+        ((*python, "train", "--config", "c"), 1),
+        ((*python, "refine", "photos/train", "out"), 0),
+        ((*worker_, "refine", "photos", "out"), 0),
+    ):
+        _, calls = submit(tmp_path, "exit 0", command)
+        assert calls == f"srun --kill-on-bad-exit={kills} {' '.join(command)}\n"
+
+
+@pytest.mark.parametrize(
+    ("processes", "status", "expected"), [(8, 4, 0), (8, 1, 1), (1, 4, 4)]
+)
+def test_skipped_images_do_not_fail_a_share(monkeypatch, processes, status, expected):
+    share = worker.Share(0, processes, {})
+    monkeypatch.setattr(worker, "share_from_environment", lambda _: share)
+    monkeypatch.setattr(worker, "run", lambda *_: status)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["worker.py", "--auto", "refine", "in", "out"])
+    assert worker.main() == expected
 
 
 # A cloud with one slice: its state is in a file; the first task on it is preempted.
@@ -93,14 +122,16 @@ case "$*" in
     *) echo run ;;
 esac >> calls
 case "$*" in
+    *mkdir*) {install} ;;
     *flock*) echo x >> attempts; {task} ;;
 esac
 """
 
 
-def slice_with(folder: Path, monkeypatch, task: str) -> list[str]:
-    """Arguments for a slice on which the task is this shell line."""
-    stand_in(folder, "gcloud", GCLOUD.format(folder=folder, task=task))
+def slice_with(folder: Path, monkeypatch, task: str, install: str = ":") -> list[str]:
+    """Arguments for a slice on which task and installation are these shell lines."""
+    script = GCLOUD.format(folder=folder, task=task, install=install)
+    stand_in(folder, "gcloud", script)
     stand_in(folder, "sh", f'echo pack >> {folder}/calls; exec bash "$@"')
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -121,6 +152,41 @@ def test_a_preempted_slice_is_asked_for_again(tmp_path, monkeypatch, capsys):
     with tarfile.open(tmp_path / "run_semlic_jax.tar.gz") as archive:
         names = archive.getnames()
     assert {"launch/worker.py", "configs/tiny.py", "pyproject.toml"} <= set(names)
+
+
+def test_a_slice_that_is_preempted_while_installing(tmp_path, monkeypatch, capsys):
+    tree = tmp_path / "tree"
+    subprocess.run(["git", "init", "--quiet", str(tree)], check=True)
+    (tree / "file").write_text("")
+    monkeypatch.setattr(tpu, "ROOT", tree)
+    preempted = (
+        "if [ $(grep -c install calls) = 1 ]; then echo SUSPENDED > state; exit 1; fi"
+    )
+    assert main(slice_with(tmp_path, monkeypatch, ":", preempted)) == 0
+    once = ["create", "pack", "scp", "install"]
+    calls = (tmp_path / "calls").read_text().split()
+    assert calls == [*once, "delete", *once, "run"]
+    assert "the slice was preempted (gcloud compute" in capsys.readouterr().err
+    # On a slice that is still there it is an error.
+    arguments = slice_with(tmp_path, monkeypatch, ":", "exit 1")
+    (tmp_path / "state").unlink()
+    assert main(arguments) == 1
+    assert "ended with status 1" in capsys.readouterr().err
+
+
+def test_no_slice_is_made_for_a_tree_that_git_does_not_know(
+    tmp_path, monkeypatch, capsys
+):
+    arguments = slice_with(tmp_path, monkeypatch, ":")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    monkeypatch.setattr(tpu, "ROOT", tree)
+    assert main(arguments) == 1
+    assert "ended with status 128" in capsys.readouterr().err
+    subprocess.run(["git", "init", "--quiet", str(tree)], check=True)
+    assert main(arguments) == 1
+    assert f"that git lists in {tree}, found none" in capsys.readouterr().err
+    assert not (tmp_path / "calls").exists()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
