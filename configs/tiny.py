@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
         patch=4,
         lateral_skips=True,
     )
-    fast = dict(lr=2e-3, warmup_steps=5)
+    # An average over the usual 500 steps would stay at the start of a stage.
+    fast = dict(lr=2e-3, warmup_steps=5, ema=0.9)
     config.labeller = stage_config("labeller", steps=40, optimizer=fast)
     rate = dict(lmbda_low=1.2, lmbda_high=0.025)
     config.rate_distortion = stage_config(

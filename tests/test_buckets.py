@@ -103,9 +103,11 @@ def test_checkpoints_keep_the_name_of_the_bucket(bucket, monkeypatch):
     checkpoints.Checkpoints("gs://b/run/perceptual", 2)
     assert [str(folder) for folder in found] == ["gs://b/run/perceptual"]
     assert list((bucket / "run" / "perceptual").iterdir()) == []  # no probe is left
-    (bucket / "run" / "perceptual" / "12").mkdir()
+    for step in (12, 15):  # of which the later was interrupted
+        (bucket / "run" / "perceptual" / str(step)).mkdir()
+    (bucket / "run" / "perceptual" / "12" / "commit_success.txt").write_text("")
     with pytest.raises(
-        ValueError, match="of step 5 in gs://b/run/perceptual, found 12"
+        ValueError, match="of step 5 in gs://b/run/perceptual, found 12$"
     ):
         checkpoints.read_params("gs://b/run/perceptual", 5)
     config = get_config()

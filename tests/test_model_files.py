@@ -147,6 +147,24 @@ def test_the_architecture_is_that_of_the_run(
     assert "found none: give --size" in refusal()
 
 
+def test_parameters_of_another_model_are_refused(
+    tiny_file, tmp_path, monkeypatch, capsys
+):
+    params = training_params(tiny_file)
+    monkeypatch.setattr(export, "read_params", lambda stage, step: params)
+    arguments = ["run/labeller", str(tmp_path / "new.npz"), "--size"]
+
+    def refusal(size):
+        with pytest.raises(SystemExit) as ended:
+            export.main([*arguments, size])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert "in run/labeller does not fit this model" in refusal("small")
+    del params["g_s"]
+    assert "should have shape" in refusal("tiny")
+
+
 # Means of decoders.
 
 

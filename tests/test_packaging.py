@@ -16,9 +16,8 @@ _ROOT = Path(__file__).parents[1]
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
 # Where a package is not imported by its own name.
 _PACKAGES = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
-# Come with those that are named: absl with ml-collections, etils with orbax-checkpoint,
-# scipy with jax.
-_BROUGHT = {"absl", "etils", "scipy"}
+# Come with those that are named: absl with ml-collections, etils with orbax-checkpoint.
+_BROUGHT = {"absl", "etils"}
 
 
 def _required(extra: str) -> list[Requirement]:
@@ -46,6 +45,12 @@ def test_training_has_what_it_imports_and_no_more():
     }
     imported -= {"torch", *_BROUGHT}  # torch: for the twin of a test in PyTorch
     assert imported - ours == named - {"tensorflow", "tensorflow-cpu", "tensorboard"}
+
+
+@pytest.mark.parametrize("extra", ["train", "notebooks", "dev"])
+def test_kmeans_has_a_scipy_that_takes_its_generator(extra):
+    (scipy,) = (each for each in _required(extra) if each.name == "scipy")
+    assert scipy.specifier.contains("1.15.0") and not scipy.specifier.contains("1.14.1")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ def test_ablations_change_one_stage_in_one_way():
     }
 
 
+def test_the_averages_of_tiny_leave_their_start():
+    settings = read_settings(load("tiny"))
+    for stage in settings.records:
+        optimizers = [stage.optimizer]
+        if isinstance(stage, Stage) and stage.weights.adversarial:
+            optimizers.append(stage.adversary.optimizer)
+        assert all(optimizer.ema**stage.steps < 0.15 for optimizer in optimizers)
+
+
 LOSS_TERMS = [field.name for field in dataclasses.fields(LossWeights)]
 REFUSED = [
     ({"sed": 1}, "config has no key 'sed'; did you mean seed?"),
@@ -112,6 +121,28 @@ REFUSED = [
     ({"percptual": {}}, "config has no key 'percptual'; did you mean perceptual?"),
     ({"stages": ("percptual",)}, "stages names 'percptual'"),
     ({"stages": ()}, "names no stage"),
+    (
+        {"stages": ("integer", "perceptual", "integer")},
+        "config.stages must name each stage once, found 'integer' 2 times",
+    ),
+    ({"seed": -1}, "config.seed must be at least 0, found -1"),
+    ({"data.threads": -1}, "config.data.threads must be at least 0, found -1"),
+    (
+        {"integer.optimizer.decay_steps": 9},
+        "integer.optimizer.decay_steps must be at most the 8 steps .* found 9",
+    ),
+    (
+        {"labeller.optimizer.decay_steps": 41},
+        "labeller.optimizer.decay_steps must be at most the 40 steps .* found 41",
+    ),
+    (
+        {"perceptual.adversary.optimizer.decay_steps": 25},
+        "perceptual.adversary.optimizer.decay_steps must be at most the 24 steps",
+    ),
+    (
+        {"perceptual.zoom": 0.5, "perceptual.weights.perceptual": 0.0},
+        "perceptual.zoom needs weights.perceptual above 0, found 0",
+    ),
     ({"data.crop": 100}, "config.data.crop must be a multiple of 64, found 100"),
     ({"data.batch": 0}, "config.data.batch must be at least 1, found 0"),
     ({"perceptual.steps": 2.5}, "config.perceptual.steps must be of type int"),
@@ -249,6 +280,11 @@ def test_the_command_line_changes_keys_and_refuses_in_one_sentence(tmp_path, cap
     cases = [
         ("--config.perceptual.stepps=3", "no key 'stepps'; did you mean steps?"),
         ("--config.perceptual.steps=many", "--config.perceptual.steps=many"),
+        ("--config.qqq=3", "the config has no key 'qqq'"),
+        (
+            "--config.architecture.texture_channels=4",
+            "no key 'texture_channels'; give --config.architecture=\"{'texture_chann",
+        ),
         ("stray", "--config.key=value, found 'stray'"),
         ("--config.mesh.data=64", "config.mesh asks for 64 devices"),
         ("--config.data.train=('/nowhere',)", "in /nowhere, found none"),
@@ -503,7 +539,8 @@ def run_counting(workdir, program, steps=10, **changes):
     writer = Writer(workdir, active=True, tensorboard=False)
     try:
         return run_program(
-            run, settings.records[0], program, photographs(settings), writer, workdir
+            *(run, settings.records[0], program, photographs(settings)),
+            *(writer, workdir, config.to_json_best_effort()),
         )
     finally:
         writer.close()

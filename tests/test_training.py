@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -224,6 +225,17 @@ def test_a_killed_run_ends_as_an_unbroken_one(unbroken, train, tmp_path, monkeyp
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
     losses = {row["step"]: row["loss"] for row in rows_of(tmp_path)}
     assert losses == {row["step"]: row["loss"] for row in rows_of(unbroken[0])}
+
+
+def test_a_refused_run_keeps_the_record_of_the_checkpoints(unbroken, train, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    assert json.loads(before)["stages"] == ["rate_distortion"]
+    config = a_config()
+    config.rate_distortion.trained = ("g_s",)
+    with pytest.raises(ValueError, match="it has optimizer/.*, which the model has no"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
 
 
 def test_a_trained_model_is_exported(unbroken, one_group, first_params):

@@ -5,7 +5,7 @@ A checkpoint is one tree: `params`, `average` and `optimizer` of the network tha
 stage trains, and beside them what else its updates change. Orbax writes it in the
 background into a folder per step, which appears under its number when it is complete,
 so a run that dies while writing leaves the checkpoint before it as the last one.
-Folders may be in a bucket (`gs://...`).
+Folders may be in a bucket (`gs://...`), where a file of orbax marks complete ones.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        check_fits(self._manager.item_metadata(step), shapes, self.folder)
+        # No more either: orbax's own refusal is a list of both trees.
+        found = self._manager.item_metadata(step)
+        check_fits(found, shapes, self.folder, exactly=True)
         return self._manager.restore(step, args=ocp.args.StandardRestore(shapes)), step
 
     def save(self, step: int, state: Tree) -> None:
@@ -158,9 +160,8 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
 
 
 def _complete_steps(folder: epath.Path) -> list[int]:
-    # Orbax renames a checkpoint to its step's number when it is complete.
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
+    # Of orbax, because one in a bucket has its name before it is complete.
+    return sorted(ocp.path.step.checkpoint_steps(folder))
 
 
 def read_params(

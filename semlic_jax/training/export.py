@@ -18,11 +18,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
 from semlic_jax.images import check_outputs
-from semlic_jax.model.compression import SIZES, ModelConfig
-from semlic_jax.training.checkpoints import read_params
+from semlic_jax.model.compression import SIZES, CompressionModel, ModelConfig
+from semlic_jax.training.checkpoints import check_fits, read_params
 from semlic_jax.training.fit_tables import report, with_fitted_tables
 from semlic_jax.training.model_files import with_decoder
 from semlic_jax.training.sources import open_sources
@@ -103,6 +105,10 @@ def _model(options: argparse.Namespace) -> ModelFile:
         if not isinstance(kept, ModelFile):
             raise ValueError(f"{options.decoder_for} is a converted model")
         return with_decoder(kept, config, params)
+    init = CompressionModel(config).init
+    x, key = jnp.zeros((1, 64, 64, 3)), jax.random.key(0)
+    wanted = jax.eval_shape(init, key, x, jnp.zeros(1), key)["params"]
+    check_fits(params, wanted, options.stage, exactly=True)
     model = export_model(config, params)
     if source is not None:
         model, found, saved_percent = with_fitted_tables(model, source)

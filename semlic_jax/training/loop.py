@@ -44,8 +44,12 @@ def run_program(
     photographs: Photographs,
     writer: Writer,
     workdir: epath.Path,
+    record: str,
 ) -> Tree:
     """Trains one stage to its end; returns the averaged parameters of its network.
+
+    The configuration `record` is kept before the first step, not by a run that the
+    checkpoints refuse: theirs is still needed to export them.
 
     Raises:
         NotFiniteError: a term is not finite; names the step and the term.
@@ -59,6 +63,8 @@ def run_program(
         state, start = restored or (program.start(), 0)
         if start:
             logging.info("%s goes on from step %d", stage.name, start)
+        if start < stage.steps:
+            writer.config(record)
         meter = _Meter(stage, start, batch)
         for step, local in enumerate(
             photographs.batches(

@@ -183,6 +183,12 @@ def read_settings(config: Any) -> Settings:
         if name not in known | {"networks"} and isinstance(config[name], Mapping)
     }
     for name in names:
+        if names.count(name) > 1:
+            # Their checkpoints are in one folder: the second would end at once.
+            raise ValueError(
+                f"config.stages must name each stage once, found {name!r} "
+                f"{names.count(name)} times"
+            )
         if name not in records:
             raise ValueError(
                 f"stages names {name!r}, but the config has no such record; found "
@@ -234,14 +240,18 @@ def _check(settings: Settings) -> None:
             f"config.data.crop must be a multiple of 64, found {data.crop}"
         )
     least = {"checkpoint_steps": 1, "log_steps": 1, "keep_checkpoints": 1}
-    for name, value in (least | {"image_steps": 0}).items():
+    for name, value in (least | {"image_steps": 0, "seed": 0}).items():
         if getattr(settings, name) < value:
             raise ValueError(
                 f"config.{name} must be at least {value}, found "
                 f"{getattr(settings, name)}"
             )
-    if data.batch < 1:
-        raise ValueError(f"config.data.batch must be at least 1, found {data.batch}")
+    for name, value in {"batch": 1, "threads": 0}.items():
+        if getattr(data, name) < value:
+            raise ValueError(
+                f"config.data.{name} must be at least {value}, found "
+                f"{getattr(data, name)}"
+            )
     for name in ("init_from", "labeller_from"):
         folder = getattr(settings, name)
         model_file = name == "init_from" and epath.Path(folder or ".").is_file()

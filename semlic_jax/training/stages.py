@@ -189,7 +189,9 @@ class Stage:
     quality_high: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_steps(self.name, self.steps)
+        _check_steps(self.name, self.steps, self.optimizer)
+        if self.weights.adversarial:
+            _check_steps(f"{self.name}.adversary", self.steps, self.adversary.optimizer)
         if self.arithmetic not in ARITHMETICS[:2]:
             raise ValueError(
                 f"{self.name}.arithmetic must be float or fake, found "
@@ -211,6 +213,10 @@ class Stage:
             raise ValueError(f"{self.name}.weights must not all be 0")
         if not 0 <= self.zoom <= 1:
             raise ValueError(f"{self.name}.zoom must be from 0 to 1, found {self.zoom}")
+        if self.zoom and not self.weights.perceptual:
+            raise ValueError(
+                f"{self.name}.zoom needs weights.perceptual above 0, found 0"
+            )
         if not 0 <= self.quality_low <= self.quality_high <= 1:
             raise ValueError(
                 f"{self.name} needs 0 <= quality_low <= quality_high <= 1, found "
@@ -256,14 +262,20 @@ class LabellerStage:
     reseed_until: float = 0.8
 
     def __post_init__(self) -> None:
-        _check_steps(self.name, self.steps)
+        _check_steps(self.name, self.steps, self.optimizer)
 
 
-def _check_steps(stage: str, steps: int) -> None:
+def _check_steps(stage: str, steps: int, optimizer: Optimizer) -> None:
     if steps < 1:
         raise ValueError(
             f"{stage}.steps must be at least 1, found {steps}; "
             "config.stages says which stages are run"
+        )
+    if optimizer.decay_steps > steps:
+        # The rate would begin somewhere down its decay.
+        raise ValueError(
+            f"{stage}.optimizer.decay_steps must be at most the {steps} steps of the "
+            f"stage, found {optimizer.decay_steps}"
         )
 
 

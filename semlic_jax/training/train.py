@@ -231,7 +231,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
     writer = Writer(
         workdir, active=jax.process_index() == 0, tensorboard=settings.tensorboard
     )
-    writer.config(config.to_json_best_effort(indent=2))
+    record = config.to_json_best_effort(indent=2)
     try:
         for stage in settings.records:
             if isinstance(stage, LabellerStage):
@@ -247,7 +247,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
                 program = codec_program(run, stage, trained["codec"], labeller)
                 name = "codec"
             trained[name] = run_program(
-                run, stage, program, photographs, writer, workdir
+                run, stage, program, photographs, writer, workdir, record
             )
     finally:
         writer.close()
@@ -273,19 +273,24 @@ def load_config(path: str, overrides: Sequence[str]) -> Any:
     try:
         left = values(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(_one_sentence(str(error))) from error
+        raise ValueError(_one_sentence(str(error), overrides)) from error
     if left:
         raise ValueError(f"expected options as --config.key=value, found {left[0]!r}")
     return values.config
 
 
-def _one_sentence(text: str) -> str:
+def _one_sentence(text: str, overrides: Sequence[str]) -> str:
     """What ml_collections means, without its tracebacks and quotations."""
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     if hint:
         return f"the config has no key {hint[2]!r}; did you mean {hint[1]}?"
     # The traceback of a config file that refuses ends with its own words.
-    return " ".join(text.rsplit("Error: ", 1)[-1].split()).strip("'\"")
+    text = " ".join(text.rsplit("Error: ", 1)[-1].split()).strip("'\"")
+    if not text.isidentifier():
+        return text
+    own = any(each.startswith(f"--config.architecture.{text}=") for each in overrides)
+    hint = f"; give --config.architecture=\"{{'{text}': VALUE}}\"" if own else ""
+    return f"the config has no key {text!r}{hint}"
 
 
 def main(argv: Sequence[str], prog: str = "semlic train") -> None:
