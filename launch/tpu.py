@@ -168,7 +168,7 @@ class _Slice:
             f"cd {_FOLDER} && python3 -m pip install --quiet uv && "
             "python3 -m uv venv --quiet --allow-existing --python 3.11 .venv && "
             "python3 -m uv pip install --quiet --python .venv/bin/python "
-            "--editable '.[train,eval]' 'jax[tpu]'"
+            "--editable '.[train,eval]' 'jax[tpu]' google-cloud-storage"
         )
         if self._options.before:
             line += f" && {self._options.before}"
