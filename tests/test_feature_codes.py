@@ -174,7 +174,7 @@ def test_a_step_with_features_trains_codec_and_discriminator():
     photographs = Photographs(open_sources(settings.data.train), crop=64)
     params = initial_params(settings, photographs)
     codes = {"codes": np.eye(5, 3, dtype=np.float32)}
-    program = codec_program(run, stage, params, codes)
+    program = codec_program(run, stage, lambda: params, codes)
     images = next(photographs.batches(0, 1, seed=0, examples=range(4)))
     before = jax.tree.map(np.array, program.start())
     after, metrics = program.update(program.start(), 0, jnp.asarray(images))

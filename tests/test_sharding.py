@@ -53,7 +53,7 @@ for data, model in ((1, 1), (8, 1), (4, 2)):
     if params is None:
         params = initial_params(settings, photographs)
     run = make_run(settings, make_mesh(data, model), None)
-    program = codec_program(run, settings.records[0], params, None)
+    program = codec_program(run, settings.records[0], lambda: params, None)
     images = next(photographs.batches(0, 1, seed=0, examples=range(8)))
     examples = local_examples(run.mesh, 8)
     state, metrics = program.update(

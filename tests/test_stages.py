@@ -340,7 +340,7 @@ def adversarial():
     stage = settings.records[1]
     params = initial_params(settings, photographs(settings))
     labeller = labeller_program(run, settings.records[0]).start()["params"]
-    program = codec_program(run, stage, params, labeller)
+    program = codec_program(run, stage, lambda: params, labeller)
     images = next(photographs(settings).batches(0, 1, seed=0, examples=range(4)))
     before = jax.tree.map(np.array, program.start())
     after, metrics = program.update(program.start(), 0, jnp.asarray(images))

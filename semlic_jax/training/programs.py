@@ -98,13 +98,16 @@ def make_run(settings: Settings, mesh: Mesh, trunk: Trunk | None) -> Run:
     return Run(settings, mesh, networks, trunk)
 
 
-def codec_program(run: Run, stage: Stage, params: Tree, labeller: Tree) -> Program:
+def codec_program(
+    run: Run, stage: Stage, params: Callable[[], Tree], labeller: Tree
+) -> Program:
     """A stage of the codec, with its discriminator where it has an adversary.
 
     Args:
         run: what to train with.
         stage: the record.
-        params: of the codec, to start from.
+        params: () -> those of the codec to start from; not asked for by a stage that
+            goes on from a checkpoint.
         labeller: its parameters, or `{"codes": ...}` of `feature_codes`, if the
             adversary needs them.
     """
@@ -133,7 +136,7 @@ def codec_program(run: Run, stage: Stage, params: Tree, labeller: Tree) -> Progr
             )._asdict()
         return state
 
-    shapes = _shapes(run, start, params)
+    shapes = _shapes(run, start, codec_shapes(networks.model))
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     other_places = places.pop("discriminator", None)
     codec_places = Learner(**places)
@@ -224,7 +227,14 @@ def labeller_program(run: Run, stage: LabellerStage) -> Program:
     def show(state: State, images: Array) -> list[Array]:
         return [reconstruct(state["average"], images)]
 
-    return Program(shapes, _starter(start, params, shapes), update, show)
+    return Program(shapes, _starter(start, lambda: params, shapes), update, show)
+
+
+def codec_shapes(model: CompressionModel) -> Tree:
+    """The codec's parameters as shapes; computes nothing."""
+    key = jax.random.key(0)
+    x, quality = jnp.zeros((1, 64, 64, 3)), jnp.zeros(1)
+    return jax.eval_shape(model.init, key, x, quality, key)["params"]
 
 
 def _shapes(run: Run, start: Callable[[Tree], State], params: Tree) -> State:
@@ -241,10 +251,10 @@ def _shapes(run: Run, start: Callable[[Tree], State], params: Tree) -> State:
 
 
 def _starter(
-    start: Callable[[Tree], State], params: Tree, shapes: State
+    start: Callable[[Tree], State], params: Callable[[], Tree], shapes: State
 ) -> Callable[[], State]:
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return lambda: jax.jit(start, out_shardings=places)(params)
+    return lambda: jax.jit(start, out_shardings=places)(params())
 
 
 def initial_discriminator(run: Run) -> Tree:

@@ -10,6 +10,7 @@ exit status 75: start all of them again.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import re
@@ -36,6 +37,7 @@ from semlic_jax.training.model_files import training_params
 from semlic_jax.training.programs import (
     Run,
     codec_program,
+    codec_shapes,
     initial_labeller,
     labeller_program,
     make_run,
@@ -91,9 +93,8 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
             texture = {k: v for k, v in fresh.items() if _is_texture(k)}
             g_s = {**jax.tree.map(np.asarray, texture), **params["g_s"]}
         params = {**params, "g_s": g_s}
-        wanted = jax.eval_shape(model.init, key, x, jnp.zeros(1), key)["params"]
         # No more either: a model file is refused for what its model has not.
-        checkpoints.check_fits(params, wanted, place, exactly=True)
+        checkpoints.check_fits(params, codec_shapes(model), place, exactly=True)
         return params
     params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
     if config.linear_skip:
@@ -228,6 +229,10 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
         mesh.size,
         dict(mesh.shape),
     )
+    # Fresh ones take a minute, and a stage that goes on does not need them.
+    params = functools.cache(partial(initial_params, settings, photographs))
+    if settings.init_from:
+        params()  # refuses now what does not fit
     writer = Writer(
         workdir, active=jax.process_index() == 0, tensorboard=settings.tensorboard
     )
@@ -238,14 +243,13 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
                 program = labeller_program(run, stage)
                 name = LABELLER_STAGE
             else:
-                if "codec" not in trained:
-                    trained["codec"] = initial_params(settings, photographs)
                 labeller = None
                 if stage.weights.adversarial and not stage.adversary.binary:
                     labeller = _codes(run, stage, photographs, workdir)
                     labeller = labeller or trained["labeller"]
-                program = codec_program(run, stage, trained["codec"], labeller)
                 name = "codec"
+                begin = partial(trained.get, name) if name in trained else params
+                program = codec_program(run, stage, begin, labeller)
             trained[name] = run_program(
                 run, stage, program, photographs, writer, workdir, record
             )
