@@ -64,6 +64,29 @@ def best_level(size: Callable[[int], int], budget: int, last: int) -> int | None
             fits = guess
         else:
             too_big = guess
+    return best_known(size, sizes, too_big, budget, last)
+
+
+def best_known(
+    size: Callable[[int], int],
+    sizes: dict[int, int],
+    too_big: int,
+    budget: int,
+    last: int,
+) -> int | None:
+    """The level of the largest file within a budget, after a search has come to an end.
+
+    A few levels beyond the first that does not fit are looked at as well.
+
+    Args:
+        size: bytes of the file of a level.
+        sizes: those that are known; gets what is looked at.
+        too_big: the first level that does not fit; `last` + 1 where all do.
+        budget, last: see `best_level`.
+
+    Returns:
+        None where nothing fits.
+    """
     for level in range(too_big + 1, min(too_big + _LOOK_AHEAD, last) + 1):
         if level not in sizes:
             sizes[level] = size(level)

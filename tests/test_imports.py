@@ -55,6 +55,7 @@ ALLOWED = {
         "codec",
         "coding",
         "images",
+        "level_search",
         "model",
         "objectives",
         "refinement",

@@ -28,6 +28,7 @@ from PIL import features
 
 import semlic_jax
 from semlic_jax.evaluation.codecs import CODECS, ClassicalCodec, classical_codec
+from semlic_jax.level_search import best_known
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec, Latents
@@ -88,8 +89,8 @@ class RateSearch:
     """The files of one image at a codec's settings, and the best of them at a rate.
 
     Files that were made for one rate narrow the search for the next. Sizes are taken
-    to grow with the setting: where they do not quite, the file found is within the
-    rate all the same.
+    to grow with the setting but for small dips, as in `Codec.compress`: where they do
+    not, the file found is within the rate all the same.
 
     Args:
       codec: see `ClassicalCodec`.
@@ -102,7 +103,7 @@ class RateSearch:
         self._files: dict[int, Encoded] = {}  # by position among the settings
 
     def fit(self, bpp: float) -> Encoded:
-        """The highest setting whose file has at most `bpp` bits per pixel.
+        """The largest file of at most `bpp` bits per pixel.
 
         Raises:
           ValueError: the codec does not reach the rate on this image; says how far it
@@ -116,16 +117,18 @@ class RateSearch:
         high = min(above, default=last + 1)
         while high - low > 1:
             at = self._guess(low, high, budget)
-            if len(self._encode(at).data) <= budget:
+            if self._size(at) <= budget:
                 low = at
             else:
                 high = at
-        if low < 0:
-            least = self._bpp(0)
+        sizes = {at: len(file.data) for at, file in self._files.items()}
+        best = best_known(self._size, sizes, high, budget, last)
+        if best is None:
+            least = 8 * min(sizes.values()) / self._pixels
             raise ValueError(f"its smallest file of this image takes {least:.3f} bpp")
         if low == last and self._bpp(last) < _LEAST_USE * bpp:
             raise TooSmallError(self._files[last], self._pixels)
-        return self._files[low]
+        return self._files[best]
 
     def _encode(self, at: int) -> Encoded:
         if at not in self._files:
@@ -136,8 +139,11 @@ class RateSearch:
             self._files[at] = Encoded(data, str(setting), wall_s)
         return self._files[at]
 
+    def _size(self, at: int) -> int:
+        return len(self._encode(at).data)
+
     def _bpp(self, at: int) -> float:
-        return 8 * len(self._encode(at).data) / self._pixels
+        return 8 * self._size(at) / self._pixels
 
     def _guess(self, low: int, high: int, budget: int) -> int:
         """Where log(size), nearly linear in the setting, should meet the budget."""
@@ -190,6 +196,7 @@ def _classical_identity(key: str, codec: ClassicalCodec) -> str:
         "jpeg": "libjpeg_turbo",
         "webp": "webp",
         "avif": "avif",
+        "avif-slow": "avif",
         "jpeg2000": "jpg_2000",
     }
     if key == "jxl":
