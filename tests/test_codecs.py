@@ -28,6 +28,7 @@ MAGIC = {
     "jpeg": b"\xff\xd8\xff",
     "webp": b"RIFF",
     "avif": b"\0\0\0",
+    "avif-slow": b"\0\0\0",
     "jpeg2000": b"\0\0\0\x0cjP",
     "jxl": (b"\xff\x0a", b"\0\0\0\x0cJXL"),
 }
@@ -101,6 +102,12 @@ def test_settings_show_in_the_file(image):
     assert b"\xff\xc2" in data  # a progressive frame
     frame = data[data.index(b"\xff\xc2") :]
     assert frame[11] == 0x22  # luma sampled twice as often both ways
+
+
+def test_slow_avif_searches_longer(image):
+    setting = 40
+    quick, slow = codecs.Avif(), codecs.SlowAvif()
+    assert quick.encode(image, setting) != slow.encode(image, setting)
 
 
 class Steps:
