@@ -154,6 +154,24 @@ def test_mmd_equals_its_double_sum():
         polynomial_mmd(a[:1], b)
 
 
+def test_mmd_of_pairs_is_unbiased():
+    """Rows are pairs, as those of a decoded patch and its original."""
+    a = vectors(48, 4) / 100
+    assert polynomial_mmd(a, a, paired=True) == 0
+    assert polynomial_mmd(a, a) < 0
+    rng = np.random.default_rng(0)
+    shown = rng.normal(size=(20_000, 4))
+    noisy = shown + 0.5 * rng.normal(size=shown.shape) + 0.2
+    truth = polynomial_mmd(shown[:10_000], noisy[10_000:])  # of independent vectors
+    pairs = [(shown[i : i + 20], noisy[i : i + 20]) for i in range(0, 20_000, 20)]
+    found = [polynomial_mmd(*pair, paired=True) for pair in pairs]
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found) - truth) < 4 * error
+    assert np.mean([polynomial_mmd(*pair) for pair in pairs]) < truth - 10 * error
+    with pytest.raises(ValueError, match="expected pairs, found 48 and 47"):
+        polynomial_mmd(a, a[1:], paired=True)
+
+
 def test_kernel_distance_equals_torch_fidelity():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     try:

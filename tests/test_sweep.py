@@ -354,6 +354,9 @@ def test_set_metrics_fall_with_the_rate(folder, tmp_path, small_trunk):
     features = sorted((tmp_path / "features").iterdir())
     assert len(features) == 3 + 6
     assert np.load(features[0]).shape == (6, 3)
+    # Patches are compared with their own originals, which is no chance.
+    sets = {trunk: [np.load(each) for each in features] for trunk in measures.trunks}
+    assert measures.distances(sets, sets)[0]["kernel"] == 0
     # A second run takes the features from their files.
     stamp = features[0].stat().st_mtime_ns
     assert run_sweep(*run, tmp_path).set_rows == results.set_rows

@@ -33,6 +33,7 @@ from semlic_jax.objectives.distribution_metrics import (
     frechet_distance,
     kernel_distance,
     patch_grids,
+    polynomial_mmd,
 )
 from semlic_jax.objectives.features import (
     PACKAGED,
@@ -296,16 +297,20 @@ class Measures:
             elif metric.kind == "frechet":
                 values[name] = frechet_distance(a, b)
             else:
-                # A set smaller than a subset is one subset: the plain unbiased MMD.
-                size = min(_SUBSET_SIZE, patches)
-                subsets = 100 if patches > size else 1
-                values[name] = kernel_distance(
-                    a, b, subsets=subsets, subset_size=size
-                ).mean
+                values[name] = _kernel(a, b)
         return values, gaps, patches
 
 
 _embed = jax.jit(FeatureNetwork.embed)
+
+
+def _kernel(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Kernel distance of two sets of the same patches."""
+    if a.count > _SUBSET_SIZE:
+        return kernel_distance(a, b, subset_size=_SUBSET_SIZE).mean
+    # In a set this small, patches and their own originals meet too often to count as
+    # independent. In random subsets of a larger one they hardly do.
+    return polynomial_mmd(a.kept, b.kept, paired=True)
 
 
 def _statistics(features: Sequence[np.ndarray]) -> FeatureStatistics:

@@ -359,14 +359,19 @@ class KernelDistance(NamedTuple):
     std: float
 
 
-def polynomial_mmd(a: np.ndarray, b: np.ndarray) -> float:
+def polynomial_mmd(a: np.ndarray, b: np.ndarray, *, paired: bool = False) -> float:
     """Unbiased squared MMD under k(x, y) = (x . y / D + 1)^3 (arXiv:1801.01401).
 
     Args:
         a, b: float [N, D] and [M, D], computed in float64.
+        paired: row i of b shows the same place as row i of a, so that the two are not
+            independent. Pairs are left out then (Gretton et al. 2012, lemma 6); with
+            them the distance of small sets would be far too small, below 0 for a set
+            and itself.
 
     Raises:
-        ValueError: fewer than 2 vectors, or other dimensions.
+        ValueError: fewer than 2 vectors, or different dimensions or, where paired,
+            numbers of vectors.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
@@ -374,15 +379,19 @@ def polynomial_mmd(a: np.ndarray, b: np.ndarray) -> float:
             "a kernel distance needs at least 2 vectors of equal dimension on both "
             f"sides, found {a.shape} and {b.shape}"
         )
+    if paired and len(a) != len(b):
+        raise ValueError(f"expected pairs, found {len(a)} and {len(b)} vectors")
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def within(x: np.ndarray) -> float:
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+    def mean_off_diagonal(k: np.ndarray) -> float:
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
 
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    within = mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b))
+    across = kernel(a, b)
+    between = mean_off_diagonal(across) if paired else across.mean()
+    return float(within - 2 * between)
 
 
 def kernel_distance(
