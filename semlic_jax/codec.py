@@ -31,7 +31,12 @@ from semlic_jax.coding.bitstream import (
 from semlic_jax.coding.float_networks import FloatEntropyModel
 from semlic_jax.coding.integer_networks import IntegerEntropyModel, float_twin
 from semlic_jax.coding.symbol_passes import PassCoder, Symbols
-from semlic_jax.compilation import float_program
+from semlic_jax.compilation import (
+    enter_bucket,
+    exact_program,
+    float_program,
+    own_settings,
+)
 from semlic_jax.level_search import best_level
 from semlic_jax.memory import require_memory
 from semlic_jax.model.compression import QUALITY_LEVELS
@@ -46,6 +51,8 @@ Array = jax.Array
 
 MAX_LEVEL = QUALITY_LEVELS - 1
 _ICC_CHUNK = b"ICCP"
+# Programs that took less to compile are not cached on disk: JAX's default, and ours.
+_USUAL_LEAST_COMPILE_S, _LEAST_COMPILE_S = 1.0, 0.1
 # Larger images are not begun where they certainly have no room: above 17 megapixels
 # one pixel more took 23 bytes to encode and 35 to decode, with `small`; rounded down.
 _MANY_PIXELS = 2**24
@@ -87,7 +94,7 @@ def _analyse(config: Config, params: Any, pixels: Array) -> Array:
     return y[0]
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_program(static_argnums=0)
 def _scale(config: Config, params: Any, y: Array, level: Array) -> tuple[Array, Array]:
     """y_scaled and z at a quality level."""
     quality = level[None].astype(jnp.float32) / MAX_LEVEL
@@ -121,6 +128,7 @@ class Codec:
 
     entropy: PassCoder
 
+    @own_settings()
     def __init__(
         self,
         model: ModelFile | FloatModelFile,
@@ -149,12 +157,16 @@ class Codec:
         if isinstance(model, FloatModelFile):
             self.entropy = FloatEntropyModel(model.config, model.entropy, *tables)
             # Where z is counted from is a part of the entropy model.
-            self.params["entropy"] = jax.device_put(model.entropy)
+            self.params["entropy"] = jax.device_put(
+                jax.tree.map(np.array, model.entropy)
+            )
             self._twin = partial(self.params.get, "entropy")
         else:
-            self.entropy = IntegerEntropyModel(model.config, model.integers, *tables)
-            self._twin = partial(float_twin, model.integers, model.config)
+            entropy = IntegerEntropyModel(model.config, model.integers, *tables)
+            self.entropy = entropy
+            self._twin = partial(float_twin, entropy.integers, model.config)
 
+    @own_settings()
     def compress(
         self,
         image: np.ndarray,
@@ -217,6 +229,7 @@ class Codec:
             return self.encode(latents, round(float(quality) * MAX_LEVEL), icc_profile)
         return self._fit(latents, budget, icc_profile, exact_target=bpp is not None)
 
+    @own_settings()
     def decompress(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Decode the bytes of a `.semlic` file to uint8 [H, W, 3].
 
@@ -242,7 +255,8 @@ class Codec:
         padded = np.pad(y_hat, (*pads, (0, 0)), mode="edge")
         level = jnp.int32(header.quality)
         pixels = _synthesise(self.config, self.params, padded, level)
-        return np.asarray(pixels)[:height, :width]
+        # An array of its own: writable, contiguous, without the padding.
+        return np.array(np.asarray(pixels)[:height, :width], order="C")
 
     def info(self, data: bytes) -> dict[str, Any]:
         """What a file says about itself, without decoding it.
@@ -251,12 +265,13 @@ class Codec:
             BitstreamError: the data is damaged or not a `.semlic` file.
         """
         header, payload = unpack(data)
+        file_bytes = memoryview(data).nbytes
         return {
             "width": header.width,
             "height": header.height,
-            "bytes": len(data),
+            "bytes": file_bytes,
             "payload_bytes": len(payload),
-            "bpp": len(data) * 8 / (header.width * header.height),
+            "bpp": file_bytes * 8 / (header.width * header.height),
             "quality": header.quality / MAX_LEVEL,
             "fingerprint": header.fingerprint.hex(),
             "model": self.name
@@ -271,6 +286,7 @@ class Codec:
         """The ICC profile kept in a file."""
         return unpack(data)[0].chunks.get(_ICC_CHUNK)
 
+    @own_settings()
     def twin_params(self) -> dict[str, Any]:
         """Parameters of `network_of(config, "twin")`, the differentiable twin.
 
@@ -296,26 +312,42 @@ class Codec:
         """Padded height and width of an image: one compiled program for each."""
         return bucket_side(size[0]), bucket_side(size[1])
 
+    @own_settings()
     def analyse(self, image: np.ndarray) -> Latents:
         """g_a of an image, padded to its bucket by repeating the edge.
 
         Args:
             image: uint8 [H, W, 3].
+
+        Raises:
+            ValueError: the image is not of this form.
+            MemoryError: it is too large for this machine.
         """
+        image = _checked_image(image)
         height, width = image.shape[:2]
         _require_room("encoding", height * width)
+        enter_bucket((self.fingerprint, self.bucket((height, width))))
         pads = ((0, bucket_side(height) - height), (0, bucket_side(width) - width))
         padded = np.pad(image, (*pads, (0, 0)), mode="edge")
         return Latents(_analyse(self.config, self.params, padded), (height, width))
 
+    @own_settings()
     def scaled(self, latents: Latents, level: int) -> tuple[Array, Array]:
         """y_scaled [h, w, M] and z [h/4, w/4, N] at a quality level 0..255."""
         return _scale(self.config, self.params, latents.y, jnp.int32(level))
 
+    @own_settings()
     def encode(
         self, latents: Latents, level: int, icc_profile: bytes | None = None
     ) -> bytes:
-        """The file of an analysed image at a quality level 0..255."""
+        """The file of an analysed image at a quality level 0..255.
+
+        Raises:
+            TypeError, ValueError: the level is not a whole number, or out of range.
+        """
+        level = operator.index(level)
+        if not 0 <= level <= MAX_LEVEL:
+            raise ValueError(f"expected a level from 0 to {MAX_LEVEL}, found {level}")
         y_scaled, z = self.scaled(latents, level)
         symbols = self.entropy.symbols(y_scaled, z, level, latents.size)
         return self.encode_symbols(symbols, level, latents.size, icc_profile)
@@ -340,6 +372,7 @@ class Codec:
         )
         return pack(header, self.entropy.encode(symbols, size, self.coder))
 
+    @own_settings()
     def decode_latents(
         self, data: bytes, *, max_pixels: int = MAX_PIXELS
     ) -> tuple[Header, np.ndarray]:
@@ -352,7 +385,9 @@ class Codec:
         header, payload = unpack(data, max_pixels=max_pixels)
         header.require_model(self.fingerprint)
         size = (header.height, header.width)
-        grid = (bucket_side(size[0]) // STRIDE, bucket_side(size[1]) // STRIDE)
+        bucket = self.bucket(size)
+        enter_bucket((self.fingerprint, bucket))
+        grid = (bucket[0] // STRIDE, bucket[1] // STRIDE)
         return header, self.entropy.decode(
             payload, header.quality, size, grid, header.index_check, header.coder
         )
@@ -393,6 +428,7 @@ class Codec:
         return files[level]
 
 
+@own_settings()
 def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
     """Load a packaged model by name ("small", "base") or a model file by path.
 
@@ -497,4 +533,6 @@ def _use_compilation_cache() -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        name = "jax_persistent_cache_min_compile_time_secs"
+        if jax.config.values[name] == _USUAL_LEAST_COMPILE_S:
+            jax.config.update(name, _LEAST_COMPILE_S)

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How programs in floats are compiled.
+"""How programs are compiled, and when they are forgotten.
 
 XLA:CPU of the jaxlib 0.10 series hands single convolutions to a library that takes up
 to 1.8 times as long for them, forwards and to their inputs, as its own code. The choice
 is an experimental option of the compiler: where it is missing nothing is asked for.
 LLVM's first level of optimisation makes programs that run as fast as those of its third
 (level 0: half as fast), and takes 9 to 15 % off the time until the first refined image.
+
+Programs are compiled for each bucket of image sizes. They are forgotten before there
+are too many: both directions of one bucket take about 950 memory mappings and 70 MiB on
+a CPU, Linux allows a process 65,530 mappings, and beyond them LLVM ends it by SIGSEGV.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +32,12 @@ _OWN_CONVOLUTIONS: dict[str, str | int] = {
     )
 }
 _LEVEL: dict[str, str | int] = {"xla_backend_optimization_level": 1}
+
+_MOST_BUCKETS = 16
+_MOST_MAPPED = 0.5  # share of the mappings that Linux allows
+_programs: weakref.WeakSet[Any] = weakref.WeakSet()
+_buckets: set[Hashable] = set()
+_lock = threading.Lock()
 
 
 @functools.cache
@@ -56,7 +70,9 @@ class FloatProgram:
     @functools.cached_property
     def _program(self) -> Any:
         options = compiler_options()
-        return jax.jit(self._function, compiler_options=options, **self._options)
+        program = jax.jit(self._function, compiler_options=options, **self._options)
+        _programs.add(program)
+        return program
 
     def __call__(self, *arguments: Any) -> Any:
         """As the function."""
@@ -70,3 +86,55 @@ class FloatProgram:
 def float_program(**options: Any) -> Callable[[Callable[..., Any]], FloatProgram]:
     """A decorator that makes a `FloatProgram` of a function."""
     return lambda function: FloatProgram(function, **options)
+
+
+def exact_program(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: `jax.jit` of a program in integers, or of a few floats."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        program = jax.jit(function, **options)
+        _programs.add(program)
+        return program
+
+    return decorate
+
+
+def enter_bucket(bucket: Hashable) -> None:
+    """Forget the compiled programs of earlier buckets where they have become many.
+
+    The cache on disk, where there is one, makes it cheap to compile them again.
+
+    Args:
+        bucket: names the model and the shape whose programs are needed next.
+    """
+    with _lock:
+        if bucket in _buckets:
+            return
+        if len(_buckets) >= _MOST_BUCKETS or _mapped_share() > _MOST_MAPPED:
+            for program in list(_programs):
+                program.clear_cache()
+            _buckets.clear()
+            if _mapped_share() > _MOST_MAPPED:  # they are of others
+                jax.clear_caches()
+        _buckets.add(bucket)
+
+
+def _mapped_share() -> float:
+    """Memory mappings of this process in those that Linux allows; 0 elsewhere."""
+    try:
+        with open("/proc/self/maps", "rb") as lines:
+            count = sum(1 for _ in lines)
+        return count / int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError, ZeroDivisionError):
+        return 0.0
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """JAX's default strictness, whatever the caller has set; also a decorator."""
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.transfer_guard("allow"),
+    ):
+        yield

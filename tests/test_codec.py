@@ -41,6 +41,8 @@ def test_round_trip(codec, photograph, size):
     assert isinstance(data, bytes)
     decoded = codec.decompress(data)
     assert decoded.dtype == np.uint8 and decoded.shape == image.shape
+    assert decoded.flags.writeable and decoded.flags.c_contiguous
+    assert decoded.base is None  # not a view of the padded picture
     assert codec.compress(image, quality=0.7) == data
     # The latents that came out are those that went in.
     level = round(0.7 * MAX_LEVEL)
@@ -63,6 +65,78 @@ def test_quality_is_worth_its_bytes(codec, photograph):
     assert sizes == sorted(sizes) and sizes[2] > 2 * sizes[0]
     fidelity = [psnr_db(codec.decompress(data), image) for data in files]
     assert fidelity == sorted(fidelity) and fidelity[0] > 15
+
+
+def aligned(array):
+    """A writable copy that a CPU device takes over without another copy."""
+    buffer = np.zeros(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def test_a_codec_has_its_weights_to_itself(codec, tiny_file, photograph):
+    integers = jax.tree.map(aligned, tiny_file.integers)
+    own = semlic_jax.Codec(dataclasses.replace(tiny_file, integers=integers))
+    image = photograph(64, 64)
+    data = codec.compress(image, quality=0.7)
+    assert own.compress(image, quality=0.7) == data
+    twin = own.twin_params()["entropy"]
+    for array in jax.tree.leaves(integers):
+        array[...] = 0
+    assert own.compress(image, quality=0.7) == data
+    np.testing.assert_array_equal(own.decompress(data), codec.decompress(data))
+    for before, after in zip(
+        jax.tree.leaves(twin),
+        jax.tree.leaves(own.twin_params()["entropy"]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "name, value, usual",
+    [
+        ("jax_numpy_rank_promotion", "raise", "allow"),
+        ("jax_numpy_dtype_promotion", "strict", "standard"),
+        ("jax_transfer_guard", "disallow", None),
+    ],
+)
+def test_a_strict_jax_is_none_of_the_codecs_concern(
+    codec, tiny_model, photograph, name, value, usual
+):
+    image = photograph(64, 64)
+    data = codec.compress(image, quality=0.7)
+    wanted = codec.decompress(data)
+    jax.clear_caches()  # what is compiled already would not be checked
+    jax.config.update(name, value)
+    try:
+        strict = semlic_jax.load(tiny_model)
+        assert strict.compress(image, bpp=8 * len(data) / 64**2)
+        assert strict.compress(image, quality=0.7) == data
+        found = strict.decompress(data)
+    finally:
+        jax.config.update(name, usual)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_programs_of_each_bucket_are_accounted_for(codec, photograph, monkeypatch):
+    entered = []
+    monkeypatch.setattr(semlic_jax.codec, "enter_bucket", entered.append)
+    data = codec.compress(photograph(65, 64), quality=0.7)
+    codec.decompress(data)
+    assert entered == [(codec.fingerprint, (128, 64))] * 2
+
+
+def test_parts_of_the_codec_refuse_what_they_cannot_take(codec, photograph):
+    with pytest.raises(ValueError, match="expected sides of 1 to .*, found 5 x 0"):
+        codec.analyse(np.zeros((0, 5, 3), np.uint8))
+    latents = codec.analyse(photograph(64, 64))
+    with pytest.raises(TypeError, match="float"):
+        codec.encode(latents, 1.5)
+    with pytest.raises(ValueError, match="a level from 0 to 255, found 256"):
+        codec.encode(latents, 256)
 
 
 def test_flat_and_extreme_images(codec):
@@ -403,6 +477,16 @@ def test_info(codec, photograph):
     json.dumps(info)
 
 
+def test_info_counts_bytes_whatever_the_items(codec, photograph):
+    for length in range(4):
+        profile = b"x" * (length + 1)
+        data = codec.compress(photograph(64, 64), quality=0.2, icc_profile=profile)
+        if len(data) % 4 == 0:
+            assert codec.info(memoryview(data).cast("I")) == codec.info(data)
+            return
+    pytest.fail("no file of whole words")
+
+
 # Buckets and compilation
 
 
@@ -546,6 +630,18 @@ def test_place_of_the_cache(cache_folder, tmp_path):
     assert cache_folder(SEMLIC_CACHE="") is None
     assert cache_folder(HOME=file) is None  # no folder can be made there
     assert cache_folder(XDG_CACHE_HOME="relative") is None
+
+
+def test_who_has_chosen_what_is_cached_keeps_it(cache_folder, tmp_path):
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    try:
+        for chosen, kept in ((5.0, 5.0), (1.0, 0.1)):
+            jax.config.update(name, chosen)
+            assert cache_folder(SEMLIC_CACHE=tmp_path)
+            assert jax.config.values[name] == kept
+    finally:
+        jax.config.update(name, before)
 
 
 @pytest.mark.data

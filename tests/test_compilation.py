@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compilation of float programs, with and without the options of the compiler."""
 
+import sys
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semlic_jax import compilation
+from semlic_jax import codec, compilation
+from semlic_jax.coding import float_networks, integer_networks
 
 
 @pytest.fixture
@@ -52,3 +56,53 @@ def test_a_program_is_its_function_compiled():
     assert program.__name__ == "double" and program.__doc__ == double.__doc__
     np.testing.assert_array_equal(program(1, jnp.arange(3.0)), [1, 3, 5])
     assert "f32[3]" in program.lower(1, jnp.arange(3.0)).compile().as_text()
+
+
+@pytest.fixture
+def no_programs(monkeypatch):
+    """Those of other tests are kept."""
+    monkeypatch.setattr(compilation, "_programs", weakref.WeakSet())
+    monkeypatch.setattr(compilation, "_buckets", set())
+
+
+def test_programs_are_forgotten_before_there_are_too_many(no_programs, monkeypatch):
+    """Of shapes that keep changing, a process would end by SIGSEGV."""
+    monkeypatch.setattr(compilation, "_MOST_BUCKETS", 2)
+    exact = compilation.exact_program(static_argnums=0)(double)
+    floats = compilation.float_program(static_argnums=0)(double)
+    for bucket in ("a", "b", "a", "b"):
+        compilation.enter_bucket(bucket)
+        for program in (exact, floats):
+            program(len(bucket), jnp.zeros(len(bucket)))
+    assert exact._cache_size() and floats._program._cache_size()
+    compilation.enter_bucket("c")
+    assert exact._cache_size() == floats._program._cache_size() == 0
+    np.testing.assert_array_equal(exact(1, jnp.arange(3.0)), [1, 3, 5])
+    compilation.enter_bucket("c")
+    assert exact._cache_size()
+
+
+def test_all_programs_are_forgotten_where_ours_are_not_the_many(
+    no_programs, monkeypatch
+):
+    cleared = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(1))
+    compilation.enter_bucket("a")
+    assert not cleared
+    monkeypatch.setattr(compilation, "_mapped_share", lambda: 0.6)
+    compilation.enter_bucket("b")
+    assert cleared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are Linux's")
+def test_the_share_of_mappings_is_known():
+    assert 0 < compilation._mapped_share() < 1
+
+
+def test_programs_of_the_codec_can_be_forgotten():
+    ours = [codec._scale, integer_networks._psi, integer_networks._symbols]
+    ours += [integer_networks._group_parameters, float_networks._parameters]
+    for program in ours:
+        assert program in compilation._programs
+    for program in (codec._analyse, codec._synthesise):
+        assert isinstance(program, compilation.FloatProgram)

@@ -14,7 +14,6 @@ what is rounded to symbols is computed after it, by NumPy.
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from semlic_jax.coding.symbol_passes import (
     grid_of,
 )
 from semlic_jax.coding.symbol_tables import MAX_SYMBOL, SymbolTables
+from semlic_jax.compilation import exact_program
 from semlic_jax.model.compression import QUALITY_LEVELS
 from semlic_jax.model.context import MEAN_STEPS
 from semlic_jax.model.mean_scale import MeanScaleConfig, MeanScaleModel
@@ -41,7 +41,7 @@ from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
 Array = jax.Array
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_program(static_argnums=0)
 def _parameters(
     config: MeanScaleConfig, params: Any, z: Array, level: Array, inside: Array
 ) -> tuple[Array, Array]:
@@ -72,7 +72,7 @@ class FloatEntropyModel(PassCoder):
     ) -> None:
         """Args: params of `model.mean_scale.HyperSynthesis`, float32."""
         super().__init__(config, y_tables, z_tables)
-        self._params = jax.device_put(params)
+        self._params = jax.device_put(jax.tree.map(np.array, params))
 
     def symbols(
         self, y_scaled: Array, z: Array, level: int, size: tuple[int, int]

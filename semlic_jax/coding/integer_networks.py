@@ -9,7 +9,6 @@ exact is proved for each output channel, and the same Linen modules run on them.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 
 from semlic_jax.coding.symbol_passes import Parameters, PassCoder, Symbols
 from semlic_jax.coding.symbol_tables import MAX_SYMBOL, SymbolTables
+from semlic_jax.compilation import exact_program
 from semlic_jax.model.compression import ModelConfig, entropy_model, image_masks
 from semlic_jax.model.context import (
     ACCUMULATOR_LIMIT,
@@ -152,7 +152,7 @@ def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
             )
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_program(static_argnums=0)
 def _psi(
     network: EntropyModel, params: Any, z_hat: Array, level: Array, size: Array
 ) -> Array:
@@ -192,10 +192,10 @@ def _parameters(
 
 # Of a decoder, which waits for each pass. One for both passes of a group: half as many
 # to compile.
-_group_parameters = jax.jit(_parameters, static_argnums=(0, 1))
+_group_parameters = exact_program(static_argnums=(0, 1))(_parameters)
 
 
-@partial(jax.jit, static_argnums=0)
+@exact_program(static_argnums=0)
 def _symbols(
     network: EntropyModel,
     params: Any,
@@ -247,6 +247,7 @@ class IntegerEntropyModel(PassCoder):
     Attributes:
         config: of the model.
         y_tables, z_tables: integer frequencies.
+        integers: of the networks, a copy.
     """
 
     def __init__(
@@ -257,9 +258,11 @@ class IntegerEntropyModel(PassCoder):
         z_tables: SymbolTables,
     ) -> None:
         """Proves the bounds of the integers; raises ValueError as `prove_exact`."""
-        prove_exact(integers, config)
+        # A CPU device takes over aligned arrays as they are. The caller's may change.
+        self.integers: IntegerTree = jax.tree.map(np.array, integers)
+        prove_exact(self.integers, config)
         super().__init__(config, y_tables, z_tables)
-        self._params = jax.device_put(integers)
+        self._params = jax.device_put(self.integers)
         self._network = entropy_model(config, "exact")
 
     def symbols(
