@@ -79,7 +79,8 @@ def without_transparency(
         return rgba.convert("L" if grey else "RGB")
     if background is None:
         raise ValueError(
-            f"{name} has transparent pixels: give a background colour to lay it on"
+            f"{name} has transparent pixels: give as background the colour to lay them "
+            "on (--background white)"
         )
     ground = Image.new("RGBA", rgba.size, (*background, 255))
     notes.append("transparent pixels were laid on the background colour")

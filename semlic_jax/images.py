@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import operator
 import os
 import secrets
 import stat
@@ -22,7 +23,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -110,10 +111,30 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     return colour[0], colour[1], colour[2]
 
 
+def checked_colour(given: Any) -> tuple[int, int, int]:
+    """A colour as text, see `parse_colour`, or as three whole numbers 0..255.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if isinstance(given, str):
+        return parse_colour(given)
+    try:
+        red, green, blue = (operator.index(value) for value in given)
+    except (TypeError, ValueError):
+        red = green = blue = -1
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ValueError(
+            "expected a colour such as 'white' or three whole numbers from 0 to 255, "
+            f"found {given!r}"
+        )
+    return red, green, blue
+
+
 def read_photograph(
     source: str | os.PathLike | BinaryIO,
     *,
-    background: tuple[int, int, int] | None = None,
+    background: tuple[int, int, int] | str | None = None,
     max_pixels: int = MAX_PIXELS,
     catch_warnings: bool = True,
 ) -> Photograph:
@@ -121,8 +142,8 @@ def read_photograph(
 
     Args:
       source: a path or a binary file.
-      background: RGB 0..255 that transparent pixels are laid on; None refuses images
-        with transparency.
+      background: colour that transparent pixels are laid on, three values 0..255 or
+        text (`parse_colour`); None refuses images with transparency.
       max_pixels: larger images are refused from their header, before any memory is
         taken for them.
       catch_warnings: make the decoder's warnings notes. Not in threads: what Python
@@ -130,7 +151,8 @@ def read_photograph(
 
     Raises:
       ValueError: not an image, damaged, too large, transparent without a background,
-        or of a kind that has no 8-bit RGB meaning. One sentence.
+        of a kind that has no 8-bit RGB meaning, or the background is no colour. One
+        sentence.
       OSError: the file cannot be opened at all.
     """
     name = _name_of(source)
@@ -141,6 +163,8 @@ def read_photograph(
             assert found is not None  # it is recorded
             caught = found
             warnings.simplefilter("always")
+            # Pillow reads a pipe into memory and leaves the closing of it to Python.
+            warnings.simplefilter("ignore", ResourceWarning)
         image = _open(source, name)
         with image:
             _check_size(image.size, name, max_pixels)
@@ -155,7 +179,7 @@ def read_photograph(
 
 
 def photograph_of(
-    image: Image.Image, *, background: tuple[int, int, int] | None = None
+    image: Image.Image, *, background: tuple[int, int, int] | str | None = None
 ) -> Photograph:
     """The same conversions for a Pillow image that is open already."""
     _check_size(image.size, "the image", max_pixels=MAX_PIXELS)
@@ -254,8 +278,9 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 
 def _convert(
-    image: Image.Image, name: str, background: tuple[int, int, int] | None
+    image: Image.Image, name: str, background: tuple[int, int, int] | str | None
 ) -> Photograph:
+    colour = None if background is None else checked_colour(background)
     samples = samples_of(image)
     notes = [samples.note] if samples.note else []
     _load(image, name, samples)
@@ -266,7 +291,7 @@ def _convert(
         notes.append("its ICC profile is damaged and was dropped")
         icc_profile = None
     first = _upright(image, notes)
-    first = without_transparency(first, name, samples, background, notes)
+    first = without_transparency(first, name, samples, colour, notes)
     first, icc_profile = to_rgb(first, name, samples, icc_profile, notes)
     pixels = np.array(first, dtype=np.uint8)
     # Last, since it reads on in the file.

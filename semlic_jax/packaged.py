@@ -44,7 +44,7 @@ def load_for(data: bytes) -> Codec:
         )
         raise IncompatibleModelError(
             f"the file needs the model {header.fingerprint.hex()}, the packaged ones "
-            f"are {ours or 'none'}: name its model file"
+            f"are {ours or 'none'}: give its model file (--model)"
         )
     from semlic_jax.codec import load
 

@@ -12,8 +12,13 @@
 Importing this is light; JAX and a model are loaded at the first pixel. Models are
 loaded once and shared by all threads. A file is decoded by the packaged model that it
 was made with, or by one that `register_model` was given. `save` also takes `model`,
-`background`, `icc_profile` (None leaves it out), and `refine` and `roi` as
-`Codec.compress` does.
+`background` (a colour as text or three values 0..255), `icc_profile` (None leaves it
+out), and `refine` and `roi` as `Codec.compress` does.
+
+What cannot be saved is refused with a ValueError. By then Pillow has opened the file,
+and so has emptied one that was there, as with every format: where that matters, save to
+an `io.BytesIO` first. A damaged file raises `DamagedFileError`, both a `BitstreamError`
+and what Pillow raises for damaged files of its own formats.
 
 Pillow itself loads no plugins of other packages (python-pillow/Pillow#6070). This one
 is the entry point `semlic` of the group `pillow.plugins`, for programs that load what
@@ -28,13 +33,15 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 import semlic_jax
-from semlic_jax.coding.bitstream import MAGIC, unpack
-from semlic_jax.images import Photograph, parse_colour, photograph_of
+from semlic_jax.coding.bitstream import MAGIC, BitstreamError, unpack
+from semlic_jax.images import Photograph, photograph_of
 
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec
@@ -47,6 +54,19 @@ DEFAULT_QUALITY = 0.5
 
 _RATES = ("quality", "bpp", "max_bytes")
 _REFINEMENT = ("refine", "roi")
+
+
+class DamagedFileError(BitstreamError, UnidentifiedImageError):
+    """A file that Pillow took for a `.semlic` file and that cannot be read as one."""
+
+
+@contextmanager
+def _as_pillow_raises_it() -> Iterator[None]:
+    """For programs that expect an OSError of a damaged file, as of other formats."""
+    try:
+        yield
+    except BitstreamError as error:
+        raise DamagedFileError(str(error)) from error
 
 
 class _Models:
@@ -93,7 +113,8 @@ class SemlicImageFile(ImageFile.ImageFile):
     def _open(self) -> None:
         assert self.fp is not None
         self._data: bytes = self.fp.read()
-        header, _ = unpack(self._data)
+        with _as_pillow_raises_it():
+            header, _ = unpack(self._data)
         self._size = (header.width, header.height)
         self._mode = "RGB"
         if b"ICCP" in header.chunks:
@@ -108,7 +129,8 @@ class SemlicImageFile(ImageFile.ImageFile):
             return super().load()
         with self._loading:
             if self.tile:
-                pixels = _models.of_file(self._data).decompress(self._data)
+                with _as_pillow_raises_it():
+                    pixels = _models.of_file(self._data).decompress(self._data)
                 if self.fp is not None and self._exclusive_fp:
                     self.fp.close()
                 self.fp = io.BytesIO(pixels.tobytes())
@@ -125,10 +147,7 @@ def _accept(prefix: bytes) -> bool:
 
 def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
     options: dict[str, Any] = getattr(image, "encoderinfo", {})
-    background = options.get("background")
-    if isinstance(background, str):
-        background = parse_colour(background)
-    photograph = photograph_of(image, background=background)
+    photograph = photograph_of(image, background=options.get("background"))
     given = {name: value for name, value in options.items() if value is not None}
     rate = {name: given[name] for name in _RATES if name in given}
     data = _models.named(given.get("model", DEFAULT_MODEL)).compress(

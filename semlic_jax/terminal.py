@@ -11,14 +11,25 @@ from contextlib import contextmanager
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
     """One line on the terminal that says what is being done; nothing elsewhere."""
-    if sys.stderr is None or not sys.stderr.isatty():  # None: closed by the caller
+    if not _is_terminal():
         yield lambda text: None
         return
 
     def show(text: str) -> None:
-        print(f"\r\x1b[K{text} ...", end="", file=sys.stderr, flush=True)
+        clear_line()
+        print(f"{text} ...", end="", file=sys.stderr, flush=True)
 
     try:
         yield show
     finally:
+        clear_line()
+
+
+def clear_line() -> None:
+    """Takes the line of the progress away, so that another text can stand there."""
+    if _is_terminal():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None: closed by the caller

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -65,6 +66,46 @@ def refused(result, *words, status=1):
     return True
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("name", ["b.png", "b.JPG", "none.webp"])
+def test_outputs_that_are_named_as_images_are_refused(folder, semlic, name, force):
+    """What a shell makes of *.png with two photographs must not cost one of them."""
+    for photo in ("b.png", "b.JPG"):
+        opened("photo.png").save(photo)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    # The input is not even read: there is none.
+    command = ("compress", "a.png", name, "--quality", 0.5, *force)
+    better = name[:-4].removesuffix(".") + ".semlic"
+    refused(semlic(*command), f"the output {name} is named as an image", better)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_options_may_stand_anywhere(folder, semlic):
+    orders = (
+        ["photo.png", "--quality", 0.5, "q.semlic"],
+        ["--quality", 0.5, "photo.png", "q.semlic"],
+        ["photo.png", "q.semlic", "--quality", 0.5],
+        ["photo.png", "--force", "--quality", 0.5, "q.semlic", "--debug"],
+    )
+    for order in orders:
+        assert semlic("compress", *order)[0] == 0
+        os.remove("q.semlic")
+    assert semlic("compress", "photo.png", "q.semlic", "--quality", 0.5)[0] == 0
+    assert semlic("decompress", "q.semlic", "--force", "q.png")[0] == 0
+    assert sorted(os.listdir()) == ["photo.png", "q.png", "q.semlic"]
+    (folder / "--photo.png").write_bytes((folder / "photo.png").read_bytes())
+    command = ["compress", "--quality", 0.5, "--", "--photo.png", "--q.semlic"]
+    assert semlic(*command, model=None)[0] == 0
+    assert (folder / "--q.semlic").exists()
+
+
+def test_a_folder_is_no_output(folder, semlic):
+    os.mkdir("out")
+    result = semlic("compress", "photo.png", "out", "--quality", 0.5)
+    refused(result, "the output out is a folder", "--out-dir out")
+    refused(semlic("compress", "out", "--quality", 0.5), "out is a folder")
+
+
 def test_there_and_back(folder, semlic):
     status, out, err = semlic("compress", "photo.png", "--quality", 0.5)
     assert (status, err) == (0, "")
@@ -123,8 +164,12 @@ def test_models(semlic):
     status, out, _ = semlic("models", "--json")
     assert status == 0
     assert set(json.loads(out)) == set(semlic_jax.pretrained_models())
+    cards = json.loads(out)
+    assert next(iter(cards)) == "small"
+    assert [name for name, card in cards.items() if card["default"]] == ["small"]
     status, out, _ = semlic("models")
-    assert status == 0
+    assert status == 0 and out.startswith("small (the default)\n")
+    assert out.count("the default") == 1
     for name in semlic_jax.pretrained_models():
         assert name in out
 
@@ -144,7 +189,7 @@ def test_conversions_are_noted(folder, semlic):
 
 def test_transparency_needs_a_background(folder, semlic):
     Image.new("RGBA", (20, 10), (9, 9, 9, 99)).save("clear.png")
-    refused(semlic("compress", "clear.png", "--quality", 0.5), "background")
+    refused(semlic("compress", "clear.png", "--quality", 0.5), "(--background white)")
     assert not os.path.exists("clear.semlic")
     command = ("compress", "clear.png", "--quality", 0.5, "--background")
     refused(semlic(*command, "whyte"), "whyte")
@@ -164,7 +209,8 @@ def test_existing_outputs_are_kept_without_force(folder, semlic):
 
 def test_the_input_is_never_overwritten(folder, semlic):
     before = (folder / "photo.png").read_bytes()
-    command = ("compress", "photo.png", "photo.png", "--quality", 0.5, "--force")
+    os.link("photo.png", "other")
+    command = ("compress", "photo.png", "other", "--quality", 0.5, "--force")
     refused(semlic(*command), "is the input")
     assert (folder / "photo.png").read_bytes() == before
 
@@ -218,11 +264,17 @@ def test_options_that_would_do_nothing_are_refused(folder, semlic, options, word
         ["decompress"],
         ["squeeze", "photo.png"],
         ["info", "photo.png", "--xml"],
+        ["compress", "photo.png", "--quality", "0.5", "--xml"],
+        ["compress", "a.png", "b.png", "c.png", "--quality", "0.5"],
+        ["compress", "-", "--quality", "0.5"],
+        ["decompress", "-"],
     ],
     ids=" ".join,
 )
 def test_wrong_usage_is_one_sentence(folder, semlic, arguments):
-    assert refused(semlic(*arguments, model=None), "--help", status=2)
+    known = arguments[0] != "squeeze"
+    command = f"semlic {arguments[0]} --help" if known else "semlic --help"
+    assert refused(semlic(*arguments, model=None), f"see {command}\n", status=2)
     assert os.listdir() == ["photo.png"]
 
 
@@ -272,7 +324,7 @@ def test_files_of_other_models_name_both(folder, semlic, tiny_model):
     (folder / "other.semlic").write_bytes(stranger)
     ours = semlic_jax.load(tiny_model).fingerprint[:4].hex()
     refused(semlic("decompress", "other.semlic"), "12345678", ours)
-    refused(semlic("decompress", "other.semlic", model=None), "12345678")
+    refused(semlic("decompress", "other.semlic", model=None), "12345678", "(--model)")
     status, out, _ = semlic("info", "other.semlic")
     assert status == 0 and "12345678" in out and "not packaged" in out
     assert not os.path.exists("other.png")
@@ -376,6 +428,85 @@ def test_bench_of_an_image_that_others_code_exactly(folder, semlic):
     assert report["rows"][1]["name"] == "JPEG" and report["rows"][1]["psnr_db"] is None
     status, out, err = semlic(*command)
     assert status == 0 and "JPEG has no smaller file of this image" in out
+
+
+def parsers(parser=None, name="semlic"):
+    """Every command's parser, by its name."""
+    parser = parser or cli._parser()
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice, each in action.choices.items():
+                yield from parsers(each, f"{name} {choice}")
+
+
+def options_of_commands():
+    for name, parser in parsers():
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                what = "/".join(action.option_strings) or action.metavar
+                yield pytest.param(action, id=f"{name} {what}")
+
+
+@pytest.mark.parametrize("action", list(options_of_commands()))
+def test_every_option_has_a_help_text(action):
+    assert action.help and len(action.help) > 8
+    if action.option_strings and action.nargs != 0:
+        assert action.metavar or action.choices
+    automatic = isinstance(action, argparse._HelpAction | argparse._VersionAction)
+    if action.option_strings and not (automatic or action.required):
+        rate = {"--quality", "--max-bytes", "--bpp"} & set(action.option_strings)
+        assert "default" in action.help or rate or "--json" in action.option_strings
+    if "--out-dir" in action.option_strings:
+        assert "made where it is not there" in action.help
+
+
+def help_of(command, option):
+    actions = dict(parsers())[f"semlic {command}"]._actions
+    (found,) = [a for a in actions if option in (*a.option_strings, a.metavar)]
+    return found.help
+
+
+def test_help_names_what_there_is():
+    """Lists in help texts, which load nothing, against what they list."""
+    from semlic_jax.evaluation.codecs import CODECS
+    from semlic_jax.evaluation.measures import SET_METRICS
+    from semlic_jax.evaluation.published import published_curves
+    from semlic_jax.images import _SAVE_OPTIONS
+    from semlic_jax.objectives.metrics import IMAGE_METRICS
+    from semlic_jax.refinement.settings import _RELAXED_STEPS, PRESETS, Settings
+
+    def words(text):
+        return set(text.replace(",", " ").replace(";", " ").split())
+
+    assert words(help_of("eval", "--metrics")) >= {*IMAGE_METRICS, *SET_METRICS}
+    assert words(help_of("compare", "--metrics")) >= set(IMAGE_METRICS)
+    assert not words(help_of("compare", "--metrics")) & set(SET_METRICS)
+    for command in ("eval", "compare"):
+        assert words(help_of(command, "--codecs")) >= set(CODECS)
+    formats = {suffix[1:] for suffix in _SAVE_OPTIONS}
+    assert words(help_of("decompress", "--format")) >= formats
+    with pytest.raises(ValueError, match="there are some over") as known:
+        published_curves("none")
+    names = str(known.value).split(" over ")[-1].split(", ")
+    assert words(help_of("eval", "--published")) >= set(names)
+    for command, option in (("compress", "--refine"), ("refine", "--steps")):
+        text = help_of(command, option)
+        for name, settings in PRESETS.items():
+            assert f"{name} ({settings.steps}" in text
+            assert f"{_RELAXED_STEPS[name]:,}" in text
+    for name in ("alpha", "gamma", "structure", "lattice", "method", "mean-style"):
+        default = getattr(Settings(), name.replace("-", "_"))
+        default = default if isinstance(default, str) else f"{default:g}"
+        assert f"default {default}" in help_of("compress", f"--{name}")
+    others = {PRESETS[name].mean_style for name in ("fast", "best")}
+    assert others == {2.0} and "fast and best 2" in help_of("compress", "--mean-style")
+    same = ("alpha", "gamma", "structure", "lattice", "method")
+    for name in same:
+        assert len({getattr(settings, name) for settings in PRESETS.values()}) == 1
+    assert "resumes" in help_of("refine", "OUT_DIR")
+    for command, metavar in (("refine", "IN_DIR"), ("eval", "IMAGES")):
+        assert "not searched" in help_of(command, metavar)
 
 
 def test_as_a_program(folder, tiny_model):

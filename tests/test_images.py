@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import types
 
 import numpy as np
@@ -176,7 +177,8 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("name", TRANSPARENT)
 def test_transparency_needs_a_background(name):
-    with pytest.raises(ValueError, match="background"):
+    message = r"give as background .* \(--background white\)"
+    with pytest.raises(ValueError, match=message):
         read(TRANSPARENT[name])
 
 
@@ -391,6 +393,34 @@ def test_colours(text, colour):
 def test_unknown_colour():
     with pytest.raises(ValueError, match="'whyte'"):
         images.parse_colour("whyte")
+
+
+@pytest.mark.parametrize("colour", ["white", (255, 255, 255), [255] * 3])
+def test_backgrounds(colour):
+    photograph = read(TRANSPARENT["RGBA"], background=colour)
+    assert (photograph.pixels == 255).all()
+
+
+@pytest.mark.parametrize(
+    "colour", [(1, 2), (1, 2, 3, 4), (0, 0, 256), (0, -1, 0), (0.5, 0, 0), 7, "whyte"]
+)
+def test_backgrounds_that_are_no_colour(colour, pixels):
+    """Also where nothing is transparent: a mistake shows at the first photograph."""
+    with pytest.raises(ValueError, match="colour"):
+        images.photograph_of(Image.fromarray(pixels), background=colour)
+
+
+def test_photographs_from_pipes_have_no_notes(tmp_path, pixels):
+    """What Pillow leaves open of them is nothing that a user can mend."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    data = images.encode_image(pixels, ".png")
+    writer = threading.Thread(target=path.write_bytes, args=(data,))
+    writer.start()
+    photograph = images.read_photograph(path)
+    writer.join()
+    assert photograph.notes == ()
+    np.testing.assert_array_equal(photograph.pixels, pixels)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".tiff", ".bmp", ".ppm", ".webp"])

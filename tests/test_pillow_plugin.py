@@ -19,6 +19,7 @@ from PIL import Image, ImageCms
 
 import semlic_jax
 from semlic_jax import pillow_plugin
+from semlic_jax.coding.bitstream import unpack
 from semlic_jax.evaluation.demo import packaged_photograph
 
 
@@ -204,12 +205,37 @@ def test_profiles_of_other_colour_spaces_are_not_for_rgb(
     assert written(image, icc_profile=other_profile) == other_profile
 
 
-def test_damaged_files(saved):
+@pytest.mark.parametrize(
+    "expected",
+    [semlic_jax.BitstreamError, Image.UnidentifiedImageError, OSError, ValueError],
+)
+def test_damaged_files(saved, expected):
     data = bytearray(saved.read_bytes())
     data[-1] ^= 1
     saved.write_bytes(data)
-    with pytest.raises(semlic_jax.BitstreamError):
+    with pytest.raises(expected) as caught:
         Image.open(saved)
+    with pytest.raises(semlic_jax.BitstreamError) as plain:
+        unpack(bytes(data))
+    assert str(caught.value) == str(plain.value)
+
+
+def test_damage_that_shows_at_the_pixels(saved, monkeypatch):
+    def damaged(data):
+        raise semlic_jax.BitstreamError("no end")
+
+    monkeypatch.setattr(pillow_plugin._models, "of_file", damaged)
+    with Image.open(saved) as image, pytest.raises(OSError, match="no end"):
+        image.load()
+
+
+@pytest.mark.parametrize("background", [7, (1, 2), (0, 0, 256), "whyte", 0.5])
+def test_backgrounds_that_are_no_colour(photo, model, background):
+    clear = photo.copy()
+    clear.putalpha(9)
+    for image in (photo, clear):
+        with pytest.raises(ValueError, match="colour"):
+            image.save(io.BytesIO(), "SEMLIC", model=model, background=background)
 
 
 def test_a_loop_over_mixed_formats(saved, photo, tmp_path):

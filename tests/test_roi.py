@@ -93,7 +93,8 @@ def test_masks_from_files(tmp_path):
     Image.fromarray((half_mask() * 255).astype(np.uint8)).save(path)
     mask = read_mask(path, SIZE, edge_pixels=0)
     np.testing.assert_array_equal(mask, half_mask())
-    with pytest.raises(ValueError, match="size 128 x 112, found 64 x 56"):
+    message = r"size 128 x 112, found 64 x 56: resize it \(--roi-resize\)"
+    with pytest.raises(ValueError, match=message):
         read_mask(path, (112, 128))
     resized = read_mask(path, (112, 128), resize=True, edge_pixels=0)
     assert resized.shape == (112, 128)
@@ -132,7 +133,10 @@ def test_boxes():
     inside = box_mask((40, 60), [(10, 5, 20, 15)], edge_pixels=0)
     assert inside[5:20, 10:30].all() and inside.sum() == 300
     np.testing.assert_allclose(mask, soften(inside, 8.0))
-    both = box_mask((40, 60), [(0, 0, 10, 10), (-5, 30, 10, 100)], edge_pixels=0)
+    with pytest.warns(
+        RegionWarning, match="-5,30,10,100 sticks out of the image of 60"
+    ):
+        both = box_mask((40, 60), [(0, 0, 10, 10), (-5, 30, 10, 100)], edge_pixels=0)
     assert both[:10, :10].all() and both[30:, :5].all() and both.sum() == 150
     two = parse_region("0,0,9,9;20,20,9,9", image)
     assert two[4, 4] > 0.1 and two[24, 24] > 0.1 and two[4, 50] < 0.01
@@ -140,6 +144,18 @@ def test_boxes():
         parse_region("1,1,0,5", image)
     with pytest.raises(ValueError, match="x,y,width,height"):
         parse_region("1,1,5", image)
+
+
+@pytest.mark.parametrize(
+    "box", ["60,0,9,9", "0,40,9,9", "-9,0,9,9", "0,-9,9,9", "300,300,10,10"]
+)
+def test_boxes_outside_the_image_are_refused(box):
+    image = np.zeros((40, 60, 3), np.uint8)
+    message = f"^the box {box} lies outside the image of 60x40$"
+    for boxes in (box, f"0,0,9,9;{box}"):
+        with pytest.raises(ValueError, match=message):
+            parse_region(boxes, image)
+    assert parse_region("59,39,1,1;0,0,1,1", image).max() > 0
 
 
 def test_soft_edges_keep_the_middle_and_the_mass():

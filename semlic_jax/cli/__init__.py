@@ -2,6 +2,9 @@
 """The command line: `semlic compress | decompress | refine | info | demo | models |
 bench | eval | compare | convert | train | pack`.
 
+Options may stand before, between and after the names of files. Where `compress`,
+`decompress` and `info` take a file, `-` is the standard input or output.
+
 Each command imports what it needs when it runs, so that `semlic --help` and `semlic
 info` answer at once. A refusal is one sentence on the error stream and exit status 1;
 wrong usage is status 2; an error of ours is status 3 (`--debug` shows the traceback);
@@ -15,14 +18,23 @@ from __future__ import annotations
 import argparse
 import codecs
 import io
+import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import semlic_jax
 from semlic_jax.cli import files, measure, models, refine
-from semlic_jax.cli.terminal import INTERNAL, INTERRUPTED, REFUSED, USAGE, say
+from semlic_jax.cli.terminal import (
+    INTERNAL,
+    INTERRUPTED,
+    REFUSED,
+    STREAM,
+    USAGE,
+    reason_of,
+    say,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "program" in options:
         options.rest = rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.command.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status = options.run(options)
         if sys.stdout is not None:  # closed by the caller
@@ -61,20 +73,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """One sentence for people, and the exit status."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}", REFUSED
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError):
-        return f"there is not enough memory: {text}", REFUSED
-    if isinstance(error, ValueError | OSError):
+    text = reason_of(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {text}"
+    if isinstance(error, ValueError | OSError | MemoryError):
         return text, REFUSED
     kind = type(error).__name__
     return f"internal error, {kind}: {text} (--debug shows where)", INTERNAL
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in one line."""
+    """argparse, with options among the files and its complaints in one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Left to itself, argparse gives `IN --bpp 0.2 OUT` no OUT: one that may be
+        # missing is taken to be missing where the first option comes. (Its own way
+        # around that, parse_known_intermixed_args, takes no file after `--`.)
+        takes_files = self._subparsers is None and self._get_positional_actions()
+        if takes_files and args is not None:
+            args = self._options_first(args)
+        return super().parse_known_args(args, namespace)
+
+    def _options_first(self, args: Sequence[str]) -> list[str]:
+        """The same arguments with the options before all others."""
+        options: list[str] = []
+        others: list[str] = []
+        waiting = iter(args)
+        for arg in waiting:
+            if arg == "--":
+                others += waiting
+            elif arg.startswith("-") and arg != STREAM:
+                options.append(arg)
+                action = self._option_string_actions.get(arg)
+                if action is not None and action.nargs is None:  # a value follows
+                    options += itertools.islice(waiting, 1)
+            else:
+                others.append(arg)
+        return [*options, "--", *others] if others else options
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"semlic: {message}; see {self.prog} --help\n")

@@ -16,8 +16,9 @@ from semlic_jax.cli.options import (
     add_json,
     add_model,
     background_colour,
-    check_not_input,
+    check_not_inputs,
     names,
+    note_folders_left_out,
     positive_float,
     positive_int,
     rates,
@@ -27,16 +28,66 @@ from semlic_jax.cli.options import (
 from semlic_jax.cli.terminal import SKIPPED, say
 from semlic_jax.terminal import progress_line
 
+_CODECS = ["semlic", "avif", "webp", "jpeg"]
+_CODECS_HELP = (
+    "semlic, semlic:MODEL, semlic+refine:PRESET, avif, avif-slow, webp, jxl, jpeg or "
+    f"jpeg2000; default {','.join(_CODECS)}"
+)
+_IMAGE_METRICS_HELP = (
+    "psnr_db, ms_ssim, ssimulacra2, compact_distance, compact_mean_style, lattice; "
+    "with --weights feature_distance, lpips_alex, lpips_vgg, lpips_squeeze, dists, "
+    "mobilenet_distance"
+)
+_SET_METRICS_HELP = (
+    "over patches of all images compact_frechet, compact_kernel; with --weights "
+    "frechet, kernel, mobilenet_frechet, mobilenet_kernel, mobilenet_last_frechet, "
+    "mobilenet_last_kernel, fid, kid"
+)
+_METRICS_DEFAULT = (
+    "default: psnr_db, ms_ssim, ssimulacra2 and compact_distance, or with --weights "
+    "feature_distance"
+)
+
+
+def _add_sample(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "input",
+        metavar="IMAGE",
+        type=Path,
+        nargs="?",
+        help="an image file; default: the photograph in the package",
+    )
+
+
+def _add_weights(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--weights",
+        metavar="DIR",
+        type=Path,
+        help="folder of weights of feature networks (`semlic convert features`); "
+        "default: SEMLIC_FEATURES, else the packaged network",
+    )
+
 
 def add_demo(commands: Commands) -> None:
     sub = add_command(
         commands, "demo", _demo, "compare one photograph with JPEG, WebP and AVIF"
     )
-    sub.add_argument("input", metavar="IMAGE", type=Path, nargs="?")
+    _add_sample(sub)
     sub.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("demo"), help="default demo"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("demo"),
+        help="folder of the pictures, made where it is not there; default demo",
     )
-    sub.add_argument("--bpp", type=positive_float, default=0.15, help="default 0.15")
+    sub.add_argument(
+        "--bpp",
+        metavar="BPP",
+        type=positive_float,
+        default=0.15,
+        help="most bits per pixel of the files; default 0.15",
+    )
     add_model(sub)
     add_background(sub)
     add_force(sub)
@@ -77,9 +128,21 @@ def add_bench(commands: Commands) -> None:
     sub = add_command(
         commands, "bench", _bench, "measure speed beside JPEG, WebP and AVIF"
     )
-    sub.add_argument("input", metavar="IMAGE", type=Path, nargs="?")
-    sub.add_argument("--quality", type=unit_float, default=0.5, help="default 0.5")
-    sub.add_argument("--repeats", type=positive_int, default=5, help="default 5")
+    _add_sample(sub)
+    sub.add_argument(
+        "--quality",
+        metavar="Q",
+        type=unit_float,
+        default=0.5,
+        help="of our file, from 0 to 1; default 0.5",
+    )
+    sub.add_argument(
+        "--repeats",
+        metavar="N",
+        type=positive_int,
+        default=5,
+        help="calls that each time is the median of; default 5",
+    )
     add_model(sub)
     add_background(sub)
     add_json(sub)
@@ -110,49 +173,72 @@ def add_eval(commands: Commands) -> None:
     sub = add_command(
         commands, "eval", _eval, "compare codecs over many images, rates and metrics"
     )
-    sub.add_argument("inputs", metavar="IMAGES", type=Path, nargs="+")
+    sub.add_argument(
+        "inputs",
+        metavar="IMAGES",
+        type=Path,
+        nargs="+",
+        help="image files, and folders of them; folders in those are not searched",
+    )
     sub.add_argument(
         "--codecs",
-        metavar="C,...",
+        metavar="CODEC,...",
         type=names,
-        default=["semlic", "avif", "webp", "jpeg"],
-        help="semlic, semlic:MODEL, semlic+refine:PRESET, avif, webp, jxl, jpeg, "
-        "jpeg2000; default semlic,avif,webp,jpeg",
+        default=_CODECS,
+        help=_CODECS_HELP,
     )
     sub.add_argument(
         "--bpp",
-        metavar="B,...",
+        metavar="BPP,...",
         type=rates,
         default=[0.1, 0.15, 0.2, 0.3, 0.45],
-        help="default 0.1,0.15,0.2,0.3,0.45",
+        help="most bits per pixel of the files; default 0.1,0.15,0.2,0.3,0.45",
     )
     sub.add_argument(
-        "--metrics", metavar="M,...", type=names, help="default: what is here"
+        "--metrics",
+        metavar="METRIC,...",
+        type=names,
+        help=f"{_IMAGE_METRICS_HELP}; {_SET_METRICS_HELP}; {_METRICS_DEFAULT}, and the "
+        "patch distances of the same network",
     )
     sub.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("eval"), help="default eval"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("eval"),
+        help="output folder, made where it is not there; an interrupted run resumes; "
+        "default eval",
     )
     add_model(sub)
     sub.add_argument(
         "--anchor",
-        metavar="C",
+        metavar="CODEC",
         help="codec that BD-rates are against; default avif, else the first of others",
     )
-    sub.add_argument("--weights", metavar="DIR", type=Path, help="of feature networks")
+    _add_weights(sub)
     sub.add_argument(
-        "--patch", metavar="N", type=positive_int, default=256, help="default 256"
+        "--patch",
+        metavar="N",
+        type=positive_int,
+        default=256,
+        help="side in pixels of the patches of metrics over all images; default 256",
     )
     sub.add_argument(
-        "--published", metavar="SET", help="draw published curves; kodak is recognised"
+        "--published",
+        metavar="SET",
+        help="draw the published curves over kodak, clic2020 or div2k; default: kodak, "
+        "where the images are that",
     )
     sub.add_argument(
         "--jobs",
         metavar="N",
         type=positive_int,
-        help="threads that encode; 1 for exact timings",
+        help="threads that encode; 1 for exact timings; default: one for each core",
     )
     sub.add_argument(
-        "--remeasure", action="store_true", help="take all metrics anew from the files"
+        "--remeasure",
+        action="store_true",
+        help="take all metrics anew from the files; default: those that are missing",
     )
     add_background(sub)
 
@@ -160,6 +246,7 @@ def add_eval(commands: Commands) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from semlic_jax.evaluation import evaluate, tables
 
+    note_folders_left_out(options.inputs, options.out)
     with progress_line() as progress:
         report = evaluate.evaluate(
             options.inputs,
@@ -191,20 +278,34 @@ def add_compare(commands: Commands) -> None:
     sub = add_command(
         commands, "compare", _compare, "show one photograph by several codecs in a page"
     )
-    sub.add_argument("input", metavar="IMAGE", type=Path)
-    sub.add_argument("--bpp", type=positive_float, default=0.15, help="default 0.15")
-    sub.add_argument("--out", metavar="PAGE", type=Path, help="default IMAGE.html")
+    sub.add_argument("input", metavar="IMAGE", type=Path, help="an image file")
+    sub.add_argument(
+        "--bpp",
+        metavar="BPP",
+        type=positive_float,
+        default=0.15,
+        help="most bits per pixel of the first codec's file; default 0.15",
+    )
+    sub.add_argument(
+        "--out",
+        metavar="PAGE",
+        type=Path,
+        help="the page to write, .html; default: IMAGE with that suffix",
+    )
     sub.add_argument(
         "--codecs",
-        metavar="C,...",
+        metavar="CODEC,...",
         type=names,
-        default=["semlic", "avif", "webp", "jpeg"],
-        help="as in eval; the others get the bytes of the first one's file",
+        default=_CODECS,
+        help=f"the others get the bytes of the first one's file: {_CODECS_HELP}",
     )
     sub.add_argument(
-        "--metrics", metavar="M,...", type=names, help="default: what is here"
+        "--metrics",
+        metavar="METRIC,...",
+        type=names,
+        help=f"{_IMAGE_METRICS_HELP}; {_METRICS_DEFAULT}",
     )
-    sub.add_argument("--weights", metavar="DIR", type=Path, help="of feature networks")
+    _add_weights(sub)
     add_model(sub)
     add_background(sub)
     add_force(sub)
@@ -219,7 +320,7 @@ def _compare(options: argparse.Namespace) -> None:
 
     output = options.out or options.input.with_suffix(".html")
     photograph = read_input(options)
-    check_not_input(options, output)
+    check_not_inputs([options.input], [output])
     check_outputs([output], force=options.force)
     metrics = options.metrics
     if metrics is None:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import semlic_jax
-from semlic_jax.cli.options import Commands, add_command, add_force, add_json
+from semlic_jax.cli.options import (
+    DEBUG_HELP,
+    DEFAULT_MODEL,
+    Commands,
+    add_command,
+    add_force,
+    add_json,
+)
 from semlic_jax.cli.terminal import say
 from semlic_jax.terminal import progress_line
 
@@ -21,12 +28,19 @@ def add_models(commands: Commands) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
-    models = semlic_jax.pretrained_models()
+    cards = semlic_jax.pretrained_models()
+    # The default one first.
+    names = sorted(cards, key=lambda name: name != DEFAULT_MODEL)
+    models = {name: cards[name] for name in names}
     if options.json:
-        print(json.dumps(models, indent=2, default=str))
+        facts = {
+            name: {"default": name == DEFAULT_MODEL, **card}
+            for name, card in models.items()
+        }
+        print(json.dumps(facts, indent=2, default=str))
         return
     for name, card in models.items():
-        print(name)
+        print(f"{name} (the default)" if name == DEFAULT_MODEL else name)
         for fact, value in card.items():
             print(f"  {fact.replace('_', ' '):<18}{value}")
 
@@ -39,7 +53,7 @@ def add_programs(commands: Commands) -> None:
     ):
         sub = commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
         sub.set_defaults(run=run, program=name)
-        sub.add_argument("--debug", action="store_true")
+        sub.add_argument("--debug", action="store_true", help=DEBUG_HELP)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -71,8 +85,10 @@ def add_convert(commands: Commands) -> None:
         name: str, run: Callable[[Any], int | None], text: str
     ) -> argparse.ArgumentParser:
         kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-        kind.set_defaults(run=run)
-        kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
+        kind.set_defaults(run=run, command=kind)
+        kind.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP
+        )
         return kind
 
     kind = convert(
@@ -80,12 +96,21 @@ def add_convert(commands: Commands) -> None:
         _convert_features,
         "weights of feature networks, LPIPS heads, DISTS, as published",
     )
-    kind.add_argument("inputs", metavar="SRC", type=Path, nargs="+")
+    kind.add_argument(
+        "inputs",
+        metavar="SRC",
+        type=Path,
+        nargs="+",
+        help="weights as they are published: .pth, .pt, .npz or model.json",
+    )
     kind.add_argument(
         "output", metavar="OUT", type=Path, help="a folder; for one SRC also an .npz"
     )
     kind.add_argument(
-        "--network", metavar="N", help="what SRC is; recognised if not given"
+        "--network",
+        metavar="NAME",
+        help="what SRC is: squeezenet1_0, vgg16, lpips_alex, dists and others; "
+        "default: recognised",
     )
     add_force(kind)
 
@@ -94,7 +119,7 @@ def add_convert(commands: Commands) -> None:
         _convert_neuralcompression,
         "an MS-ILLM or No-GAN checkpoint; its files decode only on one machine",
     )
-    kind.add_argument("input", metavar="CKPT", type=Path)
+    kind.add_argument("input", metavar="CKPT", type=Path, help="the checkpoint, .ckpt")
     kind.add_argument("output", metavar="OUT", type=Path, help="a model file, .npz")
     add_force(kind)
 

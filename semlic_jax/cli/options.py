@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from semlic_jax.cli.terminal import say
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from semlic_jax.images import Photograph
 
+
+DEFAULT_MODEL = "small"
+DEBUG_HELP = "show the traceback of an error; default: one sentence"
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -29,42 +31,63 @@ def add_command(
     command = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False
     )
-    command.set_defaults(run=run)
-    command.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error"
-    )
+    command.set_defaults(run=run, command=command)
+    command.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return command
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        metavar="M",
-        default="small",
-        help="small, base or a path; default small",
+        metavar="MODEL",
+        default=DEFAULT_MODEL,
+        help="small or base, which are packaged, or the path of a model file, .npz; "
+        f"default {DEFAULT_MODEL}",
     )
 
 
 def add_rate(group: argparse._MutuallyExclusiveGroup) -> None:
-    group.add_argument("--quality", type=unit_float, metavar="Q", help="0 to 1")
-    group.add_argument("--bpp", type=positive_float, metavar="B", help="bits per pixel")
     group.add_argument(
-        "--max-bytes", type=positive_int, metavar="N", help="largest size of the file"
+        "--quality",
+        type=unit_float,
+        metavar="Q",
+        help="from 0, the smallest file, to 1, the best",
+    )
+    group.add_argument(
+        "--bpp",
+        type=positive_float,
+        metavar="BPP",
+        help="most bits per pixel of the file, such as 0.15",
+    )
+    group.add_argument(
+        "--max-bytes",
+        type=positive_int,
+        metavar="N",
+        help="most bytes of the file; more than the best quality takes is no error",
     )
 
 
 def add_background(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--background", metavar="COLOUR", help="what transparent pixels are laid on"
+        "--background",
+        metavar="COLOUR",
+        help="what transparent pixels are laid on: a name such as white, or #rrggbb; "
+        "default: an image that has some is refused",
     )
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace existing outputs")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace existing outputs; default: they are refused",
+    )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs to read")
+def add_json(
+    parser: argparse.ArgumentParser, what: str = "print JSON, for programs to read"
+) -> None:
+    parser.add_argument("--json", action="store_true", help=what)
 
 
 def unit_float(text: str) -> float:
@@ -123,6 +146,34 @@ def read_input(options: argparse.Namespace) -> Photograph:
     return photograph
 
 
-def check_not_input(options: argparse.Namespace, output: Path) -> None:
-    if output.exists() and output.samefile(options.input):
-        raise ValueError(f"the output {output} is the input: give another name")
+def check_not_inputs(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Refuses an output that is one of the inputs, under whatever name."""
+    known = {_identity(path) for path in inputs if path.exists()}
+    for path in outputs:
+        if path.exists() and _identity(path) in known:
+            raise ValueError(f"the output {path} is the input: give another name")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What of a file is the same under all of its names."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def note_folders_left_out(inputs: Sequence[Path], output: Path) -> None:
+    """Says which folders inside those given are not looked into, but for the output."""
+    from semlic_jax.evaluation.image_sets import folders_left_out
+
+    for given in inputs:
+        left_out = [
+            path.name
+            for path in folders_left_out(given)
+            if not (output.exists() and path.samefile(output))
+        ]
+        if left_out:
+            say(f"note: {given}: folders in it are not looked into: {_some(left_out)}")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

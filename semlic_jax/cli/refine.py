@@ -16,6 +16,7 @@ from semlic_jax.cli.options import (
     add_force,
     add_model,
     background_colour,
+    note_folders_left_out,
     positive_float,
     positive_int,
     preset_or_steps,
@@ -24,6 +25,7 @@ from semlic_jax.cli.options import (
 from semlic_jax.cli.terminal import (
     INTERRUPTED,
     SKIPPED,
+    bar,
     say,
     stops_when_asked,
     warnings_are_notes,
@@ -36,25 +38,42 @@ if TYPE_CHECKING:
     from semlic_jax.codec import Codec
     from semlic_jax.refinement import Progress, Region, Settings
 
-_BAR_WIDTH = 24
+_STEPS = (
+    "steps, or a preset: fast (10 steps), default (20) or best (120), which take 100, "
+    "300 and 1,000 with a --method of relaxed rounding"
+)
 
 
 def add_refine(commands: Commands) -> None:
     sub = add_command(
         commands, "refine", _refine, "compress a folder of photographs, each refined"
     )
-    sub.add_argument("input", metavar="IN_DIR", type=Path, help="images")
-    sub.add_argument("output", metavar="OUT_DIR", type=Path, help="goes on where it is")
+    sub.add_argument(
+        "input",
+        metavar="IN_DIR",
+        type=Path,
+        help="folder of image files, or one image file; folders in it are not searched",
+    )
+    sub.add_argument(
+        "output",
+        metavar="OUT_DIR",
+        type=Path,
+        help="output folder, made where it is not there; an interrupted run resumes",
+    )
     add_model(sub)
     sub.add_argument(
-        "--bpp", type=positive_float, metavar="B", required=True, help="bits per pixel"
+        "--bpp",
+        type=positive_float,
+        metavar="BPP",
+        required=True,
+        help="most bits per pixel of each file, such as 0.15",
     )
     sub.add_argument(
         "--steps",
-        metavar="N",
+        metavar="STEPS",
         type=preset_or_steps,
         default="default",
-        help="of the refinement, or a preset: fast, default, best",
+        help=f"{_STEPS}; default: default",
     )
     sub.add_argument(
         "--batch",
@@ -71,11 +90,28 @@ def add_refine(commands: Commands) -> None:
         default="none",
         metavar="MODE",
         help="none, auto (TPU pods, SLURM) or explicit (with the three below); none "
-        "with the last two needs no connection",
+        "with the last two needs no connection; default none",
     )
-    group.add_argument("--coordinator", default="", metavar="HOST:PORT")
-    group.add_argument("--processes", default=0, type=int, metavar="N")
-    group.add_argument("--process", default=-1, type=int, metavar="0..N-1")
+    group.add_argument(
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help="address of process 0, with explicit; default: none is given",
+    )
+    group.add_argument(
+        "--processes",
+        default=0,
+        type=int,
+        metavar="N",
+        help="how many there are; default 1",
+    )
+    group.add_argument(
+        "--process",
+        default=-1,
+        type=int,
+        metavar="0..N-1",
+        help="which of them this one is; default 0",
+    )
 
 
 def _refine(options: argparse.Namespace) -> int:
@@ -89,6 +125,7 @@ def _refine(options: argparse.Namespace) -> int:
             f"expected a folder as OUT_DIR, found the file {options.output}"
         )
     images = list_images([options.input])
+    note_folders_left_out([options.input], options.output)
     process, processes = _share(options)
     import jax
 
@@ -101,7 +138,7 @@ def _refine(options: argparse.Namespace) -> int:
         progress(f"refining {len(images)} images: compiling")
 
         def show(now: FolderProgress) -> bool:
-            progress(f"{now.done}/{now.images} images: {_bar(now.batch)}")
+            progress(f"{now.done}/{now.images} images: {_state(now.batch)}")
             return not stop()
 
         report = refine_folder(
@@ -156,9 +193,9 @@ def _share(options: argparse.Namespace) -> tuple[int, int]:
 def add_refinement(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--refine",
-        metavar="N",
+        metavar="STEPS",
         type=preset_or_steps,
-        help="steps, or a preset: fast, default, best",
+        help=f"improve the file within its budget: {_STEPS}; default: no refinement",
     )
     add_objective(group)
 
@@ -166,44 +203,71 @@ def add_refinement(group: argparse._ArgumentGroup) -> None:
 def add_objective(group: argparse._ActionsContainer) -> None:
     """What a refinement minimises; each one as the preset has it where not given."""
     for name, text in (
-        ("alpha", "weight of the squared error"),
-        ("beta", "weight of the rate to start with"),
-        ("gamma", "weight of the perceptual terms; 0 refines for PSNR"),
-        ("mean-style", "weight of the strength of textures among the perceptual terms"),
-        ("structure", "weight of 1 - MS-SSIM among the perceptual terms"),
-        ("lattice", "weight of patterns of the latents' grid among them"),
+        ("alpha", "weight of the squared error in 8-bit levels; default 0.003"),
+        (
+            "beta",
+            "weight of a bit per pixel at the start; default: the slope of the "
+            "unrefined files",
+        ),
+        ("gamma", "weight of the perceptual terms; 0 refines for PSNR; default 0.5"),
+        (
+            "mean-style",
+            "weight of the strength of textures among the perceptual terms; default 3, "
+            "by the presets fast and best 2",
+        ),
+        ("structure", "weight of 1 - MS-SSIM among the perceptual terms; default 50"),
+        (
+            "lattice",
+            "weight of patterns of the latents' grid, of 16 pixels, among the "
+            "perceptual terms; default 0",
+        ),
     ):
         group.add_argument(f"--{name}", metavar="W", type=float, help=text)
     group.add_argument(
         "--method",
-        metavar="M",
+        metavar="METHOD",
         help="newton, or of relaxed rounding: sga, ssl, linear, cosine, ssl3, ste, "
-        "noise, deterministic",
+        "noise, deterministic; default newton",
     )
     group.add_argument(
-        "--features", metavar="PATH", help="weights of another feature network"
+        "--features",
+        metavar="PATH",
+        help="weights of another feature network, a folder or .npz of `semlic convert "
+        "features`; default: the packaged network",
     )
-    group.add_argument("--seed", metavar="N", type=int, help="of the noise; default 0")
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="of the noise, a whole number from 0; default 0",
+    )
 
 
 def add_region(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--roi", metavar="REGION", help="MASK.png, x,y,width,height or auto"
+        "--roi",
+        metavar="REGION",
+        help="the path of a mask, white where the image matters; a box in pixels, "
+        "x,y,width,height, several after semicolons; or auto for what stands out; "
+        "default: all of the image",
     )
     group.add_argument(
         "--roi-resize",
         action="store_true",
         default=None,
-        help="resize a mask of another size",
+        help="resize a mask of another size; default: it is refused",
     )
     group.add_argument(
         "--roi-weight",
         metavar="W",
         type=unit_float,
-        help="share of the foreground in the error; default 0.8",
+        help="share of the region in the error, 0 to 1; default 0.8",
     )
     group.add_argument(
-        "--roi-variant", metavar="V", help="L1: the error alone (default), or L2"
+        "--roi-variant",
+        metavar="V",
+        help="what the region weights: L1, the squared error alone, or L2, the "
+        "perceptual terms too; default L1",
     )
 
 
@@ -245,19 +309,31 @@ def refine_image(
     codec: Codec,
     pixels: np.ndarray,
     settings: Settings,
-    options: argparse.Namespace,
+    region: Region | None,
     budget: dict[str, Any],
+    name: str,
     progress: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> tuple[bytes, int]:
-    """The file of a refined image, and how many steps it took."""
+    """The file of a refined image, and how many steps it took.
+
+    Args:
+      codec: of the file.
+      pixels: uint8 [H, W, 3].
+      settings: of the refinement.
+      region: what matters in the image.
+      budget: `quality`, `bpp`, `max_bytes` and `icc_profile` of `refinement.refine`.
+      name: of the image, for people.
+      progress: is told what is being done.
+      note: is told what people are warned of.
+    """
     from semlic_jax import refinement
 
-    region = _region(options, pixels)
-    with warnings_are_notes(), stops_when_asked() as stop:
-        progress(f"refining {options.input.name}: compiling")
+    with warnings_are_notes(note), stops_when_asked() as stop:
+        progress(f"refining {name}: compiling")
 
         def show(now: Progress) -> bool:
-            progress(f"refining {options.input.name}: {_bar(now)}")
+            progress(f"refining {name}: {_state(now)}")
             return not stop()
 
         result = refinement.refine(
@@ -271,12 +347,25 @@ def refine_image(
     return result.data, result.steps
 
 
-def _region(options: argparse.Namespace, pixels: np.ndarray) -> Region | None:
+def region_of(
+    options: argparse.Namespace, pixels: np.ndarray, note: Callable[[str], None]
+) -> Region | None:
+    """The region that `--roi` and its options name in an image; None without them.
+
+    Args:
+      options: of the command.
+      pixels: uint8 [H, W, 3].
+      note: is told what people are warned of.
+
+    Raises:
+      ValueError: there is no such region in the image.
+    """
     if options.roi is None:
         return None
     from semlic_jax.refinement import Region, parse_region
 
-    mask = parse_region(options.roi, pixels, resize=bool(options.roi_resize))
+    with warnings_are_notes(note):
+        mask = parse_region(options.roi, pixels, resize=bool(options.roi_resize))
     weights: dict[str, Any] = {}
     if options.roi_weight is not None:
         weights = dict(foreground=options.roi_weight, background=1 - options.roi_weight)
@@ -285,11 +374,9 @@ def _region(options: argparse.Namespace, pixels: np.ndarray) -> Region | None:
     return Region(mask, **weights)
 
 
-def _bar(now: Progress) -> str:
+def _state(now: Progress) -> str:
     """Steps as a bar, with the mean rate and loss of the images."""
-    filled = _BAR_WIDTH * now.step // now.steps
-    bar = "#" * filled + "." * (_BAR_WIDTH - filled)
     return (
-        f"[{bar}] {now.step}/{now.steps}, {now.bpp.mean():.4f} bpp, "
+        f"{bar(now.step, now.steps)} {now.step}/{now.steps}, {now.bpp.mean():.4f} bpp, "
         f"loss {now.value.mean():.4f}"
     )

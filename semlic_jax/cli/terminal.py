@@ -9,27 +9,53 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+from semlic_jax.terminal import clear_line
+
+# In the place of a file: standard input or output. A file of that name is `./-`.
+STREAM = "-"
+_BAR_WIDTH = 24
 
 REFUSED, USAGE, INTERNAL, SKIPPED, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def say(text: str) -> None:
+    """A line on the error stream."""
     if sys.stderr is not None:  # closed by the caller; print would take stdout
+        clear_line()
         print(text, file=sys.stderr)
 
 
-def tell(text: str, output: Path) -> None:
+def tell(text: str, output: str) -> None:
     """A line on the standard output, or beside it where that was the output file."""
     try:
-        taken = os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+        taken = output == STREAM or os.path.samestat(
+            os.stat(output), os.fstat(sys.stdout.fileno())
+        )
     except (AttributeError, OSError, ValueError):  # closed, or no file
         taken = False
     if taken:
         say(text)
     else:
+        clear_line()
         print(text)
+
+
+def reason_of(error: Exception) -> str:
+    """What people are told of an error, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory: {text}"
+    return text
+
+
+def bar(done: int, of: int) -> str:
+    """How much is done, drawn: `[######......]`."""
+    filled = _BAR_WIDTH * done // of
+    return f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}]"
 
 
 @contextmanager
@@ -55,8 +81,8 @@ def stops_when_asked() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def warnings_are_notes() -> Iterator[None]:
-    """Shows warnings of refinement as notes, as they come."""
+def warnings_are_notes(note: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Shows warnings of refinement as notes, as they come; `note` is told them too."""
     from semlic_jax.refinement import RefinementWarning, RegionWarning
 
     with warnings.catch_warnings():
@@ -65,6 +91,8 @@ def warnings_are_notes() -> Iterator[None]:
 
         def show(message: Warning | str, *rest: Any, **more: Any) -> None:
             say(f"note: {message}")
+            if note is not None:
+                note(str(message))
 
         warnings.showwarning = show
         yield

@@ -21,6 +21,8 @@ from semlic_jax.images import read_photograph
 def list_images(inputs: Sequence[Path]) -> list[Path]:
     """The files named, and the image files in the folders named, sorted in each.
 
+    Folders in those folders are not looked into; `folders_left_out` names them.
+
     Raises:
       ValueError: there is no such file or folder, or no image file at all.
     """
@@ -35,8 +37,21 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
         else:
             raise ValueError(f"there is no image or folder {given}")
     if not found:
-        raise ValueError(f"no image files in {', '.join(map(str, inputs))}")
+        left_out = sum(len(folders_left_out(given)) for given in inputs)
+        deeper = f" ({left_out} folders inside are not looked into)" if left_out else ""
+        raise ValueError(f"no image files in {', '.join(map(str, inputs))}{deeper}")
     return list(dict.fromkeys(found))
+
+
+def folders_left_out(given: Path) -> list[Path]:
+    """The folders in a folder, which `list_images` does not look into, sorted.
+
+    Hidden ones are not told of; a file has none.
+    """
+    if not given.is_dir():
+        return []
+    inside = [path for path in given.iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in inside if path.is_dir())
 
 
 def readable_images(

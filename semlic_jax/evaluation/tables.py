@@ -38,7 +38,10 @@ def number(value: float) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """Tables of means, of BD-rates and of times, then the gaps and notes."""
+    """Tables of means, of BD-rates and of times, then the gaps and notes.
+
+    A metric without any value has no table, and is among the gaps.
+    """
     results = summary.results
     count = len(results.images)
     lines = [
@@ -50,7 +53,8 @@ def markdown(summary: Summary) -> str:
         lines += [f"* {skipped.name}: {skipped.reason}" for skipped in results.skipped]
     targets = results.targets()
     header = [f"{rate:g} bpp" for rate in targets]
-    for metric, facts in results.metrics.items():
+    for metric in _measured(summary):
+        facts = results.metrics[metric]
         arrow = "higher" if facts.higher_is_better else "lower"
         patches = {row.patches for row in results.set_rows if metric in row.values}
         of_set = f", {max(patches)} patches" if patches else ""
@@ -84,13 +88,15 @@ def markdown(summary: Summary) -> str:
             "better.",
             "",
         ]
-        lines += bd_table(summary, summary.bd_rates, lambda found: found.codec)
+        lines += bd_table(
+            summary, summary.bd_rates, lambda found: results.codecs[found.codec].label
+        )
     if summary.to_published:
         lines += ["", "### Bits at equal metric against published curves (BD-rate)", ""]
         lines += bd_table(
             summary,
             summary.to_published,
-            lambda found: f"{found.codec} : {found.anchor}",
+            lambda found: f"{results.codecs[found.codec].label} : {found.anchor}",
         )
     lines += ["", "### Wall time of one call, median, under the load of the sweep", ""]
     lines += table(
@@ -108,10 +114,23 @@ def markdown(summary: Summary) -> str:
     )
     gaps = _gaps(summary)
     if gaps:
-        lines += ["", "### Gaps", "", *(f"* {gap}" for gap in gaps)]
+        lines += [
+            "",
+            "### Gaps",
+            "",
+            "Codecs and metrics by the names that the command line gives them.",
+            "",
+            *(f"* {gap}" for gap in gaps),
+        ]
     if results.notes:
         lines += ["", "### Notes", "", *(f"* {note}" for note in results.notes)]
     return "\n".join(lines)
+
+
+def _measured(summary: Summary) -> list[str]:
+    """Metrics under which some codec has a point."""
+    found = {each.metric for each in summary.curves if each.points}
+    return [metric for metric in summary.results.metrics if metric in found]
 
 
 def _used_bpp(results: Results, codec: str) -> dict[float, float]:
@@ -133,17 +152,28 @@ def _cells(targets: Sequence[float], found: dict[float, float]) -> list[str]:
 def bd_table(
     summary: Summary, found: Sequence[BdRate], name: Callable[[BdRate], str]
 ) -> list[str]:
-    """Lines of a Markdown table of BD-rates: a row for each name, metrics across."""
-    metrics = list(dict.fromkeys(each.metric for each in found))
-    cells: dict[str, dict[str, str]] = {}
+    """Lines of a Markdown table of BD-rates: a row for each pair, metrics across.
+
+    Args:
+      summary: of the sweep.
+      found: BD-rates of it; a metric without any value has no column.
+      name: of the row that a BD-rate stands in.
+    """
+    shown = {each.metric for each in found}
+    metrics = [metric for metric in _measured(summary) if metric in shown]
+    # By the pair: two codecs may be of one name for people.
+    names: dict[tuple[str, str], str] = {}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for each in found:
         text = "-" if each.percent is None else f"{each.percent:+.1f} %"
         if each.low is not None and each.high is not None:
             text += f" [{each.low:+.1f}, {each.high:+.1f}]"
-        cells.setdefault(name(each), {})[each.metric] = text
+        pair = each.codec, each.anchor
+        names[pair] = name(each)
+        cells.setdefault(pair, {})[each.metric] = text
     return table(
         ["codec", *(summary.results.metrics[metric].label for metric in metrics)],
-        [[row, *(c.get(m, "-") for m in metrics)] for row, c in cells.items()],
+        [[names[pair], *(c.get(m, "-") for m in metrics)] for pair, c in cells.items()],
     )
 
 

@@ -41,7 +41,7 @@ _SALIENCY_BLUR = 3.0  # pixels of the small image
 
 
 class RegionWarning(UserWarning):
-    """A region that changes nothing."""
+    """A region that changes nothing, or a box that is not all in the image."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,13 +142,25 @@ def box_mask(
 ) -> np.ndarray:
     """Mask of boxes (x, y, width, height), clipped to the image: float32 [H, W].
 
+    A box that sticks out of the image gives a RegionWarning.
+
     Raises:
-        ValueError: a box without area.
+        ValueError: a box without area, or one that lies outside the image.
     """
     mask = np.zeros(size, np.float32)
     for x, y, width, height in boxes:
         if width < 1 or height < 1:
             raise ValueError(f"expected a box of area, found {width} x {height}")
+        box = f"the box {x},{y},{width},{height}"
+        image = f"the image of {size[1]}x{size[0]}"
+        if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+            raise ValueError(f"{box} lies outside {image}")
+        if x < 0 or y < 0 or x + width > size[1] or y + height > size[0]:
+            warnings.warn(
+                f"{box} sticks out of {image}: its part in the image counts",
+                RegionWarning,
+                stacklevel=2,
+            )
         mask[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)] = 1
     return soften(mask, edge_pixels)
 
@@ -181,8 +193,8 @@ def read_mask(
         if not resize:
             raise ValueError(
                 f"expected a mask of the image's size {wanted[0]} x {wanted[1]}, found "
-                f"{image.size[0]} x {image.size[1]}; let it be resized if it is the "
-                "same picture"
+                f"{image.size[0]} x {image.size[1]}: resize it (--roi-resize) if it is "
+                "of the same picture"
             )
         image = image.resize(wanted, Image.Resampling.BILINEAR)
     return soften(np.asarray(image, np.float32) / 255, edge_pixels)
@@ -197,6 +209,10 @@ def parse_region(text: str, image: np.ndarray, *, resize: bool = False) -> np.nd
         text: what to parse.
         image: uint8 [H, W, 3], the photograph.
         resize: see `read_mask`.
+
+    Raises:
+        ValueError: see `box_mask` and `read_mask`.
+        OSError: the file cannot be opened.
     """
     size = image.shape[:2]
     if text == "auto":

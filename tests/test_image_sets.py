@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images a command is given by files and folders."""
+
+from __future__ import annotations
+
+import pytest
+
+from semlic_jax.evaluation.image_sets import folders_left_out, list_images
+
+
+def test_folders_are_not_searched_and_what_is_left_out_is_known(tmp_path):
+    for name in ("b", "a", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "deep.png").touch()
+    assert folders_left_out(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ValueError, match=r"no image files in .* \(2 folders inside"):
+        list_images([tmp_path])
+    photo = tmp_path / "photo.png"
+    photo.touch()
+    assert list_images([tmp_path, photo]) == [photo]
+    assert folders_left_out(photo) == []
+    with pytest.raises(ValueError, match=f"no image files in {tmp_path / 'b'}$"):
+        list_images([tmp_path / "b"])

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a sweep, for people."""
+
+from __future__ import annotations
+
+from semlic_jax.evaluation.results import (
+    CodecFacts,
+    ImageFacts,
+    MetricFacts,
+    Results,
+    Row,
+)
+from semlic_jax.evaluation.summary import summarise
+from semlic_jax.evaluation.tables import markdown
+
+RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
+LABELS = {"semlic": "Ours", "avif": "AVIF", "jpeg": "JPEG", "jpeg444": "JPEG"}
+
+
+def a_sweep() -> Results:
+    """One metric with values, one without."""
+    rows = [
+        Row(
+            "0.png",
+            codec,
+            rate,
+            bpp=rate,
+            values={"psnr_db": 30 + 10 * rate - index},
+            gaps={"dists": "needs 16x16 pixels"},
+        )
+        for index, codec in enumerate(LABELS)
+        for rate in RATES
+    ]
+    return Results(
+        images=(ImageFacts("0.png", "0" * 64, 8, 8),),
+        skipped=(),
+        codecs={codec: CodecFacts(label, "1") for codec, label in LABELS.items()},
+        image_metrics={
+            "psnr_db": MetricFacts("PSNR (dB)", True),
+            "dists": MetricFacts("DISTS", False),
+        },
+        set_metrics={},
+        rows=tuple(rows),
+    )
+
+
+def section(text: str, title: str) -> list[str]:
+    """Rows of the table under a heading."""
+    part = text.split(f"### {title}")[1].split("###")[0]
+    return [line for line in part.splitlines() if line.startswith("|")]
+
+
+def first_cells(rows: list[str]) -> list[str]:
+    return [row.split("|")[1].strip() for row in rows[2:]]
+
+
+def test_codecs_have_one_name_in_all_tables():
+    text = markdown(summarise(a_sweep(), resamples=3))
+    labels = list(LABELS.values())
+    assert first_cells(section(text, "PSNR (dB)")) == labels
+    assert first_cells(section(text, "Bits per pixel used")) == labels
+    # Two codecs of one name keep a row each.
+    assert first_cells(section(text, "Bits at equal")) == ["Ours", "JPEG", "JPEG"]
+
+
+def test_metrics_without_a_value_have_no_table_and_are_told_of():
+    text = markdown(summarise(a_sweep(), resamples=3))
+    assert "### DISTS" not in text
+    header = section(text, "Bits at equal")[0]
+    assert "PSNR (dB)" in header and "DISTS" not in header
+    gaps = text.split("### Gaps")[1]
+    assert "dists: semlic at 0.1 bpp" in gaps and "needs 16x16 pixels" in gaps
+    assert "by the names that the command line gives them" in gaps
