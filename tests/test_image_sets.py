@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from semlic_jax.evaluation.image_sets import folders_left_out, list_images
+import pytest
+from PIL import Image
+
+from semlic_jax.evaluation.image_sets import (
+    folders_left_out,
+    list_images,
+    readable_images,
+)
 
 
 def test_folders_are_not_searched_and_what_is_left_out_is_known(tmp_path):
@@ -21,3 +28,16 @@ def test_folders_are_not_searched_and_what_is_left_out_is_known(tmp_path):
     assert folders_left_out(photo) == []
     with pytest.raises(ValueError, match=f"no image files in {tmp_path / 'b'}$"):
         list_images([tmp_path / "b"])
+
+
+def test_no_two_images_have_one_name(tmp_path, monkeypatch):
+    """Means are over names: one of two would be counted twice, the other not."""
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    paths = [Path("d/x.png"), Path("x.png"), Path("d/x.png").resolve()]
+    for shade, path in enumerate(paths[:2]):
+        Image.new("RGB", (4, 4), (shade, 0, 0)).save(path)
+    skipped = []
+    found = [facts.name for facts, _ in readable_images(paths, None, skipped)]
+    assert len(found) == len(set(found)) == 2 and found[0] == "x.png"
+    assert [each.reason for each in skipped] == ["it has the same pixels as x.png"]

@@ -69,7 +69,7 @@ def readable_images(
         appended to it.
     """
     seen: dict[str, str] = {}
-    names: dict[str, Path] = {}
+    names: set[str] = set()
     for path in paths:
         try:
             pixels = read_photograph(path, background=background).pixels
@@ -83,7 +83,9 @@ def readable_images(
             reason = f"it has the same pixels as {seen[sha256]}"
             skipped.append(Skipped(str(path), reason))
             continue
-        # Two folders may hold files of one name.
-        name = path.name if path.name not in names else str(path)
-        seen[sha256], names[name] = name, path
+        # Two folders may hold files of one name, and one of them may be this folder.
+        candidates = (path.name, str(path), f"{path.name} {sha256[:12]}")
+        name = next(name for name in candidates if name not in names)
+        seen[sha256] = name
+        names.add(name)
         yield ImageFacts(name, sha256, width, height), pixels
