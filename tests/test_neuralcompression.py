@@ -209,7 +209,7 @@ def test_the_command_line(model_path, tmp_path, photograph, capsys):
     with Image.open(decoded) as image:
         assert image.size == (30, 40)
     assert main(["decompress", str(data), str(tmp_path / "c.png")]) == 1
-    assert "name its model file" in capsys.readouterr().err
+    assert "give its model file" in capsys.readouterr().err
 
 
 def test_a_converted_file_is_read_without_trust(model_path, tmp_path):
