@@ -177,6 +177,7 @@ def test_a_huge_image_is_refused_unless_allowed():
         {"coder": "rans"},
         {"chunks": {b"ICC": b""}},
         {"chunks": {b"IC P": b""}},
+        {"chunks": {"ICCP": b""}},
         {"chunks": {b"ICCP": bytes(2**24 + 1)}},
         {"chunks": {b"%04d" % i: b"" for i in range(17)}},
     ],
@@ -185,6 +186,13 @@ def test_a_header_refuses_what_the_format_cannot_hold(fields):
     values = {"width": 8, "height": 8, "quality": 0, "fingerprint": FINGERPRINT}
     with pytest.raises(ValueError, match="^expected .*, found "):
         Header(**(values | fields))
+
+
+def test_equal_headers_have_the_same_hash():
+    headers = [Header(8, 8, 0, FINGERPRINT, dict(CHUNKS)) for _ in range(2)]
+    assert headers[0] == headers[1] and hash(headers[0]) == hash(headers[1])
+    assert len({*headers, Header(8, 8, 1, FINGERPRINT, CHUNKS)}) == 2
+    assert headers[0] != Header(8, 8, 0, FINGERPRINT)
 
 
 def test_the_model_is_checked_by_fingerprint():

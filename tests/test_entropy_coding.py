@@ -5,7 +5,10 @@
 `semlic_jax.coding.bitstream` with Python integers, and share no code with the package.
 """
 
+import copy
 import math
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from semlic_jax.coding.bitstream import BitstreamError
 from semlic_jax.coding.entropy_coding import SymbolDecoder, SymbolEncoder
 from semlic_jax.coding.symbol_tables import (
+    MAX_COUNTS,
     MAX_SYMBOL,
     PRECISION_BITS,
     SymbolTables,
@@ -268,6 +272,39 @@ def test_tables_cannot_change():
     assert tables.counts[0] == 1
     with pytest.raises(ValueError, match="read-only"):
         tables.counts[0] = 7
+
+
+@pytest.mark.parametrize(
+    "again",
+    [lambda tables: pickle.loads(pickle.dumps(tables)), copy.deepcopy, copy.copy],
+    ids=["pickle", "deepcopy", "copy"],
+)
+def test_copies_of_used_tables_are_whole_and_cannot_change(again, small):
+    data = encode(([0, 5, 1000], [0, 1, 2], small))
+    small.ideal_bits([0], [1])
+    found = again(small)
+    for name in ("offsets", "starts", "counts"):
+        array = getattr(found, name)
+        assert array.dtype == getattr(small, name).dtype
+        np.testing.assert_array_equal(array, getattr(small, name))
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7
+    assert encode(([0, 5, 1000], [0, 1, 2], found)) == data
+
+
+def test_the_check_of_tables_takes_little_memory():
+    """A model file may be small and its tables not."""
+    size = MAX_COUNTS
+    one = np.ones(size, np.uint32)
+    one[0] = TOTAL - size + 1
+    counts = np.tile(one, 64)
+    arrays = np.full(64, -MAX_SYMBOL), size * np.arange(65), counts
+    SymbolTables(*arrays)  # loads what any tables need
+    tracemalloc.start()
+    SymbolTables(*arrays)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1.5 * counts.nbytes  # a copy, and a bool for each
 
 
 # Round trips

@@ -54,6 +54,17 @@ def test_narrow_tables_cost_little():
     assert ends.tolist() == [1, 2**16 - 2, 1]
 
 
+def test_tables_of_too_many_counts_are_refused():
+    widest = np.ones(2**16 - 1, np.int64)
+    widest[-1] += 2**24 - widest.size
+    narrow = narrow_counts(widest.astype(np.uint32))
+    assert narrow.min() == 1 and narrow.sum() == 2**16
+    tables = tables_from_pmfs([np.full(65537, 1 / 65537)], [-MAX_SYMBOL])
+    for counts in (tables.counts, tables.counts[2:]):
+        with pytest.raises(ValueError, match="fewer than 65536 counts.*found one of"):
+            narrow_counts(counts)
+
+
 def test_narrow_tables_never_change():
     """Files that were once written with this coder decode for ever."""
     model = load_model(Path(__file__).parent / "data" / "golden" / "1" / "model.npz")

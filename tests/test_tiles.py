@@ -67,6 +67,23 @@ def test_tiles_give_what_the_whole_image_gives(kind):
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
+def test_tiles_do_not_depend_on_jax_enable_x64():
+    widths, shared, of_synthesis = KINDS["base"]
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(1, 25 * 16, 16 * 16, 3)).astype(np.float32)
+    y_hat = rng.normal(size=(1, 25, 16, LATENTS)).astype(np.float32)
+    quality = np.array([0.5], np.float32)
+    g_a = AnalysisTransform(widths, LATENTS, **shared, tile=15)
+    g_s = SynthesisTransform(widths, 1, **shared, **of_synthesis, tile=15)
+    for module, inputs in ((g_a, (x,)), (g_s, (y_hat, quality))):
+        params = lively(module.clone(tile=0), *inputs)
+        expected = np.asarray(jax.jit(module.apply)(params, *inputs))
+        with jax.enable_x64(True):
+            found = np.asarray(jax.jit(module.apply)(params, *inputs))
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_a_window_has_the_noise_of_its_place():
     """With an origin in latents, alone and cut into tiles again."""
     widths, shared, of_synthesis = KINDS["base"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers to bytes and back: exact networks, entropy coding, the container.
+"""From integers to bytes and back: exact networks, entropy coding, the container.
 
 May import: `semlic_jax.model`. Imported by: `semlic_jax.codec`.
 """

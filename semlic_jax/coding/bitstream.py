@@ -11,7 +11,7 @@ The container
 ========  ============================================================================
 bytes     content
 ========  ============================================================================
-4         magic: 89 53 4C 43 (0x89 "SLC"; not text, so that nothing mends line ends)
+4         magic: 89 53 4C 43 (0x89 "SLC"; not text, so that no tool converts line ends)
 1         format version: 1
 4         model fingerprint: the first 4 bytes of the model's SHA-256
 1 to 3    width in pixels, varint, 1 to 65535
@@ -27,20 +27,22 @@ rest      payload
 4         CRC-32 (that of zlib and PNG) of all bytes before it
 ========  ============================================================================
 
-That is 19 bytes besides the payload for an image of 768 x 512 without chunks.
+For an image of 768 x 512 without chunks, this is 19 bytes besides the payload.
 
-Chunks say more about the image than its pixels; a reader may ignore any of them.
-`ICCP` is an ICC profile. There is none for orientation: it is applied before coding.
+Chunks hold information about the image besides its pixels; a reader may ignore any of
+them. `ICCP` is an ICC profile. There is no chunk for the orientation, which is applied
+before coding.
 
-The index check belongs to models whose entropy networks work in floats: those that were
-converted from elsewhere. It is the first 4 bytes of the SHA-256 over the table indexes
-of y, one byte each, by row, then column, then channel. Floats differ between machines,
-so a reader that comes to other indexes refuses the file, which decodes only where it
-was made (`semlic_jax.coding.float_networks`).
+The index check is for models whose entropy networks work in floats, which are those
+converted from other projects. It is the first 4 bytes of the SHA-256 of the table
+indexes of y, one byte each, by row, then column, then channel. Float results differ
+between machines, so a reader that computes other indexes refuses the file, which
+decodes only where it was made (`semlic_jax.coding.float_networks`).
 
-A reader refuses a file with another magic or version, a wrong CRC, a number out of the
-ranges above, or more pixels than it is willing to decode (`MAX_PIXELS` by default). A
-change to the meaning of any byte, in the container or in the payload, is a new version.
+A reader refuses a file with another magic or version, a wrong CRC, a number outside the
+ranges above, or more pixels than it is willing to decode (`MAX_PIXELS` by default). Any
+change to the meaning of a byte, in the container or in the payload, requires a new
+version.
 
 What the payload codes
 ======================
@@ -53,12 +55,12 @@ choose among them. The payload is one stream of symbols:
 2. y, the latents, on the ceil(H / 16) x ceil(W / 16) grid: `round(y - mean)`, one push
    for each pass of the coding order, first to last. A pass is a range of channels and
    one colour of the checkerboard: the channel groups in rising order, and in each group
-   first the positions with even row + column, then the others. What earlier pushes
-   decoded gives the table index and the mean of every symbol of a pass
+   first the positions with even row + column, then the others. The table index and the
+   mean of every symbol of a pass follow from what earlier pushes decoded
    (`semlic_jax.model.context`).
 
-Positions outside those grids, to which an implementation may pad, are not coded. Within
-a push the symbols are ordered by row, then column, then channel.
+Positions outside these grids, which an implementation may add as padding, are not
+coded. Within a push, the symbols are ordered by row, then column, then channel.
 
 The tables
 ==========
@@ -71,15 +73,15 @@ A push is decoded in this order:
 
 1. The slots of all its symbols, grouped by table: the tables in rising order and,
    within a table, the symbols in the order of the push.
-2. If slots are the escape, then for each of these symbols, in the order of the push,
-   its length L from 0 to 16, with the counts 2**23, 2**22, ..., 2**8, 2**8.
+2. If some slots are the escape, then for each of these symbols, in the order of the
+   push, its length L from 0 to 16, with the counts 2**23, 2**22, ..., 2**8, 2**8.
 3. For each L that occurs, in rising order, and for each symbol of this length, in the
-   order of the push: a number v below 2**(L+1), all equally likely (counts of
+   order of the push: a number v below 2**(L+1), where all are equally likely (counts of
    2**(23-L)). Its top bit, of value 2**L, is the side; the rest is r, and
    k = 2**L - 1 + r. The symbol is offset + n + k if the side is 1, and offset - 1 - k
    if it is 0.
 
-A symbol is within +-2**15; a reader refuses others.
+All symbols are within +-2**15; a reader refuses others.
 
 The coder
 =========
@@ -87,32 +89,35 @@ The coder
 An asymmetric numeral system (ANS) with a 64-bit state and 32-bit words: the coder of
 `constriction.stream.stack.AnsCoder`. The payload, with zero bytes appended up to a
 multiple of 4 bytes, is a stack of words whose top is at the end. A payload never ends
-in a zero byte: the encoder drops those, they are the top bytes of its last state.
+in a zero byte: such bytes are the top bytes of the encoder's last state, and it drops
+them.
 
 Start: the state is 0. Pop up to two words, each as `state = state * 2**32 + word`.
 
 To decode a slot of a table: let q = state mod 2**24 and i the slot with
-s[i] <= q < s[i] + c[i]. Then `state = (state div 2**24) * c[i] + q - s[i]`, and if the
-state is now below 2**32 and there are words left, `state = state * 2**32 + word` with
-the next word popped.
+s[i] <= q < s[i] + c[i]. Then `state = (state div 2**24) * c[i] + q - s[i]`. If the
+state is now below 2**32 and there are words left, pop the next word and set
+`state = state * 2**32 + word`.
 
 End: after the last symbol the state is 49374 (C0DE) and no words are left; a reader
-refuses a payload where it is otherwise. The encoder starts there and works backwards:
-before it codes a slot it moves the low word of the state to the stack if
+refuses any other payload. The encoder starts in this state and works backwards: before
+it codes a slot, it moves the low word of the state to the stack if
 state div 2**40 >= c[i], and then sets
 `state = (state div c[i]) * 2**24 + s[i] + state mod c[i]`.
 
 The second coder
 ================
 
-With the flag 4 the payload is a stream of TensorFlow Compression's range coder
-(`EntropyEncodeIndex`, one stream) with tables of 2**16. Of a table with the counts
-c[0], ..., c[n], slot i has 1 + floor(c[i] * (2**16 - n - 1) / 2**24), and the first of
-the largest gets what lacks to 2**16. A push is the slots of its symbols in their order,
-then the lengths L of those that are the escape, with the counts 2**15, 2**14, ..., 1,
-1; then for each L that occurs, in rising order, and each symbol of this length, the
-L + 1 bits of v, top bit first, each with the counts 2**15 and 2**15. The rest is as
-above.
+With the flag 4, the payload is a stream of TensorFlow Compression's range coder
+(`EntropyEncodeIndex`, one stream) with tables that sum to 2**16. For a table with the
+counts c[0], ..., c[n], slot i gets 1 + floor(c[i] * (2**16 - n - 1) / 2**24), and the
+first of the largest also gets the difference between the sum and 2**16. A model with a
+table of 2**16 counts or more cannot be used with this coder.
+
+A push consists of the slots of its symbols in their order; then the lengths L of those
+that are the escape, with the counts 2**15, 2**14, ..., 1, 1; then for each L that
+occurs, in rising order, and each symbol of this length, the L + 1 bits of v, top bit
+first, each with the counts 2**15 and 2**15. The rest is as above.
 """
 
 from __future__ import annotations
@@ -140,7 +145,7 @@ _VARINT_BYTES = 4
 
 
 class BitstreamError(ValueError):
-    """The data is not a valid `.semlic` file: damaged, cut off, or something else."""
+    """The data is not a valid `.semlic` file: damaged, cut off, or of another kind."""
 
 
 class IncompatibleModelError(ValueError):
@@ -153,17 +158,17 @@ class IncompatibleMachineError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says about itself besides the payload.
+    """The content of a file besides the payload.
 
     Attributes:
         width: pixels, 1 to 65535.
         height: pixels, 1 to 65535.
         quality: the gain q in steps of 1/255, 0 to 255.
-        fingerprint: of the model, at least 4 bytes; the first 4 are kept.
+        fingerprint: the model's fingerprint, at least 4 bytes; the first 4 are kept.
         chunks: content by tag of 4 ASCII letters or digits, e.g. b"ICCP"; at most 16
             of at most 2**24 bytes each.
         index_check: 4 bytes if the model's entropy networks work in floats, else none.
-        coder: of the payload, one of CODERS.
+        coder: the coder of the payload, one of CODERS.
 
     Raises:
         ValueError: a field is out of range.
@@ -173,7 +178,10 @@ class Header:
     height: int
     quality: int
     fingerprint: bytes
-    chunks: Mapping[bytes, bytes] = dataclasses.field(default_factory=dict)
+    chunks: Mapping[bytes, bytes] = dataclasses.field(
+        default_factory=dict,
+        hash=False,  # a dict has no hash
+    )
     index_check: bytes = b""
     coder: str = "ans"
 
@@ -196,7 +204,7 @@ class Header:
         check_coder(self.coder)
         _check_range("the number of chunks", len(self.chunks), 0, MAX_CHUNKS)
         for tag, content in self.chunks.items():
-            if len(tag) != 4 or not tag.isalnum():
+            if not isinstance(tag, bytes) or len(tag) != 4 or not tag.isalnum():
                 raise ValueError(
                     f"expected a chunk tag of 4 ASCII letters or digits, found {tag!r}"
                 )
@@ -207,10 +215,10 @@ class Header:
         """Check that the file was made with the model of this fingerprint.
 
         Args:
-            fingerprint: of the model at hand, at least 4 bytes.
+            fingerprint: that of the model at hand, at least 4 bytes.
 
         Raises:
-            IncompatibleModelError: it was not; the message names both.
+            IncompatibleModelError: it was not; the message names both models.
         """
         found = fingerprint[:FINGERPRINT_BYTES]
         if found != self.fingerprint:
@@ -221,12 +229,12 @@ class Header:
 
 
 def pack(header: Header, payload: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of a file. `unpack` inverts it.
+    """The bytes of a file. `unpack` is the inverse.
 
     Args:
         header: see `Header`.
-        payload: what `SymbolEncoder.finish` returned.
-        max_pixels: largest image; a reader has to allow as many.
+        payload: the result of `SymbolEncoder.finish`.
+        max_pixels: the most pixels that the image may have; readers must allow them.
 
     Raises:
         ValueError: the image is too large.
@@ -254,19 +262,19 @@ def pack(header: Header, payload: bytes, *, max_pixels: int = MAX_PIXELS) -> byt
 def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
     """Header and payload of a file.
 
-    Nothing is allocated by what the header claims, and whether the model fits is left
-    to `Header.require_model`.
+    No memory is allocated on the strength of what the header claims. Whether the model
+    fits is left to `Header.require_model`.
 
     Args:
         data: the bytes of the file.
-        max_pixels: refuse larger images.
+        max_pixels: the most pixels that the image may have.
 
     Returns:
         the header and the payload.
 
     Raises:
-        BitstreamError: the data is not a `.semlic` file, of another format version,
-            damaged, or out of the ranges of the format.
+        BitstreamError: the data is not a `.semlic` file, has another format version, is
+            damaged, or has values out of the ranges of the format.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         # bytes(10**9) would be a gigabyte of zeros.
@@ -310,7 +318,7 @@ def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]
 
 
 def check_coder(coder: str) -> None:
-    """Raises ValueError for what is not one of CODERS."""
+    """Raise ValueError if this is not one of CODERS."""
     if coder not in CODERS:
         raise ValueError(f"expected a coder of {', '.join(CODERS)}, found {coder!r}")
 
@@ -374,7 +382,7 @@ class _Reader:
 
     def chunks(self) -> dict[bytes, bytes]:
         count = self.varint()
-        # Also bounds the loop. The other limits are checked by Header.
+        # This also bounds the loop. Header checks the other limits.
         if not 1 <= count <= MAX_CHUNKS:
             raise BitstreamError(f"expected 1 to {MAX_CHUNKS} chunks, found {count}")
         chunks: dict[bytes, bytes] = {}

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Symbols and the indexes of their tables to bytes, and back.
+"""From symbols and the indexes of their tables to bytes, and back.
 
     encoder = SymbolEncoder()                decoder = SymbolDecoder(data)
     encoder.push(z, z_indexes, z_tables)     z = decoder.pop(z_indexes, z_tables)
     encoder.push(y, y_indexes, y_tables)     y = decoder.pop(y_indexes, y_tables)
     data = encoder.finish()                  decoder.finish()
 
-The model says which table each symbol has; this module knows nothing of images or
+The model determines the table of each symbol; this module knows nothing about images or
 networks. `bitstream` documents the bytes precisely enough to write another decoder.
 
 The coder is constriction's ANS coder with 24-bit frequencies. It is a stack, so the
 encoder keeps what is pushed and codes it backwards at the end; the decoder runs
 forwards, pass by pass. The usual choice is the same library's range coder, which
 streams. On the skewed tables of an image codec (97 % zeros, 0.1 bit per symbol) ANS
-comes closer to the ideal: it adds about 22 bits per stream whatever its length, where
-the range coder adds 17 and 1 more for every 12,000 symbols. And the decoder returns to
-the encoder's first state only if every symbol was decoded with the table that it was
-coded with, so one whose networks disagree with the encoder's gets an error, not a wrong
-picture.
+comes closer to the ideal: it adds about 22 bits to a stream of any length, whereas the
+range coder adds 17, and 1 more for every 12,000 symbols. In addition, the decoder
+returns to the encoder's first state only if it decoded every symbol with the table used
+to encode it, so a decoder whose networks disagree with the encoder's gets an error, not
+a wrong picture.
 
 May import: NumPy, constriction, `bitstream`, `symbol_tables`.
 """
@@ -42,9 +42,9 @@ from semlic_jax.coding.symbol_tables import (
     exact_model,
 )
 
-# The state in which the encoder starts and the decoder must end. Not 0, where a decoder
-# that has used up its data stays. Up to 16 bits it costs less than 1 bit: the first
-# symbol fills the state to about 24 bits anyway.
+# The state in which the encoder starts and the decoder must end. It is not 0, because a
+# decoder that has used up its data stays there. A state of up to 16 bits costs less
+# than 1 bit: the first symbol fills the state to about 24 bits anyway.
 _INITIAL_STATE = 0xC0DE
 
 
@@ -60,15 +60,15 @@ class SymbolEncoder:
         """Append symbols, each coded with its own table.
 
         Args:
-            symbols: integers [n] within +-MAX_SYMBOL; those that their table does
-                not cover are escaped.
+            symbols: integers [n] within +-MAX_SYMBOL; a symbol that its table does
+                not cover is escaped.
             indexes: integers [n] in 0..T-1, the table of each symbol; uint8 is
                 fastest.
             tables: the tables.
 
         Raises:
-            ValueError: an argument has another type, shape or range. Nothing is
-                appended then.
+            ValueError: an argument has a wrong type, shape or range. In that case
+                nothing is appended.
         """
         symbols = as_symbols(symbols)
         indexes = tables.as_indexes(indexes, symbols.size)
@@ -88,13 +88,13 @@ class SymbolEncoder:
     ) -> None:
         lengths = escape_lengths(excess)
         self._runs.append((lengths, _length_model()))
-        # The bits of excess + 1 below its leading one, and the side in its place.
+        # The bits of excess + 1, with the side in the place of the leading one.
         values = excess + 1 + ((above.astype(np.int32) - 1) << lengths)
         for length in np.unique(lengths):
             self._runs.append((values[lengths == length], _side_model(int(length))))
 
     def finish(self) -> bytes:
-        """The stream of everything pushed so far, never empty."""
+        """The stream of everything pushed so far; it is never empty."""
         start = np.array([_INITIAL_STATE], np.uint32)
         coder = constriction.stream.stack.AnsCoder(start)
         for symbols, model in reversed(self._runs):
@@ -107,11 +107,11 @@ class SymbolDecoder:
     """Reads what a `SymbolEncoder` wrote, by the same sequence of calls.
 
     No data can make it hang or take more memory than a small multiple of what the
-    caller asks for. A damaged stream decodes to wrong symbols or to an error, and
-    `finish` finds out, except with a probability of about 2**-16.
+    caller asks for. A damaged stream gives wrong symbols or an error; `finish` detects
+    wrong symbols, except with a probability of about 2**-16.
 
     Args:
-        data: what `SymbolEncoder.finish` returned.
+        data: the result of `SymbolEncoder.finish`.
 
     Raises:
         BitstreamError: the data ends in a zero byte, which no stream does.
@@ -131,15 +131,15 @@ class SymbolDecoder:
         """The symbols of the next push.
 
         Args:
-            indexes: integers [n] in 0..T-1, those of the push.
-            tables: those of the push.
+            indexes: integers [n] in 0..T-1, as in the push.
+            tables: as in the push.
 
         Returns:
             symbols, int32 [n].
 
         Raises:
-            ValueError: an argument has another type, shape or range.
-            BitstreamError: a symbol beyond +-MAX_SYMBOL, or the data has run out.
+            ValueError: an argument has a wrong type, shape or range.
+            BitstreamError: a symbol is beyond +-MAX_SYMBOL, or the data has run out.
         """
         indexes = tables.as_indexes(indexes, np.size(indexes))
         order = np.argsort(indexes, kind="stable")
@@ -154,7 +154,7 @@ class SymbolDecoder:
         symbols += tables.offsets[indexes]
         if escaped.size:
             excess, above = self._pop_escaped(escaped.size)
-            # Here `symbols` is one above the table's last symbol.
+            # At these positions `symbols` is one above the table's last symbol.
             lowest = tables.offsets[indexes[escaped]]
             values = np.where(above, symbols[escaped] + excess, lowest - 1 - excess)
             if np.abs(values).max() > MAX_SYMBOL:
@@ -164,8 +164,8 @@ class SymbolDecoder:
                 )
             symbols[escaped] = values
         words_left, state = self._coder.pos()
-        # Without words the state can only fall, and it has to end at its first value:
-        # a caller need not go on to `finish` with data that claims more than it has.
+        # Without words the state can only fall, and it has to end at its first value.
+        # Data that claims more than it contains is thus refused here, before `finish`.
         if words_left == 0 and state < _INITIAL_STATE:
             raise BitstreamError(
                 "expected more symbols, found the end of the payload: it is damaged"
@@ -187,7 +187,7 @@ class SymbolDecoder:
 
         Raises:
             BitstreamError: the stream has more or fewer symbols than were read, or
-                some were read with other tables than they were written with.
+                some were not read with the tables with which they were written.
         """
         if self._coder.pos() != (0, _INITIAL_STATE):  # (words left, state)
             raise BitstreamError(
@@ -198,19 +198,19 @@ class SymbolDecoder:
 
 @functools.cache
 def _length_model() -> Any:
-    """P(L) = 2**-(L + 1): with side and remaining bits, an Elias gamma code."""
+    """P(L) = 2**-(L + 1); with the side and the other bits, an Elias gamma code."""
     counts = [2 ** (PRECISION_BITS - 1 - length) for length in range(MAX_ESCAPE_LENGTH)]
     return exact_model([*counts, counts[-1]])
 
 
 @functools.cache
 def _side_model(length: int) -> Any:
-    """One bit for the side and `length` bits for the place, all equally likely."""
+    """One bit for the side and `length` bits for the place, uniformly distributed."""
     return constriction.stream.model.Uniform(2 ** (length + 1))
 
 
 def _groups(indexes: NDArray[np.unsignedinteger]) -> list[tuple[int, int, int]]:
-    """(table, start, stop) of each table used, in the sorted order."""
+    """(table, start, stop) of each table used, in the order sorted by table."""
     sizes = np.bincount(indexes)
     stops = np.cumsum(sizes)
     used = np.flatnonzero(sizes)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The payload of a file: which symbols it holds, in which order.
+"""The payload of a file: which symbols it contains, and in which order.
 
-In: the pushes of z and of every pass over y, written once for the exact and for the
-float entropy models. Out: what gives each symbol its table and its mean
-(`integer_networks`, `float_networks`), the tables (`symbol_tables`) and the coder
-(`entropy_coding`).
+This module contains the pushes of z and of every pass over y, written once for both the
+exact and the float entropy models. The table index and the mean of each symbol come
+from `integer_networks` or `float_networks`, the tables from `symbol_tables` and the
+coder from `entropy_coding`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from semlic_jax.model.context import (
 )
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
 
-# Index and mean of a pass, [1, h, w, C] each, from what is decoded of y.
+# Index and mean of a pass, [1, h, w, C] each, from the part of y decoded so far.
 Parameters = Callable[[Pass, tuple[np.ndarray, ...]], tuple[np.ndarray, np.ndarray]]
 
 
 class Symbols(NamedTuple):
-    """What a file codes of one image, on the padded grids.
+    """The symbols with which a file codes one image, on the padded grids.
 
     Attributes:
         z: int32 [h/4, w/4, N].
         y: int32 [h, w, M], `round(y_scaled - mean)`.
-        indexes: uint8 [h, w, M], table of each y symbol.
-        mean_steps: means in 1/16 steps, [h, w, M]: int16, or float32 where the entropy
+        indexes: uint8 [h, w, M], the table of each y symbol.
+        mean_steps: means in 1/16 steps, [h, w, M]: int16, or float32 if the entropy
             model works in floats.
     """
 
@@ -48,11 +48,11 @@ class Symbols(NamedTuple):
 
 
 class PassCoder(abc.ABC):
-    """Symbols <-> bytes for one entropy model.
+    """Converts symbols to bytes and back for one entropy model.
 
     Attributes:
-        config: of the model: `groups` and `hyper_channels` are read.
-        y_tables, z_tables: integer frequencies.
+        config: the model's configuration; `groups` and `hyper_channels` are used.
+        y_tables, z_tables: the integer frequencies.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PassCoder(abc.ABC):
     def symbols(
         self, y_scaled: Any, z: Any, level: int, size: tuple[int, int]
     ) -> Symbols:
-        """Round the latents of one image on the grid that the coder uses.
+        """Round the latents of one image to the values that the coder uses.
 
         Args:
             y_scaled: float32 [h, w, M], y * gain, h and w multiples of 4.
@@ -79,22 +79,22 @@ class PassCoder(abc.ABC):
     def parameters(
         self, z: np.ndarray, level: int, size: tuple[int, int], index_check: bytes
     ) -> Parameters:
-        """What gives a decoder the index and the mean of each pass.
+        """A function that gives a decoder the index and the mean of each pass.
 
         Args:
             z: int32 [h/4, w/4, N], decoded; zeros outside the image.
             level, size: as in `symbols`.
-            index_check: from the file, see `index_check`.
+            index_check: the one in the file, see the method `index_check`.
         """
 
     def index_check(self, symbols: Symbols, size: tuple[int, int]) -> bytes:
-        """What a file says of its indexes: nothing where they are exact."""
+        """The index check of a file; empty for exact entropy models."""
         return b""
 
     def encode(
         self, symbols: Symbols, size: tuple[int, int], coder: str = "ans"
     ) -> bytes:
-        """The payload of a file, by one of `bitstream.CODERS`."""
+        """The payload of a file, coded by one of `bitstream.CODERS`."""
         encoder: Any = SymbolEncoder()
         if coder == "tfc":
             from semlic_jax.coding.tfc_coding import TfcSymbolEncoder
@@ -111,7 +111,7 @@ class PassCoder(abc.ABC):
         return encoder.finish()
 
     def ideal_bits(self, symbols: Symbols, size: tuple[int, int]) -> float:
-        """Code length of the symbols under the tables, in bits."""
+        """The code length of the symbols under the tables, in bits."""
         rows, columns = grid_of(size, HYPER_STRIDE)
         z = symbols.z[:rows, :columns].ravel()
         total = self.z_tables.ideal_bits(z, self._z_indexes(rows * columns))
@@ -129,22 +129,22 @@ class PassCoder(abc.ABC):
         index_check: bytes = b"",
         coder: str = "ans",
     ) -> np.ndarray:
-        """y_hat_scaled of a payload.
+        """Decode y_hat_scaled from a payload.
 
         Args:
-            payload: from `encode`.
+            payload: the result of `encode`.
             level: quality, 0..255.
             size: height and width of the image in pixels.
-            grid: height and width to pad y to, multiples of 4. The values inside the
-                image do not depend on it where the entropy model is exact.
-            index_check, coder: from the file.
+            grid: height and width to which y is padded, multiples of 4. With an exact
+                entropy model, the values inside the image do not depend on it.
+            index_check, coder: those of the file.
 
         Returns:
             float32 [ceil(H/16), ceil(W/16), M].
 
         Raises:
             BitstreamError: the payload is not a valid stream of this model.
-            IncompatibleMachineError: float entropy networks come to other indexes here
+            IncompatibleMachineError: float entropy networks give other indexes here
                 than where the file was made.
         """
         decoder = self.decoder(payload, coder)
@@ -170,10 +170,11 @@ class PassCoder(abc.ABC):
         return y_hat.astype(np.float32) / MEAN_STEPS
 
     def decoder(self, payload: bytes, coder: str) -> Any:
-        """What gives the symbols of a payload: z first, then each pass over y.
+        """A decoder for the symbols of a payload: z first, then each pass over y.
 
         Raises:
-            ValueError: the package of the coder is not installed.
+            ValueError: the package of the coder is not installed, or the coder cannot
+                use the tables.
         """
         if coder == "tfc":
             from semlic_jax.coding.tfc_coding import TfcSymbolDecoder
@@ -198,5 +199,5 @@ class PassCoder(abc.ABC):
 
 
 def grid_of(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Positions that cover an image of this height and width."""
+    """Rows and columns of the grid that covers an image of this height and width."""
     return -(-size[0] // stride), -(-size[1] // stride)

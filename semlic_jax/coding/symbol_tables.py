@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer tables of symbols: what the coder codes with, and what that costs in bits.
+"""Integer tables of symbols: the coder's frequencies, and the code lengths in bits.
 
-`SymbolTables` are part of a model file. They are made of probabilities once, when a
-model is exported, and hold whole numbers from then on, the same on every machine.
+`SymbolTables` are part of a model file. They are made from probabilities once, when a
+model is exported, and contain only whole numbers, the same on every machine.
 
 May import: NumPy, constriction.
 """
@@ -19,9 +19,10 @@ import constriction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-PRECISION_BITS = 24  # of constriction's Python interface
+PRECISION_BITS = 24  # the precision of constriction's Python interface
 MAX_SYMBOL = 2**15  # largest magnitude of a symbol
 MAX_TABLES = 2**16
+MAX_COUNTS = 2 * MAX_SYMBOL + 2  # in one table: every symbol and the escape
 
 # A value `excess` steps outside its table has the length L = floor(log2(excess + 1)).
 # Both ends of a table lie within MAX_SYMBOL, so excess < 2 * MAX_SYMBOL.
@@ -34,13 +35,13 @@ class SymbolTables:
 
     Table t covers the symbols `offsets[t], offsets[t] + 1, ...`, one per entry of
     `counts[starts[t]:starts[t + 1]]` except the last, which is the escape: it
-    announces a symbol that the table does not cover. An entry of count c costs
-    24 - log2(c) bits, exactly: the coder uses the counts as they are.
+    announces a symbol that the table does not cover. An entry with the count c costs
+    exactly 24 - log2(c) bits: the coder uses the counts as they are.
 
     The arrays are copied and made read-only.
 
     Attributes:
-        offsets: int32 [T], smallest symbol of each table.
+        offsets: int32 [T], the smallest symbol of each table.
         starts: int32 [T + 1], where each table starts in `counts`.
         counts: uint32 [starts[-1]], each >= 1; each table sums to 2**24.
 
@@ -67,8 +68,13 @@ class SymbolTables:
             object.__setattr__(self, name, array)
         self.validate()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew, a copy has read-only arrays and none of the coder's objects, which
+        # cannot be pickled.
+        return type(self), (self.offsets, self.starts, self.counts)
+
     def validate(self) -> None:
-        """Check what the coder relies on; runs when the tables are made.
+        """Check what the coder relies on; called when the tables are made.
 
         Raises:
             ValueError: a table is empty, has a count below 1, does not sum to 2**24
@@ -97,7 +103,9 @@ class SymbolTables:
                 f"expected tables within +-{MAX_SYMBOL}, "
                 f"found symbols from {self.offsets.min()} to {last.max()}"
             )
-        totals = np.add.reduceat(self.counts.astype(np.int64), self.starts[:-1])
+        # Not np.add.reduceat, which copies all counts as int64.
+        tables = np.split(self.counts, self.starts[1:-1])
+        totals = np.array([table.sum(dtype=np.int64) for table in tables])
         if self.counts.min() < 1 or (totals != 1 << PRECISION_BITS).any():
             worst = int(np.argmax(totals != 1 << PRECISION_BITS))
             raise ValueError(
@@ -108,17 +116,16 @@ class SymbolTables:
 
     @property
     def num_tables(self) -> int:
-        """T."""
+        """The number of tables, T."""
         return self.offsets.size
 
     def __len__(self) -> int:
         return self.num_tables
 
     def ideal_bits(self, symbols: ArrayLike, indexes: ArrayLike) -> float:
-        """Code length of the symbols, escapes included.
+        """The code length of the symbols, including escapes.
 
-        What a stream takes beyond the sum of these is the end of the stream: 22 bits
-        on average, at most 32.
+        A stream takes this many bits and those of its end: 22 on average, at most 32.
 
         Args:
             symbols: integers [n] within +-MAX_SYMBOL.
@@ -128,7 +135,7 @@ class SymbolTables:
             bits, a float64 sum.
 
         Raises:
-            ValueError: an argument has another type, shape or range.
+            ValueError: an argument has a wrong type, shape or range.
         """
         bits, _, further_bits = self._lengths(symbols, indexes)
         return float(bits.sum() + further_bits.sum())
@@ -136,7 +143,7 @@ class SymbolTables:
     def symbol_bits(
         self, symbols: ArrayLike, indexes: ArrayLike
     ) -> NDArray[np.float64]:
-        """Code length of each symbol, float64 [n]; otherwise as `ideal_bits`."""
+        """The code length of each symbol, float64 [n]; otherwise as `ideal_bits`."""
         bits, escaped, further_bits = self._lengths(symbols, indexes)
         bits[escaped] += further_bits
         return bits
@@ -144,7 +151,7 @@ class SymbolTables:
     def _lengths(
         self, symbols: ArrayLike, indexes: ArrayLike
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.floating]]:
-        """Bits of the entries [n], which are escapes [n], and what these take more."""
+        """Bits of the entries [n], which are escapes [n], and further bits of these."""
         symbols = as_symbols(symbols)
         indexes = self.as_indexes(indexes, symbols.size)
         slots, excess = self.slots(symbols, indexes)
@@ -155,10 +162,10 @@ class SymbolTables:
     def bits_lookup(self) -> tuple[NDArray[np.float32], int]:
         """The code length of every symbol as one matrix, for rate estimates.
 
-        `bits[t, symbol + radius]` is `ideal_bits([symbol], [t])`, also where table t
+        `bits[t, symbol + radius]` is `ideal_bits([symbol], [t])`, even where table t
         does not cover the symbol. The radius is the largest magnitude of a symbol
-        that any table covers; beyond it, a clipped symbol underestimates the rate by
-        the few bits by which its escape is longer.
+        that any table covers. For a symbol beyond it, clipped to the radius, the rate
+        is too low by the few bits by which its escape is longer.
 
         Returns:
             bits, float32 [T, 2 * radius + 1], and the radius.
@@ -177,7 +184,7 @@ class SymbolTables:
 
     @functools.cached_property
     def escapes(self) -> NDArray[np.int32]:
-        """int32 [T], the slot of each table's escape."""
+        """The slot of each table's escape, int32 [T]."""
         return np.diff(self.starts) - 1
 
     @functools.cached_property
@@ -189,7 +196,7 @@ class SymbolTables:
         return {}
 
     def coder_model(self, table: int) -> Any:
-        """The table as the coder takes it, made when it is first asked for."""
+        """A table in the form that the coder takes; made on first use."""
         model = self._models.get(table)
         if model is None:
             counts = self.counts[self.starts[table] : self.starts[table + 1]]
@@ -197,7 +204,7 @@ class SymbolTables:
         return model
 
     def as_indexes(self, indexes: ArrayLike, size: int) -> NDArray[np.unsignedinteger]:
-        """Table indexes [size] as the smallest type; raises ValueError for others."""
+        """Table indexes [size] as the smallest type; raises ValueError if invalid."""
         array = np.asarray(indexes)
         if array.shape != (size,) or (size and array.dtype.kind not in "iu"):
             raise ValueError(
@@ -209,17 +216,17 @@ class SymbolTables:
                 f"expected table indexes from 0 to {self.num_tables - 1}, "
                 f"found {array.min()} to {array.max()}"
             )
-        # NumPy's stable sort is a radix sort for integers of 8 and 16 bits only.
+        # NumPy's stable sort is a radix sort only for integers of 8 and 16 bits.
         return array.astype(np.uint8 if self.num_tables <= 256 else np.uint16)
 
     def slots(
         self, symbols: NDArray[np.integer], indexes: NDArray[np.integer]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The entry of each symbol in its table, and how far outside it lies.
+        """The entry of each symbol in its table, and how far outside the table it is.
 
         Returns:
             slots, int32 [n], the escape for symbols outside their table, and excess,
-            int32 [n], steps beyond the first symbol outside (meaningless inside).
+            int32 [n], the steps beyond the first symbol outside (meaningless inside).
         """
         slots = (symbols - self.offsets[indexes]).astype(np.int32)
         escapes = self.escapes[indexes]
@@ -233,12 +240,12 @@ def tables_from_pmfs(
 ) -> SymbolTables:
     """Integer tables from probabilities, one table per distribution.
 
-    What a distribution lacks to 1 becomes the probability of its escape, at least
-    2**-24. Run once, when a model is exported: floats may differ between machines,
-    so the model file stores the integers.
+    The difference between the sum of a distribution and 1 becomes the probability of
+    its escape, at least 2**-24. This runs once, when a model is exported: floats may
+    differ between machines, so the model file stores the integers.
 
     Args:
-        pmfs: float64 [n_t] each, >= 0; sums up to 1 + 1e-4 (float32) count as 1.
+        pmfs: float64 [n_t] each, >= 0; sums up to 1 + 1e-4 (from float32) count as 1.
         offsets: integers [T], the symbol of each distribution's first entry.
 
     Raises:
@@ -255,7 +262,7 @@ def tables_from_pmfs(
                 f"found shape {pmf.shape} and sum {total} in table {table}"
             )
         full = np.append(pmf, max(0.0, 1.0 - total)) / max(1.0, total)
-        # Rounding down leaves room for the ones. What is left over is at most twice the
+        # Rounding down leaves room for the ones. The remainder is at most twice the
         # number of entries and goes where it changes the probability least.
         free = 2**PRECISION_BITS - full.size
         counts = np.maximum(1, np.floor(full * free)).astype(np.int64)
@@ -274,7 +281,7 @@ def gaussian_tables(scales: ArrayLike) -> SymbolTables:
     up), evaluated on the tails (Balle et al. 2018, arXiv:1802.01436, section 2).
 
     Args:
-        scales: [T], standard deviations, > 0 and at most MAX_SYMBOL / 6.
+        scales: [T], the standard deviations, > 0 and at most MAX_SYMBOL / 6.
 
     Raises:
         ValueError: a scale is out of range.
@@ -314,13 +321,13 @@ def escape_lengths(excess: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def _escape_bits(excess: NDArray[np.int32]) -> NDArray[np.floating]:
-    """What an escaped value costs besides its escape symbol."""
+    """The bits of an escaped value in addition to its escape symbol."""
     lengths = escape_lengths(excess)
     return np.minimum(lengths + 1, MAX_ESCAPE_LENGTH) + lengths + 1.0
 
 
 def as_symbols(symbols: ArrayLike) -> NDArray[np.int32]:
-    """Symbols [n] as int32; raises ValueError for what the coder does not take."""
+    """Symbols [n] as int32; raises ValueError if the coder does not take them."""
     array = np.asarray(symbols)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second coder: TensorFlow Compression's range coder on the same integer tables.
 
-It takes the calls of `SymbolEncoder` and `SymbolDecoder` and codes the same symbols in
-the same order; only the words differ, and `bitstream` has a flag for it. Its tables
-have 16 bits where ours have 24: they are made from ours by whole numbers alone, so that
-every machine finds the same, and cost less than half a percent where the symbols follow
-the tables, as they do where these were fitted at export (`training.fit_tables`). Where
-latents have heavier tails than the Gaussians of a model its files are smaller: 16 bits
-cannot make a symbol as rare as 24 bits do.
+Its classes have the methods of `SymbolEncoder` and `SymbolDecoder` and code the same
+symbols in the same order; only the coded words differ, and `bitstream` has a flag for
+that. Its tables have 16 bits where ours have 24. They are made from ours with whole
+numbers only, so that they are the same on every machine, and cost less than half a
+percent where the symbols follow the tables, as they do if these were fitted at export
+(`training.fit_tables`). If the latents have heavier tails than the Gaussians of a
+model, the files are smaller: 16 bits cannot make a symbol as rare as 24 bits do.
 
-TensorFlow Compression is in maintenance mode and holds TensorFlow and JAX back, so it
-lives in an environment of its own (the extra `tfc`) and is imported when it is asked
-for. Its own escape code is not used: on a damaged stream it has no end.
+TensorFlow Compression is in maintenance mode and requires old versions of TensorFlow
+and JAX, so it needs an environment of its own (the extra `tfc`) and is imported only
+when it is used. Its own escape code is not used: on a damaged stream it never ends.
 """
 
 from __future__ import annotations
@@ -33,20 +33,28 @@ from semlic_jax.coding.symbol_tables import (
     escape_lengths,
 )
 
-PRECISION = 16  # of TensorFlow Compression
+PRECISION = 16  # bits, of TensorFlow Compression's tables
 _TOTAL = 1 << PRECISION
 
 
 def narrow_counts(counts: NDArray[np.uint32]) -> NDArray[np.int32]:
-    """A table of 2**16 from one of 2**24, in whole numbers.
+    """Convert a table that sums to 2**24 to one that sums to 2**16, in whole numbers.
 
     Args:
-        counts: uint32 [n], each >= 1, which sum to 2**24; n below 2**16.
+        counts: uint32 [n], each >= 1, which sum to 2**24.
 
     Returns:
-        int32 [n], each >= 1, which sum to 2**16: the shares rounded down, and what is
-        left over goes to the largest.
+        int32 [n], each >= 1, which sum to 2**16: the shares are rounded down, and the
+        remainder is added to the largest.
+
+    Raises:
+        ValueError: n is 2**16 or more, which leaves nothing to share out.
     """
+    if counts.size >= _TOTAL:
+        raise ValueError(
+            f"expected tables of fewer than {_TOTAL} counts for the coder tfc, "
+            f"found one of {counts.size}"
+        )
     free = _TOTAL - counts.size
     narrow = 1 + (counts.astype(np.int64) * free >> PRECISION_BITS)
     narrow[narrow.argmax()] += _TOTAL - narrow.sum()
@@ -54,7 +62,7 @@ def narrow_counts(counts: NDArray[np.uint32]) -> NDArray[np.int32]:
 
 
 class _Lookup:
-    """The rows of TensorFlow Compression's table, and where each of ours starts."""
+    """The rows of TensorFlow Compression's table; knows where each of ours starts."""
 
     def __init__(self, tables: Sequence[SymbolTables]) -> None:
         rows: list[NDArray[np.int32]] = []
@@ -81,10 +89,11 @@ class TfcSymbolEncoder:
     """`SymbolEncoder` with the other coder.
 
     Args:
-        tables: all that will be pushed with.
+        tables: all tables with which symbols will be pushed.
 
     Raises:
-        ValueError: TensorFlow Compression is not installed.
+        ValueError: TensorFlow Compression is not installed, or a table has 2**16 counts
+            or more.
     """
 
     def __init__(self, tables: Sequence[SymbolTables]) -> None:
@@ -131,11 +140,12 @@ class TfcSymbolDecoder:
     """`SymbolDecoder` with the other coder.
 
     Args:
-        data: what `TfcSymbolEncoder.finish` returned.
-        tables: all that will be popped with.
+        data: the result of `TfcSymbolEncoder.finish`.
+        tables: all tables with which symbols will be popped.
 
     Raises:
-        ValueError: TensorFlow Compression is not installed.
+        ValueError: TensorFlow Compression is not installed, or a table has 2**16 counts
+            or more.
     """
 
     def __init__(self, data: bytes, tables: Sequence[SymbolTables]) -> None:
@@ -147,7 +157,7 @@ class TfcSymbolDecoder:
         """The symbols of the next push; see `SymbolDecoder.pop`.
 
         Raises:
-            BitstreamError: a symbol beyond +-MAX_SYMBOL.
+            BitstreamError: a symbol is beyond +-MAX_SYMBOL.
         """
         indexes = tables.as_indexes(indexes, np.size(indexes))
         slots = self._decode(self._lookup.base(tables) + indexes.astype(np.int32))
@@ -184,7 +194,7 @@ class TfcSymbolDecoder:
         """Check that the stream ends here, as far as the coder can tell.
 
         Raises:
-            BitstreamError: it does not.
+            BitstreamError: it does not end here.
         """
         if not self._ops.entropy_decode_finalize(self._handle).numpy():
             raise BitstreamError(
@@ -199,7 +209,7 @@ def tfc_ops() -> Any:
     Raises:
         ValueError: it is not installed.
     """
-    # Else its import writes a page of remarks on the error stream.
+    # Without this, the import writes many messages to the error stream.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow_compression_ops as tfc

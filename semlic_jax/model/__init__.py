@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image to latents to probabilities: the networks and the order of coding."""
+"""From image to latents to probabilities: the networks and the coding order."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compression model: image -> latents -> bits -> image, and its sizes.
+"""The compression model, image -> latents -> bits -> image, in several sizes.
 
 ::
 
@@ -53,11 +53,11 @@ _NOISE_ORIGINS = 2**20  # of a training crop, in latents along each axis
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that fixes the architecture; it travels with the weights.
+    """Everything that defines the architecture; it is stored with the weights.
 
     Attributes:
-        name: of the size.
-        patch: pixels per side of a block at the finest level, 1, 2 or 4.
+        name: the name of the size.
+        patch: side in pixels of a block at the finest level, 1, 2 or 4.
         widths: channels of g_a and g_s per level, finest first.
         blocks: residual blocks of g_s.
         latent_channels: M, channels of y.
@@ -65,9 +65,10 @@ class ModelConfig:
         hyper_channels: N, channels of z.
         psi_channels, context_channels, hidden_channels, context_shifts: see
             `EntropyModel`.
-        linear_skip: the linear transform beside g_a and g_s.
-        gain_anchors: learnt gain vectors, evenly spaced in q.
-        texture_channels: of noise at each level of g_s (see `texture`); 0 for none.
+        linear_skip: whether a linear transform runs beside g_a and g_s.
+        gain_anchors: number of learnt gain vectors, evenly spaced in q.
+        texture_channels: noise channels at each level of g_s (see `texture`); 0 for
+            none.
         level_blocks: residual blocks of g_a and g_s at each level finer than 1/16.
     """
 
@@ -88,11 +89,11 @@ class ModelConfig:
     level_blocks: int = 0
 
     def __post_init__(self) -> None:
-        """Checks every field: a configuration may come from a hostile model file.
+        """Check every field: a configuration may come from a hostile model file.
 
         Raises:
-            ValueError: a field has another type, is out of range, or contradicts
-                another.
+            ValueError: a field is of the wrong type, is out of range, or contradicts
+                another field.
         """
         check_fields(self)
         if self.patch not in (1, 2, 4):
@@ -115,7 +116,7 @@ class ModelConfig:
             )
 
 
-# Smallest and largest value of the fields that are not 1 to 4096.
+# Smallest and largest value of the fields whose range is not 1 to 4096.
 _FIELD_RANGES = {
     "widths": (2, 4096),  # ChannelNorm needs two
     "latent_channels": (2, 4096),
@@ -128,10 +129,10 @@ _FIELD_RANGES = {
 
 
 def check_fields(config: Any) -> None:
-    """Check types and ranges of a configuration's fields, and make its lists tuples.
+    """Check the types and ranges of a configuration's fields; turn lists into tuples.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a field is of the wrong type or out of range; the message names it.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -150,7 +151,7 @@ def check_fields(config: Any) -> None:
 def _check_field(name: str, value: Any, kind: str) -> None:
     if kind == "int":
         low, high = _FIELD_RANGES.get(name, (1, 4096))
-        # A bool is an int in Python, but not in the JSON that is fingerprinted.
+        # In Python a bool is an int, but not in the JSON that is fingerprinted.
         if type(value) is not int or not low <= value <= high:
             raise ValueError(
                 f"expected whole numbers from {low} to {high} as {name}, "
@@ -230,13 +231,13 @@ class Rate(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What training sees of one batch.
+    """The result of a training pass over one batch.
 
     Attributes:
         x_hat: float32 [B, H, W, 3], not clipped.
         y_hat: float32 [B, H/16, W/16, M], scaled.
-        rate: of noisy latents, what training minimises.
-        rounded_rate: of the rounded latents, what a file costs.
+        rate: the rate of the noisy latents, which training minimises.
+        rounded_rate: the rate of the rounded latents, which a file costs.
     """
 
     x_hat: Array
@@ -248,12 +249,12 @@ class Forward(NamedTuple):
 def image_masks(
     sizes: np.ndarray | Array, grid: tuple[int, int], dtype: Any = jnp.float32
 ) -> Masks:
-    """Where the image is, in a padded batch.
+    """Masks of the positions that belong to the images of a padded batch.
 
     Args:
         sizes: int [B, 2], height and width of each image in pixels.
         grid: height and width of y of the padded batch, multiples of 4.
-        dtype: of the masks.
+        dtype: the type of the masks.
     """
     sizes = jnp.asarray(sizes)
 
@@ -268,20 +269,21 @@ def image_masks(
 
 
 def full_masks(batch: int, grid: tuple[int, int]) -> Masks:
-    """Masks of images that fill their batch."""
+    """Masks of images without padding."""
     side = jnp.array([[grid[0] * STRIDE, grid[1] * STRIDE]] * batch)
     return image_masks(side, grid)
 
 
 class CompressionModel(nn.Module):
-    """The float model and its entropy twin.
+    """The float model, with the entropy networks in floats as well.
 
     Attributes:
         config: the architecture.
-        arithmetic: of the entropy networks, in floats (see `model.context`).
-        dtype: of g_a and g_s.
-        remat: recompute the residual blocks in the backward pass.
-        tile: most latents along a side in the fine levels at once, 0 for all.
+        arithmetic: the float arithmetic of the entropy networks (see `model.context`).
+        dtype: the type in which g_a and g_s compute.
+        remat: whether to recompute the residual blocks in the backward pass.
+        tile: largest number of latents along a side that the fine levels process at
+            once; 0 for no limit.
     """
 
     config: ModelConfig
@@ -326,7 +328,7 @@ class CompressionModel(nn.Module):
         )
 
     def gain(self, quality: Array) -> Array:
-        """Gain of each channel, [B, 1, 1, M], for quality [B] in [0, 1]."""
+        """The gain of each channel, [B, 1, 1, M], for quality [B] in [0, 1]."""
         anchors = self.config.gain_anchors
         position = jnp.clip(quality, 0.0, 1.0) * (anchors - 1)
         low = jnp.clip(jnp.floor(position), 0, anchors - 2).astype(jnp.int32)
@@ -343,7 +345,7 @@ class CompressionModel(nn.Module):
         return self.h_a(y_scaled)
 
     def scaled_latents(self, y: Array, quality: Array) -> tuple[Array, Array]:
-        """y * gain and the z of it, for quality [B] in [0, 1]."""
+        """y * gain and the z computed from it, for quality [B] in [0, 1]."""
         y_scaled = y * self.gain(quality)
         return y_scaled, self.hyper_analysis(y_scaled)
 
@@ -352,8 +354,8 @@ class CompressionModel(nn.Module):
     ) -> Array:
         """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped.
 
-        The noise is that of latents which start at `noise_origin`, int [B, 2], row and
-        column; None is (0, 0).
+        The latents start at `noise_origin`, int [B, 2], row and column, which
+        determines the noise; None means (0, 0).
         """
         return self.g_s(y_hat_scaled / self.gain(quality), quality, noise_origin)
 
@@ -372,12 +374,12 @@ class CompressionModel(nn.Module):
         masks: Masks,
         visit: Callable[[Pass, Array, Array], Array],
     ) -> Array:
-        """Walk the coding order with the entropy twin.
+        """Go through the coding order with the float entropy networks.
 
         Args:
             z_hat: [B, h/4, w/4, N], whole numbers.
             quality: [B] in [0, 1].
-            masks: where the images are.
+            masks: the positions inside the images.
             visit: see `context.traverse`; index and mean are float32.
 
         Returns:
@@ -396,19 +398,19 @@ class CompressionModel(nn.Module):
         return jnp.concatenate(groups, -1) / MEAN_STEPS
 
     def __call__(self, x: Array, quality: Array, rng: Array) -> Forward:
-        """Training pass: straight-through latents, noisy rate.
+        """Training pass with straight-through latents and the rate of noisy ones.
 
-        y is rounded about its predicted mean for the contexts and the decoder, and
-        disturbed by uniform noise for the rate (ELIC's training, section 1.5 of the
-        re-implementations); z likewise.
+        For the contexts and the decoder, y is rounded about its predicted mean; for the
+        rate, uniform noise is added to it instead (ELIC's training, section 1.5 of the
+        re-implementations). z is treated likewise.
 
         Args:
             x: float32 [B, H, W, 3] in [0, 1], H and W multiples of 64.
             quality: [B] in [0, 1].
-            rng: key of the noise.
+            rng: the random key for the noise.
 
         Returns:
-            See `Forward`; what the caller does not use is not computed under `jit`.
+            See `Forward`; under `jit`, what the caller does not use is not computed.
         """
         y = self.analysis(x)
         y_scaled = y * self.gain(quality)
@@ -450,7 +452,7 @@ class CompressionModel(nn.Module):
 
 
 def entropy_model(config: ModelConfig, arithmetic: str) -> EntropyModel:
-    """The entropy networks of a model, as used alone by the coder."""
+    """The entropy networks of a model without the rest, as the coder uses them."""
     return EntropyModel(
         groups=config.groups,
         hyper_channels=config.hyper_channels,

@@ -1,32 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """THE coding order of the latents, and the networks that predict them.
 
-ELIC's space-channel context (arXiv:2203.10886): the channels of y are split into
-groups, each group is coded in two checkerboard passes. Before every pass the
-networks below give, for each latent of the pass, the index of its table and its
-mean::
+This is ELIC's space-channel context (arXiv:2203.10886): the channels of y are split
+into groups, and each group is coded in two checkerboard passes. Before every pass, the
+networks below predict the table index and the mean of each latent of the pass::
 
     z_hat, q -> h_s -> psi ----------------------+
     groups coded before -> g_ch ----------------- g_ep -> index, mean (1/16 steps)
     anchors of this group -> g_sp (2nd pass) ----+
 
 All of these networks run on whole numbers. An activation is an integer in 0..255
-(unit 1/32), what they read of the latents and of z is an integer in -128..127, a
+(unit 1/32), an input from the latents or from z is an integer in -128..127, and a
 weight is an integer in -127..127 times a power of two. The same Linen modules run in
 four arithmetics:
 
 * `float`: nothing is rounded (first part of the training),
 * `fake`: rounded forward, straight-through backward (end of the training); the values
   equal those of `exact`,
-* `twin`: `fake` of weights that are rounded already (refinement),
+* `twin`: `fake` for weights that are already rounded (refinement),
 * `exact`: the parameters are the exported integers (`coding.integer_networks`).
 
 Every sum of products stays below 2**24, so float32 holds it exactly in any order of
-summation, on any device (the proof is checked at export and at load). On accelerators
+summation, on any device (this is proved at export and at load). On accelerators,
 convolutions are dot products over shifted slices, since convolution algorithms that
 transform their input (Winograd, FFT) would not be exact; on CPU they are int8.
 Positions outside the image are zeroed after every layer, so the result does not depend
-on how far an image was padded.
+on the padding of an image.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Pass(NamedTuple):
 
 
 def coding_order(groups: tuple[int, ...]) -> tuple[Pass, ...]:
-    """The passes, first to last, for groups of these many channels."""
+    """The passes, first to last, for groups with these numbers of channels."""
     passes = []
     start = 0
     for group, channels in enumerate(groups):
@@ -84,7 +83,7 @@ def coding_order(groups: tuple[int, ...]) -> tuple[Pass, ...]:
 
 
 def checkerboard(height: int, width: int, parity: int) -> np.ndarray:
-    """bool [height, width, 1], true where (row + column) % 2 == parity."""
+    """bool [height, width, 1], True where (row + column) % 2 == parity."""
     rows, columns = np.ogrid[:height, :width]
     return ((rows + columns) % 2 == parity)[..., None]
 
@@ -99,7 +98,7 @@ def pack_colour(x: Array, parity: int | Array) -> Array:
 
 
 def unpack_colour(x: Array) -> Array:
-    """Undoes `pack_colour`; each other position has the value of the one beside it."""
+    """Undo `pack_colour`; the other positions get the value of the one beside them."""
     return jnp.repeat(x, 2, axis=2)
 
 
@@ -109,17 +108,17 @@ def traverse(
     parameters: Callable[[Pass, tuple[Any, ...]], tuple[Any, Any]],
     visit: Callable[[Pass, Any, Any], Any],
 ) -> tuple[Any, ...]:
-    """Walk the coding order once.
+    """Go through the coding order once.
 
-    Training, rate estimation, refinement, encoding and decoding all go through this
-    loop and differ in `visit` only. It works on JAX and on NumPy arrays.
+    Training, rate estimation, refinement, encoding and decoding all use this loop and
+    differ only in `visit`. It works on JAX and on NumPy arrays.
 
     Args:
         groups: channels per group.
         grid: height and width of y.
         parameters: called as `parameters(pass_, y_hat)` with the groups known so far
-            (in 1/16 steps; the group of the pass is there in its second pass, with
-            zeros where it is not known yet). Returns index and mean for all
+            (in 1/16 steps; in the second pass of a group they include the group itself,
+            with zeros where it is not known yet). Returns index and mean for all
             positions, each [B, h, w, stop - start].
         visit: called as `visit(pass_, index, mean)`. Returns y_hat in 1/16 steps,
             [B, h, w, stop - start]; only positions of the pass's parity are kept.
@@ -139,24 +138,24 @@ def traverse(
 
 
 def _round_half_up(x: Array) -> Array:
-    """floor(x + 1/2) with the identity as gradient, as the integer shift rounds."""
+    """floor(x + 1/2), as the integer shift rounds; the gradient is the identity."""
     return x + lax.stop_gradient(jnp.floor(x + 0.5) - x)
 
 
 def weight_shift(kernel: Any, input_max: int) -> Any:
-    """Bits after the binary point of each output channel's weights.
+    """The number of bits after the binary point of each output channel's weights.
 
-    The largest s in 1..14 such that the rounded weights `round(kernel * 2**s)` stay
-    within +-127 and every partial sum of products within 2**24. Every operation is
-    exact, so training, export and a `float_twin` find the same s everywhere; for
-    weights that no s fits, it is 1 (`coding.integer_networks` refuses them).
+    This is the largest s in 1..14 for which the rounded weights `round(kernel * 2**s)`
+    stay within +-127 and every partial sum of products within 2**24. Every operation is
+    exact, so training, export and a `float_twin` find the same s everywhere. For
+    weights that no s fits, s is 1 (`coding.integer_networks` refuses them).
 
     Args:
         kernel: float32 [k, k, C_in, C_out], a JAX or a NumPy array.
         input_max: largest magnitude of the layer's input.
 
     Returns:
-        int32 [C_out], of the same library. No gradient.
+        int32 [C_out], an array of the same library, without a gradient.
     """
     xp: Any = np if isinstance(kernel, np.ndarray) else jnp
     kernel = kernel if xp is np else lax.stop_gradient(kernel)
@@ -168,19 +167,19 @@ def weight_shift(kernel: Any, input_max: int) -> Any:
     taps = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
     largest_sum = taps * WEIGHT_MAX
     while largest_sum * input_max >= ACCUMULATOR_LIMIT:
-        # Whole numbers below 2**24: exact in float32 in any order.
+        # The sum of whole numbers below 2**24 is exact in float32 in any order.
         total = xp.sum(xp.abs(xp.round(xp.ldexp(kernel, shift))), axis=axes)
         shift = shift - (total > (ACCUMULATOR_LIMIT - 1) // input_max)
-        # A bit less halves the weights; rounding moves each by at most 1/2.
+        # One bit less halves the weights; rounding moves each by at most 1/2.
         largest_sum = (largest_sum + taps) // 2
     return xp.maximum(shift, 1).astype(xp.int32)
 
 
 def _integer_conv(x: Array, kernel: Array, signed: int) -> Array:
-    """Convolution of stride 1, zero padding, exact on every platform.
+    """Convolution of stride 1 with zero padding, exact on every platform.
 
     Args:
-        x: int32 [B, h, w, C_in]; the first `signed` channels within -128..127, the
+        x: int32 [B, h, w, C_in]; the first `signed` channels are within -128..127, the
             others within 0..255.
         kernel: int8 [k, k, C_in, C_out].
         signed: see x.
@@ -201,7 +200,7 @@ def _integer_conv(x: Array, kernel: Array, signed: int) -> Array:
 def _int8_conv(padded: Array, kernel: Array, signed: int) -> Array:
     """int8 x int8 -> int32, on XLA:CPU up to 4 times faster than float32.
 
-    Inputs of 0..255 are moved by 128 to fit int8, and the sum is moved back.
+    Inputs in 0..255 are lowered by 128 to fit int8, and the sum is corrected for it.
     """
     offset = np.where(np.arange(padded.shape[-1]) < signed, 0, 128).astype(np.int32)
     sums = lax.conv_general_dilated(
@@ -212,7 +211,7 @@ def _int8_conv(padded: Array, kernel: Array, signed: int) -> Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=jnp.int32,
     )
-    # The type is said because JAX_ENABLE_X64 would sum in int64.
+    # An explicit type, because with JAX_ENABLE_X64 the sum would be int64.
     moved = jnp.sum(
         kernel.astype(jnp.int32) * offset[:, None], axis=(0, 1, 2), dtype=jnp.int32
     )
@@ -220,7 +219,7 @@ def _int8_conv(padded: Array, kernel: Array, signed: int) -> Array:
 
 
 def _shifted_dot(padded: Array, kernel: Array) -> Array:
-    """One float32 dot product per tap, exact since all sums are below 2**24."""
+    """One float32 dot product per tap; exact because all sums are below 2**24."""
     size = kernel.shape[0]
     height, width = padded.shape[1] - size + 1, padded.shape[2] - size + 1
     x, weights = padded.astype(jnp.float32), kernel.astype(jnp.float32)
@@ -238,15 +237,15 @@ def _shifted_dot(padded: Array, kernel: Array) -> Array:
 
 
 class LayerSpec(NamedTuple):
-    """What fixes one integer layer.
+    """The shape and the ranges of one integer layer.
 
     Attributes:
-        inputs, features: channels.
+        inputs, features: input and output channels.
         kernel: side of the kernel, odd.
-        signed: the first so many input channels are within -128..127, the others
-            within 0..255.
-        right: further right shift of the output: a hidden unit is 1/32, so 2 turns
-            it into units of 1/8 and 1 into units of 1/16.
+        signed: how many input channels, from the first, are within -128..127; the
+            others are within 0..255.
+        right: a further right shift of the output. Hidden units are 1/32, so a shift of
+            2 gives units of 1/8, and 1 gives units of 1/16.
     """
 
     inputs: int
@@ -257,7 +256,7 @@ class LayerSpec(NamedTuple):
 
     @property
     def input_max(self) -> int:
-        """Largest magnitude of the input."""
+        """The largest magnitude of the input."""
         return 128 if self.signed == self.inputs else ACTIVATION_MAX
 
 
@@ -268,9 +267,9 @@ class IntegerConv(nn.Module):
     the `float` arithmetic it is `(sum(kernel * a) + 32 * bias) / 2**right`.
 
     Attributes:
-        spec: shape and range.
+        spec: the shape and the ranges.
         arithmetic: one of `ARITHMETICS`.
-        kernel_init: of the float kernel.
+        kernel_init: the initialiser of the float kernel.
     """
 
     spec: LayerSpec
@@ -295,7 +294,7 @@ class IntegerConv(nn.Module):
         bias = self.param("bias", zeros, (spec.features,))
         rounded = self.arithmetic in _ROUNDED
         if self.arithmetic == "fake":
-            # Not exp2, which is off by a bit for some whole numbers.
+            # Not exp2, which is wrong in the last bit for some whole numbers.
             scale = jnp.ldexp(jnp.float32(1), weight_shift(kernel, spec.input_max))
             kernel = round_straight_through(kernel * scale) / scale
             bias = round_straight_through(bias * UNIT * scale) / (UNIT * scale)
@@ -326,7 +325,7 @@ def _activation(x: Array, mask: Array) -> Array:
 
 
 class Masks(NamedTuple):
-    """1 inside the image, 0 outside; [B, h, w, 1] at 1/64, 1/32 and 1/16."""
+    """1 inside the image and 0 outside, [B, h, w, 1] at 1/64, 1/32 and 1/16."""
 
     z: Array
     middle: Array
@@ -334,7 +333,7 @@ class Masks(NamedTuple):
 
 
 class EntropyModel(nn.Module):
-    """The integer networks: z_hat and what is decoded of y -> index, mean.
+    """The integer networks: z_hat and the decoded part of y -> index, mean.
 
     Attributes:
         groups: channels of y per group.
@@ -342,8 +341,8 @@ class EntropyModel(nn.Module):
         psi_channels: width of h_s and of its output.
         context_channels: width of g_ch and g_sp.
         hidden_channels: width of g_ep.
-        context_shifts: per group, the right shift from 1/16 steps to the 8 bits that
-            the context networks read.
+        context_shifts: the right shift of each group from 1/16 steps to the 8 bits
+            that the context networks read.
         arithmetic: one of `ARITHMETICS`.
     """
 
@@ -360,7 +359,7 @@ class EntropyModel(nn.Module):
             name: IntegerConv(
                 spec,
                 arithmetic=self.arithmetic,
-                # The outputs start from their biases.
+                # At first the outputs are just their biases.
                 kernel_init=nn.initializers.zeros if spec.right else _KERNEL_INIT,
                 name=name,
             )
@@ -368,7 +367,7 @@ class EntropyModel(nn.Module):
         }
 
     def layer_specs(self) -> dict[str, LayerSpec]:
-        """Shape and range of every layer, by name; what an export must prove."""
+        """Shape and ranges of every layer, by name, which an export must prove."""
         psi, context, hidden = (
             self.psi_channels,
             self.context_channels,
@@ -376,8 +375,8 @@ class EntropyModel(nn.Module):
         )
         specs = {
             "h_s_0": LayerSpec(self.hyper_channels + 1, psi, 3, self.hyper_channels),
-            # Sub-pixel up-sampling instead of HiFiC's transposed convolutions: the
-            # same class of functions, and every product is a plain dot product.
+            # Sub-pixel upsampling instead of HiFiC's transposed convolutions: it covers
+            # the same class of functions, and every product is a plain dot product.
             "h_s_1": LayerSpec(psi, 4 * psi, 3),
             "h_s_2": LayerSpec(psi, 4 * psi, 3),
         }
@@ -397,7 +396,7 @@ class EntropyModel(nn.Module):
         return specs
 
     def _requantise(self, y_hat: Array, shift: int) -> Array:
-        """1/16 steps -> the signed 8 bits that a context network reads."""
+        """Convert 1/16 steps to the signed 8 bits that a context network reads."""
         if self.arithmetic == "exact":
             y = lax.shift_right_arithmetic(
                 y_hat + (1 << shift >> 1), jnp.full_like(y_hat, shift)
@@ -413,7 +412,7 @@ class EntropyModel(nn.Module):
         Args:
             z_hat: whole numbers, float32 (int32 in the `exact` arithmetic).
             quality: [B], whole numbers in 0..255.
-            masks: where the image is.
+            masks: the positions inside the image.
         """
         z = _clip(z_hat * 2**_Z_SHIFT, -128, 127)
         plane = self._plane(quality, masks.z)
@@ -440,19 +439,19 @@ class EntropyModel(nn.Module):
         """Table index and mean of one pass.
 
         Args:
-            pass_: which; static.
+            pass_: the pass; static.
             psi: [B, h, w, P] from `hyper_synthesis`.
             y_hat: the groups known so far in 1/16 steps, see `traverse`.
             quality: [B], whole numbers in 0..255.
-            masks: where the image is.
-            second: int32 [], 1 in the second pass of the group and 0 in the first,
-                instead of what `pass_` says of it: one program for both. In the first
-                `y_hat` then has the group too, zeros.
+            masks: the positions inside the image.
+            second: int32 [], 1 in the second pass of the group and 0 in the first. It
+                replaces the parity of `pass_`, so that one program serves both passes.
+                In the first pass, `y_hat` must then contain the group as zeros.
 
         Returns:
             index [B, h, w, C] in 0..63 and mean [B, h, w, C] in 1/16 steps within
-            +-4095 at the positions of the pass; at the others what the one beside them
-            has.
+            +-4095 at the positions of the pass; the other positions have the values of
+            the one beside them.
         """
         k = pass_.group
         context = [
@@ -472,12 +471,12 @@ class EntropyModel(nn.Module):
             h = _activation(layers[f"g_sp_{k}"](context[k]), masks.y)
             features.append(h if second is None else h * second)
         parity = pass_.parity if second is None else second
-        # From here on position by position: those of the pass suffice.
+        # From here on all layers are 1x1, so the positions of the pass suffice.
         features = [pack_colour(part, parity) for part in features]
         mask = pack_colour(masks.y, parity)
         h = layers[f"g_ep_{k}_0"](jnp.concatenate(features, -1))
         h = layers[f"g_ep_{k}_1"](_activation(h, mask))
-        # The quality also goes straight to the output: scales follow it closely.
+        # The output layers also see the quality, on which the scales depend strongly.
         h = jnp.concatenate([_activation(h, mask), features[1]], -1)
         index = _clip(layers[f"g_ep_{k}_index"](h), 0, NUM_SCALES - 1)
         mean = _clip(layers[f"g_ep_{k}_mean"](h), -MEAN_LIMIT, MEAN_LIMIT)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers shared by the transforms and the entropy networks.
 
-Everything is NHWC. Nothing here knows of images, rates or files.
+All arrays are NHWC. Nothing here depends on images, rates or files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 @jax.custom_vjp
 def lower_bound(x: Array, bound: Array | float) -> Array:
-    """`max(x, bound)` whose gradient can still pull `x` back above the bound.
+    """`max(x, bound)` with a gradient that can still raise `x` above the bound.
 
-    The gradient passes where x >= bound or where a descent step would raise x
+    The gradient passes where x >= bound and where a descent step would raise x
     (Ballé et al., as used by HiFiC and CompressAI).
 
     Args:
@@ -63,7 +63,7 @@ def round_straight_through(x: Array) -> Array:
 
 
 def _standardise(x: Array) -> tuple[Array, Array]:
-    """Deviations from the mean over channels, and one over their deviation."""
+    """Deviations from the mean over channels, and 1 / their standard deviation."""
     deviation = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.sum(deviation**2, axis=-1, keepdims=True) / (x.shape[-1] - 1)
     return deviation, lax.rsqrt(variance + CHANNEL_NORM_EPS)
@@ -71,10 +71,10 @@ def _standardise(x: Array) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def channel_norm(x: Array, gamma: Array, beta: Array) -> Array:
-    """`gamma * (x - m) / sqrt(v + 1e-3) + beta` with gradients fast on CPU.
+    """`gamma * (x - m) / sqrt(v + 1e-3) + beta` with a gradient that is fast on CPU.
 
     XLA:CPU fuses the products of the automatic gradient into its sums over channels
-    and then adds number by number, 5 to 10 times slower than contractions.
+    and then adds number by number, which is 5 to 10 times slower than contractions.
 
     Args:
         x: float32 [..., C].
@@ -123,13 +123,13 @@ class ChannelNorm(nn.Module):
             raise ValueError(f"ChannelNorm needs at least 2 channels, found {channels}")
         gamma = self.param("gamma", nn.initializers.ones, (channels,))
         beta = self.param("beta", nn.initializers.zeros, (channels,))
-        # The statistics are taken in float32 even where the network runs in bfloat16.
+        # The statistics are in float32 even where the network runs in bfloat16.
         y = channel_norm(x.astype(jnp.float32), gamma, beta)
         return y.astype(x.dtype)
 
 
 def _symmetric_padding(kernel: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """PyTorch's `padding=kernel // 2`; `"SAME"` differs at every stride of 2."""
+    """PyTorch's `padding=kernel // 2`; `"SAME"` differs from it at a stride of 2."""
     return ((kernel // 2, kernel // 2),) * 2
 
 
@@ -140,8 +140,8 @@ class Conv(nn.Module):
         features: output channels.
         kernel: side of the square kernel, odd.
         stride: 1 or 2.
-        dtype: of the computation.
-        kernel_init: initialiser of the HWIO kernel.
+        dtype: the type of the computation.
+        kernel_init: the initialiser of the HWIO kernel.
     """
 
     features: int
@@ -180,13 +180,13 @@ def _downsampling_conv(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def conv_transpose(x: Array, kernel: Array) -> Array:
-    """Transposed convolution of stride 2 with a weight gradient fast on CPU.
+    """Transposed convolution of stride 2 with a weight gradient that is fast on CPU.
 
     It equals PyTorch's `ConvTranspose2d(stride=2, padding=k // 2,
     output_padding=1)`. XLA:CPU computes the weight gradient of
-    `lax.conv_transpose` 30 to 50 times slower than anything else in the network;
-    written as the transpose of a strided convolution, that convolution's own
-    weight gradient serves.
+    `lax.conv_transpose` 30 to 50 times slower than anything else in the network.
+    Written as the transpose of a strided convolution, it can use the weight
+    gradient of that convolution instead.
 
     Args:
         x: [B, H, W, C_in].
@@ -226,7 +226,7 @@ class ConvTranspose(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # Each output pixel sees about a quarter of the taps.
+        # Only about a quarter of the taps contribute to each output pixel.
         init = nn.initializers.variance_scaling(
             4.0, "fan_in", "truncated_normal", in_axis=(0, 1, 3), out_axis=2
         )

@@ -7,15 +7,17 @@
                 |                                                      |
                 +-------- * gain(q) -> y_scaled -> round about mean * gain(q)
 
-The network of HiFiC (arXiv:2006.09965) as MS-ILLM (arXiv:2301.11189) publishes its
-weights for: one rate per model, no context, h_s of transposed convolutions in floats.
-Floats are not the same on all processors, so a file of such a model decodes only where
-its tables come out as the encoder's (`coding.float_networks`).
+This is the network of HiFiC (arXiv:2006.09965) in the form for which MS-ILLM
+(arXiv:2301.11189) published weights: one rate per model, no context, and an h_s of
+transposed convolutions in floats. Float results differ between processors, so a file of
+such a model decodes only where the tables come out as they did for the encoder
+(`coding.float_networks`).
 
-It has the methods that the codec and the refinement call on `CompressionModel`. Two
-things are ours: `gain`, by which a model of one rate serves budgets (latents, means and
-scales are multiplied by one number; 1 at quality level 128), and z, which is counted
-from the medians of its density, so that whole numbers are what is coded.
+The model has the methods of `CompressionModel` that the codec and the refinement call.
+Two things are our additions: `gain`, which lets a model of one rate meet any budget
+(latents, means and scales are multiplied by one number, which is 1 at quality level
+128), and z, which is measured from the medians of its density, so that the coded
+symbols are whole numbers.
 """
 
 from __future__ import annotations
@@ -59,23 +61,23 @@ from semlic_jax.model.transforms import (
 Array = jax.Array
 
 FAMILY = "mean_scale"
-PUBLISHED_LEVEL = 128  # the quality level at which the model is as it was published
+PUBLISHED_LEVEL = 128  # the quality level at which the model equals the published one
 _LEVELS_PER_OCTAVE = 64  # gains from 1/4 to 3.96
 _LEVELS = 5  # of g_a and g_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanScaleConfig:
-    """Everything that fixes the architecture; it travels with the weights.
+    """Everything that defines the architecture; it is stored with the weights.
 
     Attributes:
-        name: of the model.
+        name: the name of the model.
         widths: channels of g_a and g_s per level, finest first; 5 of them.
         blocks: residual blocks of g_s.
         latent_channels: M, channels of y.
         hyper_channels: N, channels of z, h_a and h_s.
         prior_filters: hidden widths of the density of z.
-        family: tells this configuration from a `ModelConfig`.
+        family: distinguishes this configuration from a `ModelConfig`.
     """
 
     name: str
@@ -87,7 +89,7 @@ class MeanScaleConfig:
     family: str = FAMILY
 
     def __post_init__(self) -> None:
-        """Checks every field, as `ModelConfig` does; raises ValueError."""
+        """Check every field as `ModelConfig` does; raises ValueError."""
         check_fields(self)
         if self.family != FAMILY:
             raise ValueError(f"expected the family {FAMILY}, found {self.family}")
@@ -122,9 +124,9 @@ class HyperSynthesis(nn.Module):
         """Mean and scale of y, float32 [B, 4h, 4w, M] each, scale at least 0.11.
 
         Args:
-            z_symbols: float32 [B, h, w, N], z_hat counted from its median.
-            inside: float32 [B, h, w, 1], 1 at the positions of the image. Beyond them
-                every layer sees zeros, as it does beyond a grid without padding.
+            z_symbols: float32 [B, h, w, N], z_hat minus its median.
+            inside: float32 [B, h, w, 1], 1 at the positions of the image. Outside them
+                every layer sees zeros, as it does outside a grid without padding.
         """
         z_hat = (z_symbols + self.median) * inside
 
@@ -145,8 +147,9 @@ class Published(NamedTuple):
 
     Attributes:
         y: float32 [B, H/16, W/16, M].
-        z: float32 [B, H/64, W/64, N], as h_a gives it.
-        y_bits, z_bits: of each element of y_hat and z_hat, under the exact scales.
+        z: float32 [B, H/64, W/64, N], the output of h_a.
+        y_bits, z_bits: bits of each element of y_hat and z_hat, where the scales of y
+            are not rounded to those of the tables.
         x_hat: float32 [B, H, W, 3], not clipped.
     """
 
@@ -162,8 +165,9 @@ class MeanScaleModel(nn.Module):
 
     Attributes:
         config: the architecture.
-        dtype: of g_a and g_s.
-        tile: most latents along a side in the fine levels at once, 0 for all.
+        dtype: the type in which g_a and g_s compute.
+        tile: largest number of latents along a side that the fine levels process at
+            once; 0 for no limit.
     """
 
     config: MeanScaleConfig
@@ -183,7 +187,7 @@ class MeanScaleModel(nn.Module):
         self.entropy = HyperSynthesis(config.latent_channels, config.hyper_channels)
 
     def __call__(self, x: Array) -> Published:
-        """The evaluation pass; x float32 [B, H, W, 3], sides multiples of 64."""
+        """The evaluation pass for x, float32 [B, H, W, 3], sides multiples of 64."""
         y = self.g_a(x)
         z = self.h_a(y)
         z_symbols = jnp.round(z - self.entropy.median)
@@ -199,7 +203,7 @@ class MeanScaleModel(nn.Module):
         )
 
     def gain(self, quality: Array) -> Array:
-        """Gain of all channels, [B, 1, 1, 1], for quality [B] in [0, 1]."""
+        """The gain of all channels, [B, 1, 1, 1], for quality [B] in [0, 1]."""
         levels = np.arange(QUALITY_LEVELS, dtype=np.float64)
         gains = np.exp2((levels - PUBLISHED_LEVEL) / _LEVELS_PER_OCTAVE)
         level = jnp.round(jnp.clip(quality, 0.0, 1.0) * (QUALITY_LEVELS - 1))
@@ -211,20 +215,20 @@ class MeanScaleModel(nn.Module):
         return self.g_a(x)
 
     def scaled_latents(self, y: Array, quality: Array) -> tuple[Array, Array]:
-        """y * gain, and z counted from its median, which the gain does not change."""
+        """y * gain, and z minus its median, which the gain does not change."""
         return y * self.gain(quality), self.h_a(y) - self.entropy.median
 
     def synthesis(self, y_hat_scaled: Array, quality: Array) -> Array:
         """x_hat = g_s(y_hat_scaled / gain), about [0, 1], not clipped."""
-        # A published g_s knows no quality: its layer for it is zero.
+        # The published g_s does not depend on the quality: its layer for it is zero.
         return self.g_s(y_hat_scaled / self.gain(quality), quality)
 
     def z_bits(self, z: Array) -> Array:
-        """Bits of each element of z counted from its median (noisy or rounded)."""
+        """Bits of each element of z minus its median (noisy or rounded)."""
         return self.prior.bits(z + self.entropy.median)
 
     def z_probability(self, z: Array) -> Array:
-        """Probability of the unit bin around each element of z, as in `z_bits`."""
+        """Probability of the unit bin around each element of z minus its median."""
         return self.prior.probability(z + self.entropy.median)
 
     def parameters(
@@ -238,8 +242,8 @@ class MeanScaleModel(nn.Module):
             inside: see `HyperSynthesis`.
 
         Returns:
-            index, whole numbers in 0..63 (nearest scale in log, with the identity as
-            gradient), and mean * 16, any number.
+            index, whole numbers in 0..63 (the nearest scale on a log axis, with a
+            straight-through gradient), and mean * 16, any number.
         """
         gain = self.gain(quality)
         mean, scale = self.entropy(z_symbols, inside)
@@ -255,7 +259,7 @@ class MeanScaleModel(nn.Module):
         masks: Masks,
         visit: Callable[[Pass, Array, Array], Array],
     ) -> Array:
-        """`CompressionModel.traverse_latents`; z_hat is counted from the median."""
+        """As `CompressionModel.traverse_latents`, for z_hat minus its median."""
         found = self.parameters(z_hat, quality, masks.z)
         (y_hat,) = traverse(
             self.config.groups,
@@ -279,9 +283,10 @@ def network_of(
 
     Args:
         config: the architecture.
-        arithmetic: of integer entropy networks (see `CompressionModel`).
-        dtype: of g_a and g_s.
-        tile: most latents along a side in the fine levels at once, 0 for all.
+        arithmetic: that of integer entropy networks (see `CompressionModel`).
+        dtype: the type in which g_a and g_s compute.
+        tile: largest number of latents along a side that the fine levels process at
+            once; 0 for no limit.
     """
     if isinstance(config, MeanScaleConfig):
         return MeanScaleModel(config, dtype, tile)

@@ -23,17 +23,17 @@ _PROBABILITY_FLOOR = 1e-9
 
 
 def scale_table() -> np.ndarray:
-    """The 64 standard deviations of the coded tables, float64, log-spaced."""
+    """The 64 standard deviations of the tables of y, float64, log-spaced."""
     return SCALE_MIN * np.exp(_LOG_STEP * np.arange(NUM_SCALES))
 
 
 def scale_from_index(index: Array) -> Array:
-    """Standard deviation of a table index; the index may be fractional."""
+    """The standard deviation of a table index, which may be fractional."""
     return SCALE_MIN * jnp.exp(_LOG_STEP * index)
 
 
 def index_from_scale(scale: np.ndarray | float) -> np.ndarray:
-    """Fractional table index of a standard deviation, clipped to the table."""
+    """The fractional table index of a standard deviation, clipped to the table."""
     index = np.log(np.asarray(scale, np.float64) / SCALE_MIN) / _LOG_STEP
     return np.clip(index, 0, NUM_SCALES - 1)
 
@@ -65,7 +65,7 @@ class FactorizedPrior(nn.Module):
     """Deep factorised density of z, one per channel (Ballé et al. 2018, 6.1).
 
     The cumulative is `sigmoid(f_K o ... o f_1)` with `f_k(x) = g_k(softplus(H_k) x +
-    b_k)`, `g_k(x) = x + tanh(a_k) tanh(x)`, none on the last layer.
+    b_k)` and `g_k(x) = x + tanh(a_k) tanh(x)`; the last layer has no g.
 
     Attributes:
         channels: number of independent densities.
@@ -124,8 +124,9 @@ class FactorizedPrior(nn.Module):
         """
         flat = jnp.moveaxis(z, -1, 0).reshape(self.channels, 1, -1)
         lower, upper = self._logits(flat - 0.5), self._logits(flat + 0.5)
-        # Both sigmoids on the side of the smaller tail, where they keep precision.
-        # Not jnp.sign: at the centre of a symmetric density it is 0, and so the mass.
+        # Both sigmoids are taken on the side of the smaller tail, where they keep their
+        # precision. jnp.sign would be 0 at the centre of a symmetric density, and the
+        # mass with it.
         sign = jnp.where(lax.stop_gradient(lower + upper) > 0, -1.0, 1.0)
         mass = jnp.abs(nn.sigmoid(sign * upper) - nn.sigmoid(sign * lower))
         return jnp.moveaxis(mass.reshape(self.channels, *z.shape[:-1]), 0, -1)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise that a decoder makes texture of.
+"""Noise from which a decoder makes texture.
 
-Files of few bits say little of sand, fur or grain, and a decoder that is asked for
-texture without anything random to make it of can only repeat what it does in each cell
-of the latents. So g_s may have noise at each level of its upward path (as StyleGAN
-has, arXiv:1812.04948), weighed by its features, which say where texture belongs and of
-which kind.
+Small files say little about sand, fur or grain, and a decoder that has to produce
+texture without a source of randomness can only repeat the same pattern in each cell of
+the latents. g_s can therefore have noise at each level of its upward path (as in
+StyleGAN, arXiv:1812.04948), weighted by its features, which say where texture belongs
+and of which kind.
 
 The noise is a function of the place in the image: a hash of row, column, channel and
-level. A file decodes to the same picture every time, whatever it is padded to.
+level. A file therefore always decodes to the same picture, however it is padded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from semlic_jax.model.layers import Conv
 
 Array = jax.Array
 
-# Odd, far apart: steps in the hash of neighbours in each direction.
+# How far apart the hash inputs of neighbours are in each direction; odd numbers.
 _STEPS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 # The mixing function of Wellons ("Hash prospector", lowbias32): shifts and multipliers.
 _MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))
@@ -37,11 +37,11 @@ def texture_noise(
 
     Args:
         size: height and width of the map.
-        channels: C; independent of each other.
-        level: of the upward path; levels are independent.
-        origin: int [B, 2], row and column that the map starts at: training draws them,
-            so that no place is always the same, and parts of an image have their own.
-            None is (0, 0), where files decode.
+        channels: C; the channels are independent of each other.
+        level: the level of the upward path; levels are independent of each other.
+        origin: int [B, 2], the row and column at which the map starts. Training draws
+            them at random, so that the noise at a given place varies, and a part of an
+            image has its own position. None means (0, 0), as when a file is decoded.
 
     Returns:
         float32 [B, H, W, C], B = 1 without an origin.
@@ -62,7 +62,7 @@ def texture_noise(
     for shift, factor in _MIX:
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     bits = bits ^ (bits >> _LAST_SHIFT)
-    # 24 bits are whole numbers in float32.
+    # float32 holds whole numbers of 24 bits exactly.
     unit = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
     return (unit - 0.5) * 12**0.5
 
@@ -71,9 +71,9 @@ class Texture(nn.Module):
     """h + mix(gate(h) * noise), both 1x1 convolutions; the identity at the start.
 
     Attributes:
-        channels: of noise.
+        channels: number of noise channels.
         level: see `texture_noise`.
-        dtype: of the computation.
+        dtype: the type of the computation.
     """
 
     channels: int

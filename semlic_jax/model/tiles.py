@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutional networks over large images, a tile at a time.
 
-The fine levels of g_a and g_s take hundreds of bytes a pixel. Every value depends on
-what is near it, so these levels can run over overlapping tiles, one after the other,
-which bounds their memory whatever the image. The result is that of the whole image but
-for rounding: borders of the image stay borders, and a tile is cut where its overlap is
-no longer seen.
+The fine levels of g_a and g_s take hundreds of bytes per pixel. Every value depends
+only on its neighbourhood, so these levels can run over overlapping tiles, one after the
+other, which bounds their memory for images of any size. The result equals that of the
+whole image up to rounding: the borders of the image remain borders, and each tile is
+cropped to the part that its own edges do not affect.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Array = jax.Array
 
 
 class Cuts(NamedTuple):
-    """How one side is cut; lengths in latents.
+    """How one side of the image is divided into tiles; lengths in latents.
 
     Attributes:
-        core: what a tile gives of the result.
-        window: what a tile sees.
+        core: the part of the result that each tile provides.
+        window: the part of the input that each tile sees.
         firsts: where each core starts; the last may overlap the one before.
     """
 
@@ -37,7 +37,7 @@ class Cuts(NamedTuple):
 
 
 def cuts(side: int, tile: int, halo: int) -> Cuts:
-    """Even tiles of at most `tile`, their halo of both ends included."""
+    """Tiles of equal size, at most `tile` with the halo at both ends."""
     if side <= tile:
         return Cuts(side, side, (0,))
     count = -(-side // (tile - 2 * halo))
@@ -58,14 +58,15 @@ def over_tiles(
     """Call a module's function on tiles of its inputs and put the results together.
 
     Args:
-        module: whose parameters the function takes, initialised before.
-        function: of the module, an int [2] with the row and the column of its window
-            in latents, and a window of each input; float32 [B, h * s, w * s, C] of
-            windows of h x w latents.
-        inputs: [B, H * r, W * r, C], r of each input its own.
+        module: the module whose parameters the function uses, already initialised.
+        function: called with the module, an int [2] with the row and the column of the
+            window in latents, and a window of each input. For windows of h x w latents
+            it returns float32 [B, h * s, w * s, C].
+        inputs: [B, H * r, W * r, C], where r may differ between inputs.
         grid: H and W, in latents.
-        tile: most latents along each side of a window, more than `2 * halo`.
-        halo: latents beyond a value that it may depend on.
+        tile: largest number of latents along each side of a window, more than
+            `2 * halo`.
+        halo: the distance in latents within which a value may depend on others.
         shape: s and C of the result.
 
     Returns:
@@ -75,12 +76,16 @@ def over_tiles(
     stride, channels = shape
     batch = inputs[0].shape[0]
     scales = [array.shape[1] // grid[0] for array in inputs]
-    last = jnp.array([side - cut.window for side, cut in zip(grid, sides, strict=True)])
+    # Explicit types: with JAX_ENABLE_X64, literals would make some indexes int64.
+    last = jnp.array(
+        [side - cut.window for side, cut in zip(grid, sides, strict=True)], jnp.int32
+    )
+    zero = jnp.int32(0)
 
     def part(array: Array, start: Array, lengths: list[int], scale: int) -> Array:
         sizes = (batch, *(length * scale for length in lengths), array.shape[3])
         return lax.dynamic_slice(
-            array, (0, start[0] * scale, start[1] * scale, 0), sizes
+            array, (zero, start[0] * scale, start[1] * scale, zero), sizes
         )
 
     def step(module: nn.Module, canvas: Array, first: Array) -> tuple[Array, None]:
@@ -91,7 +96,7 @@ def over_tiles(
         ]
         found = function(module, start, *windows)
         core = part(found, first - start, [cut.core for cut in sides], stride)
-        place = (0, first[0] * stride, first[1] * stride, 0)
+        place = (zero, first[0] * stride, first[1] * stride, zero)
         return lax.dynamic_update_slice(canvas, core, place), None
 
     firsts = np.stack(

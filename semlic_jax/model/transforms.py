@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four transforms of HiFiC (arXiv:2006.09965): g_a, g_s and h_a.
+"""Three of the four transforms of HiFiC (arXiv:2006.09965): g_a, g_s and h_a.
 
-h_s is integer-valued and lives in `model.context`. All widths come from the caller;
-with `patch=1` and `linear_skip=False` the transforms are HiFiC's own (torch-style
-symmetric padding, as in MS-ILLM).
+The fourth, h_s, works on integers and is in `model.context`. The caller chooses all
+widths; with `patch=1` and `linear_skip=False` the transforms are those of HiFiC (with
+the symmetric padding of PyTorch, as in MS-ILLM).
 
-Two options make small models train in hours instead of weeks:
+Two options let small models train in hours instead of weeks:
 
-* `patch`: the first and last convolution work on `patch x patch` pixel blocks, so the
-  full-resolution levels, which cost most of the time of a narrow network, are gone.
-* `linear_skip`: beside the network runs a trainable linear transform, with the
-  network's last layers at zero: training starts at a working codec. It is a lapped
-  transform, so that the start shows no blocks: a filter across the borders of 16 x 16
-  blocks (Malvar's LOT, written as a time-domain filter: Tran et al. 2003, "Lapped
-  transform via time-domain pre- and post-filtering"), then a linear map of each block,
-  started at the Karhunen-Loève transform of photographs (`training.klt`). The last
-  layers of g_s see what the linear part made.
+* `patch`: the first and last convolutions work on blocks of `patch x patch` pixels,
+  which removes the full-resolution levels, the most expensive part of a narrow network.
+* `linear_skip`: a trainable linear transform runs beside the network, whose last layers
+  start at zero, so training starts from a working codec. The linear transform is
+  lapped, so that no block borders show at the start: a filter across the borders of
+  16 x 16 blocks (Malvar's LOT, written as a time-domain filter: Tran et al. 2003,
+  "Lapped transform via time-domain pre- and post-filtering"), then a linear map of each
+  block, which starts as the Karhunen-Loève transform of photographs (`training.klt`).
+  The last layers of g_s also see the output of the linear part.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ _MID_GREY = 0.5
 
 
 def _halo(level_blocks: int) -> int:
-    """Latents around a place that g_a or the fine levels of g_s see at most.
+    """The largest distance in latents that g_a or the fine levels of g_s can see.
 
-    A step between levels and a residual block reach one position of the coarser level
-    each, and each level is half as coarse as the one before; the other layers reach
+    A step between levels and a residual block each reach one position of the coarser
+    level, and each level is half as coarse as the one before; the other layers reach
     less than one latent.
     """
     return 2 * (1 + level_blocks) + 1
 
 
 def lapping_matrix() -> np.ndarray:
-    """The filter across a block border that makes the LOT of a block DCT.
+    """The filter across a block border that turns a block DCT into the LOT.
 
     Returns:
-        float64 [16, 16], orthonormal; it maps the 16 samples around a border. Its
-        transpose undoes it.
+        float64 [16, 16], orthonormal; it acts on the 16 samples around a border. Its
+        transpose is its inverse.
     """
     half = STRIDE // 2
     k, i = np.mgrid[:half, :half]
@@ -81,9 +81,9 @@ def filter_borders(x: Any, matrix: Any) -> Any:
 
     Args:
         x: [B, H, W, C], JAX or NumPy, H and W multiples of 16. The outer 8 rows and
-            columns have no border and stay.
-        matrix: [16, 16], `out[j] = sum_k matrix[j, k] in[k]`; first along rows of
-            blocks, then along columns.
+            columns touch no border and stay as they are.
+        matrix: [16, 16], `out[j] = sum_k matrix[j, k] in[k]`; applied first across the
+            borders between rows of blocks, then between columns.
     """
     xp: Any = np if isinstance(x, np.ndarray) else jnp
     half = STRIDE // 2
@@ -107,13 +107,13 @@ class AnalysisTransform(nn.Module):
     Attributes:
         widths: channels at each level, finest first; `log2(16 / patch) + 1` of them.
         latent_channels: channels of y.
-        patch: pixels per side of a block of the first layer.
-        linear_skip: adds the linear block transform.
+        patch: side in pixels of the blocks on which the first layer works.
+        linear_skip: whether to add the linear transform.
         level_blocks: residual blocks at each level but the last.
-        block_remat: recompute the residual blocks in the backward pass.
-        dtype: of the computation.
-        tile: most latents along a side that are computed at once, where there are
-            parameters already (see `tiles`); 0 for all.
+        block_remat: whether to recompute the residual blocks in the backward pass.
+        dtype: the type of the computation.
+        tile: largest number of latents along a side to compute at once (see `tiles`),
+            for use once the parameters exist; 0 for no limit.
     """
 
     widths: tuple[int, ...]
@@ -176,13 +176,14 @@ class SynthesisTransform(nn.Module):
         widths: as in `AnalysisTransform`.
         blocks: residual blocks at 1/16 resolution.
         patch, linear_skip, dtype: as in `AnalysisTransform`.
-        head_norm: ChannelNorm on y_hat (HiFiC); otherwise a learnt scale per channel.
-            Latents of a linear transform carry their strength in their magnitude, which
-            the norm would take away.
-        texture_channels: of noise after each step up (see `texture`); 0 for none.
-        level_blocks: residual blocks after each step up, and its noise.
-        block_remat: recompute the residual blocks in the backward pass.
-        tile: as in `AnalysisTransform`, of the levels finer than 1/16.
+        head_norm: whether to apply ChannelNorm to y_hat, as HiFiC does; otherwise there
+            is a learnt scale per channel. The latents of a linear transform carry
+            information in their magnitude, which the norm would remove.
+        texture_channels: noise channels after each upsampling step (see `texture`); 0
+            for none.
+        level_blocks: residual blocks after each upsampling step and its noise.
+        block_remat: whether to recompute the residual blocks in the backward pass.
+        tile: as in `AnalysisTransform`, for the levels finer than 1/16.
     """
 
     widths: tuple[int, ...]
@@ -201,8 +202,9 @@ class SynthesisTransform(nn.Module):
         self, y_hat: Array, quality: Array, noise_origin: Array | None = None
     ) -> Array:
         """Maps y_hat float32 [B, h, w, M] and quality [B] in [0, 1] to x_hat float32
-        [B, 16h, 16w, 3], about [0, 1], not clipped. The noise is that of latents which
-        start at `noise_origin`, int [B, 2], row and column; None is (0, 0)."""
+        [B, 16h, 16w, 3], about [0, 1], not clipped. The latents start at
+        `noise_origin`, int [B, 2], row and column, which determines the noise; None
+        means (0, 0)."""
         h = self._coarse(y_hat, quality)
         grid = (y_hat.shape[1], y_hat.shape[2])
         if not self.tile or max(grid) <= self.tile:
@@ -220,7 +222,7 @@ class SynthesisTransform(nn.Module):
 
     @nn.nowrap
     def _coarse(self, y_hat: Array, quality: Array) -> Array:
-        """What the finer levels start from, [B, h, w, C]."""
+        """The input of the finer levels, [B, h, w, C]."""
         channels = y_hat.shape[-1]
         if self.head_norm:
             h = ChannelNorm()(y_hat)
@@ -228,7 +230,7 @@ class SynthesisTransform(nn.Module):
             scale = self.param("input_scale", nn.initializers.ones, (channels,))
             h = y_hat * scale
         h = Conv(self.widths[-1], dtype=self.dtype)(h)
-        # The decoder knows how coarsely the latents were quantised.
+        # This tells the decoder how coarsely the latents were quantised.
         features = jnp.stack([quality, quality**2], -1)
         shift = nn.Dense(
             self.widths[-1], kernel_init=nn.initializers.zeros, name="quality"
@@ -242,7 +244,7 @@ class SynthesisTransform(nn.Module):
 
     @nn.nowrap
     def _fine(self, h: Array, y_hat: Array, noise_origin: Array | None) -> Array:
-        """x_hat from the end of the coarse level, and the linear part beside it."""
+        """x_hat from the output h of the coarse level, and from y_hat linearly."""
         block = nn.remat(ResidualBlock) if self.block_remat else ResidualBlock
         for level, width in enumerate(self.widths[-2::-1]):
             h = nn.relu(ChannelNorm()(ConvTranspose(width, dtype=self.dtype)(h)))
@@ -285,8 +287,8 @@ class HyperAnalysis(nn.Module):
     """h_a: y -> z, HiFiC's three convolutions.
 
     Attributes:
-        channels: of z and of the hidden layers.
-        input_scale: a learnt scale per input channel (see
+        channels: number of channels of z and of the hidden layers.
+        input_scale: whether to learn a scale per input channel (see
             `SynthesisTransform.head_norm`).
     """
 
