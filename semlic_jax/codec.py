@@ -117,6 +117,9 @@ def _synthesise(config: Config, params: Any, y_hat: Array, level: Array) -> Arra
 class Codec:
     """One model, ready to compress and decompress.
 
+    Threads may share one. It can be copied and pickled, so it can be sent to processes
+    that are spawned; forked ones hang in JAX.
+
     Attributes:
         name: of the model.
         config: its architecture.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The front door: round trips, budgets, damaged files, wrong inputs, compilation."""
 
+import copy
 import dataclasses
 import json
 import logging
 import os
+import pickle
 
 import jax
 import numpy as np
@@ -127,6 +129,15 @@ def test_programs_of_each_bucket_are_accounted_for(codec, photograph, monkeypatc
     data = codec.compress(photograph(65, 64), quality=0.7)
     codec.decompress(data)
     assert entered == [(codec.fingerprint, (128, 64))] * 2
+
+
+def test_a_used_codec_can_be_copied_and_sent(codec, photograph):
+    image = photograph(64, 64)
+    data = codec.compress(image, quality=0.7)
+    decoded = codec.decompress(data)
+    for own in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
+        assert own.compress(image, quality=0.7) == data
+        np.testing.assert_array_equal(own.decompress(data), decoded)
 
 
 def test_parts_of_the_codec_refuse_what_they_cannot_take(codec, photograph):
