@@ -37,15 +37,16 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
-import zipfile
+import traceback
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from semlic_jax.arrays_file import as_tree, read_arrays_file
 
 if TYPE_CHECKING:
     from semlic_jax.coding.integer_networks import IntegerTree
@@ -55,12 +56,6 @@ if TYPE_CHECKING:
     from semlic_jax.model.priors import FactorizedPrior
 
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
-_MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
-# Nor may they be more than so many times the file and some bytes that every file is
-# allowed: trained parameters hardly compress, what is there to fill memory does.
-_MAX_EXPANSION = 16
-_ALLOWED_BYTES = 2**24
-_MAX_ENTRIES = 2**14
 _MAX_CONFIG_BYTES = 2**14
 _ENTRIES = {"config", "transforms", "prior", "entropy", "tables"}
 _DTYPES = ("<f2", "<f4", "|i1", "<i4", "|u1", "<u4")
@@ -271,45 +266,43 @@ def load_model(
 
     Raises:
         ValueError: no such model, or not a valid model file.
+        MemoryError: the model is too large for this machine.
     """
     from semlic_jax.coding.integer_networks import prove_exact
-    from semlic_jax.coding.symbol_tables import SymbolTables
     from semlic_jax.model.compression import ModelConfig
     from semlic_jax.model.mean_scale import MeanScaleConfig
+    from semlic_jax.model.priors import NUM_SCALES
 
     path = Path(name_or_path)
     packaged = packaged_file(path.name)
-    # A path with a folder is no name, and `Path` drops that of `./small`.
-    if os.fspath(name_or_path) == path.name and packaged.exists():
+    # A path with a folder is no name, and `Path` drops that of `./small`. `Path.exists`
+    # would raise OSError for names that the system refuses.
+    if os.fspath(name_or_path) == path.name and os.path.exists(packaged):
         path = packaged
-    elif not path.suffix and not path.exists():
+    elif not path.suffix and not os.path.exists(path):
         known = ", ".join(sorted(pretrained_models())) or "none"
         raise ValueError(
             f"expected a packaged model ({known}) or a model file, "
             f"found neither under {str(name_or_path)!r}"
         )
     try:
-        tree = _read_arrays(path)
+        tree = as_tree(_read_arrays(path))
         if set(tree) != _ENTRIES or tree["config"].size > _MAX_CONFIG_BYTES:
             raise ValueError(
                 f"expected the entries {sorted(_ENTRIES)}, found {sorted(tree)[:9]}"
             )
         fields = json.loads(tree["config"].tobytes())
-        tables = {
-            kind: SymbolTables(*(tree["tables"][kind][name] for name in _TABLE_ARRAYS))
-            for kind in ("y", "z")
-        }
+        floating = "family" in fields
+        config = MeanScaleConfig(**fields) if floating else ModelConfig(**fields)
         parts = {
             "transforms": tree["transforms"],
             "prior": tree["prior"],
-            "y_tables": tables["y"],
-            "z_tables": tables["z"],
+            "y_tables": _tables("y", tree["tables"]["y"], NUM_SCALES),
+            "z_tables": _tables("z", tree["tables"]["z"], config.hyper_channels),
         }
         model: ModelFile | FloatModelFile
-        if "family" in fields:
-            model = FloatModelFile(
-                config=MeanScaleConfig(**fields), entropy=tree["entropy"], **parts
-            )
+        if isinstance(config, MeanScaleConfig):
+            model = FloatModelFile(config=config, entropy=tree["entropy"], **parts)
             floats = {**model.transforms, "prior": model.prior}
             check_params(model.config, floats | {"entropy": model.entropy})
         else:
@@ -320,18 +313,48 @@ def load_model(
                 }
                 for layer, arrays in tree["entropy"].items()
             }
-            model = ModelFile(config=ModelConfig(**fields), integers=integers, **parts)
+            model = ModelFile(config=config, integers=integers, **parts)
             prove_exact(integers, model.config)
             check_params(model.config, {**model.transforms, "prior": model.prior})
-        _check_tables(model)
     except FileNotFoundError:
         raise ValueError(f"expected a model file, found nothing at {path}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged zip or header fails in any way it likes
         reason = str(error) or type(error).__name__
         if isinstance(error, KeyError):
             reason += " is missing"
         raise ValueError(f"{path} is not a valid model file: {reason}") from error
     return model
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return read_arrays_file(path, _DTYPES)
+    except MemoryError as error:
+        # Python's parser raises it, too, for a header that is nested too deeply.
+        frames = traceback.extract_tb(error.__traceback__)
+        if all(frame.name != "literal_eval" for frame in frames):
+            raise
+        raise ValueError("the header of an array is nested too deeply") from error
+
+
+def _tables(kind: str, arrays: Mapping[str, np.ndarray], number: int) -> SymbolTables:
+    """The tables of y or z; arrays that cannot be so many are refused uncopied."""
+    from semlic_jax.coding.symbol_tables import MAX_COUNTS, SymbolTables
+
+    offsets, starts, counts = (arrays[name] for name in _TABLE_ARRAYS)
+    if offsets.size != number or starts.size != number + 1:
+        raise ValueError(
+            f"expected {number} {kind} tables, found {offsets.size} offsets and "
+            f"{starts.size} starts"
+        )
+    if counts.size > number * MAX_COUNTS:
+        raise ValueError(
+            f"expected at most {MAX_COUNTS} counts in each of {number} {kind} tables, "
+            f"found {counts.size} in all"
+        )
+    return SymbolTables(offsets, starts, counts)
 
 
 def check_params(
@@ -388,71 +411,6 @@ def check_params(
         array = present[path]
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"expected finite floats as {label}, found others")
-
-
-def _check_tables(model: ModelFile | FloatModelFile) -> None:
-    from semlic_jax.model.priors import NUM_SCALES
-
-    for kind, tables, number in (
-        ("y", model.y_tables, NUM_SCALES),
-        ("z", model.z_tables, model.config.hyper_channels),
-    ):
-        if len(tables) != number:
-            raise ValueError(f"expected {number} {kind} tables, found {len(tables)}")
-
-
-def _read_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz file as a tree; whatever the file is, it stays in bounds.
-
-    NumPy's own reader allocates what the header of an array claims and takes entries
-    of any kind.
-    """
-    tree: dict[str, Any] = {}
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        unpacked = sum(entry.file_size for entry in entries)
-        limit = _MAX_EXPANSION * path.stat().st_size + _ALLOWED_BYTES
-        limit = min(limit, _MAX_FILE_BYTES)
-        if len(entries) > _MAX_ENTRIES or unpacked > limit:
-            raise ValueError(
-                f"expected at most {_MAX_ENTRIES} arrays of {limit} bytes together, "
-                f"found {len(entries)} of {unpacked}"
-            )
-        for entry in entries:
-            *folders, leaf = entry.filename.removesuffix(".npy").split("/")
-            node = tree
-            for folder in folders:
-                node = node.setdefault(folder, {})
-                if not isinstance(node, dict):
-                    raise ValueError(f"expected one array {folder}, found a folder too")
-            if leaf in node:
-                raise ValueError(f"expected one {entry.filename}, found two")
-            node[leaf] = _read_array(archive, entry)
-    return tree
-
-
-def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"expected {entry.filename} stored or deflated")
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(
-                f"expected {entry.filename} in version (1, 0) of .npy, found {version}"
-            )
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.str not in _DTYPES:
-            raise ValueError(
-                f"expected {entry.filename} of {', '.join(_DTYPES)}, found {dtype.str}"
-            )
-        # Without a number it would unpack all there is, whatever the directory says.
-        data = file.read(entry.file_size)
-    if len(data) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(
-            f"expected {entry.filename} of shape {shape}, found {len(data)} bytes"
-        )
-    array = np.frombuffer(data, dtype)
-    return array.reshape(shape, order="F" if columns_first else "C")
 
 
 def packaged_file(name: str) -> Path:

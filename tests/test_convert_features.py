@@ -102,11 +102,30 @@ def test_every_network_is_recognised_by_its_names(name):
 
 def test_inception_and_deep_compression_are_recognised():
     kernel = np.zeros((1, 1, 1, 1))
-    state = {"Mixed_5b.branch1x1.conv.weight": kernel, "AuxLogits.x.weight": kernel}
+    state = {"Mixed_5b.branch1x1.conv.weight": kernel}
     assert feature_weights.recognise(state, "f") == "inception_v3"
     state = {"conv1.weight": kernel, "fire2.conv1x1_1.weight": kernel}
     state |= {"fire2.conv1x1_2.weight": kernel, "fire2.conv3x3_2.weight": kernel}
     assert feature_weights.recognise(state, "f").startswith("squeezenet1_")
+
+
+@pytest.mark.parametrize("shapes", [
+    {"AuxLogits.conv0.conv.weight": (128, 768, 1, 1)},
+    {"fc.weight": (1000, 2048)},
+    {"AuxLogits.conv0.conv.weight": (128, 768, 1, 1), "fc.weight": (1000, 2048)},
+])  # fmt: skip
+@pytest.mark.parametrize("options", [(), ("--network", "inception_v3")])
+def test_torchvisions_inception_is_not_that_of_fid(tmp_path, capsys, shapes, options):
+    state = {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 192, 1, 1), np.float32)}
+    state |= {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    source = save(tmp_path / "published.npz", state)
+    error = refusal(capsys, source, tmp_path / "weights", *options)
+    assert "expected FID's Inception-v3" in error and "torchvision's" in error
+    # The published one has 1008 classes; here it lacks the other layers.
+    state = {key: state[key] for key in state if not key.startswith("AuxLogits")}
+    state["fc.weight"] = np.zeros((1008, 2048), np.float32)
+    error = refusal(capsys, save(source, state), tmp_path / "weights", *options)
+    assert "torchvision" not in error and "Conv2d_1a_3x3" in error
 
 
 def test_a_missing_tensor_is_named_and_nothing_is_written(tmp_path, capsys):

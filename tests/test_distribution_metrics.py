@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set metrics: patches, streaming and merging, Fréchet and kernel distances."""
 
+import io
 import os
 import socket
 import subprocess
@@ -106,6 +107,39 @@ def test_four_shards_merge_to_what_one_process_gives(max_kept):
     assert kernel_distance(merged, other, **options) == kernel_distance(
         whole, other, **options
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scatter": np.zeros((12, 11))}, "scatter of float64 .12, 12."),
+        ({"mean": np.zeros(12, np.float32)}, "mean of float64"),
+        ({"mean": np.full(12, np.nan)}, "finite values as mean"),
+        ({"kept": np.full((9, 12), np.inf, np.float32)}, "finite values as kept"),
+        ({"kept": np.zeros((8, 12), np.float32)}, "kept of float32 .9, 12."),
+        ({"numbers": np.arange(9)[::-1]}, "ascending numbers"),
+        ({"numbers": np.zeros(9, np.int64)}, "ascending numbers"),
+        ({"count": 8}, "numbers of int64 .8,."),
+        ({"count": -1}, "numbers of int64"),
+        ({"max_kept": 5}, "numbers of int64 .5,."),
+    ],
+)
+def test_statistics_that_no_set_has_are_refused(changes, message):
+    data = statistics_of(vectors(9)).to_bytes()
+    arrays = dict(np.load(io.BytesIO(data)))
+    changed = io.BytesIO()
+    np.savez(changed, **arrays | changes)
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics.from_bytes(changed.getvalue())
+
+
+def test_statistics_that_keep_other_numbers_of_vectors_do_not_merge():
+    statistics = statistics_of(vectors(9), max_kept=5)
+    other = FeatureStatistics(12, max_kept=6)
+    other.update(vectors(9), range(9, 18))
+    with pytest.raises(ValueError, match="keep 5 vectors, found 6"):
+        statistics.merge(other)
+    assert statistics.count == 9
 
 
 def test_the_kept_sample_is_spread_over_the_set():

@@ -3,6 +3,7 @@
 
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 
@@ -381,6 +382,65 @@ def test_wrong_weights_are_refused_with_a_reason(tmp_path, monkeypatch):
         trunks.AlexNet().init(jax.random.key(0), jnp.zeros((1, 30, 64, 3)))
 
 
+def refused_weights(path, **changes):
+    """The refusal of the packaged weights with some arrays changed."""
+    arrays = dict(np.load(features.PACKAGED_FILE)) | changes
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError) as caught:
+        load_features(path)
+    return str(caught.value)
+
+
+def test_weights_that_are_no_finite_floats_are_refused_by_their_layer(tmp_path):
+    path = tmp_path / "compact.npz"
+    name = "conv1/kernel"
+    kernel = np.load(features.PACKAGED_FILE)[name]
+    values = {
+        "others": np.where(kernel == kernel.max(), np.nan, kernel),
+        "found others": kernel.astype(np.float64) * 1e300,  # infinite as float32
+        "<U1": np.full(kernel.shape, "a"),
+        "int32": np.zeros(kernel.shape, np.int32),
+        "<c8": kernel.astype(np.complex64),
+        "|V4": np.zeros(kernel.shape, [("a", "<f4")]),
+        "<M8": np.zeros(kernel.shape, "M8[s]"),
+    }
+    for found, changed in values.items():
+        message = refused_weights(path, **{name: changed})
+        assert name in message and found in message
+    # Those of heads and of published files too.
+    heads = {
+        f"lin{i}.model.1.weight": np.ones((1, c, 1, 1), np.float32)
+        for i, c in enumerate(feature_weights._LPIPS_CHANNELS["alex"])
+    }
+    heads["lin2.model.1.weight"][0, 3] = np.inf
+    np.savez(path, **heads)
+    with pytest.raises(ValueError, match="finite floats as lin2.model.1.weight"):
+        feature_weights.load_lpips_heads(path, "alex")
+    state = {"conv1.weight": np.zeros((64, 3, 11, 11), np.int64)}
+    with pytest.raises(ValueError, match="finite floats as conv1.weight, found int64"):
+        feature_weights.convert_network(state, "alexnet")
+
+
+def test_an_array_in_the_place_of_a_folder_is_refused(tmp_path):
+    path = tmp_path / "compact.npz"
+    message = refused_weights(path, **{"conv1/kernel/x": np.zeros(2, np.float32)})
+    assert "one array conv1/kernel, found a folder too" in message
+
+
+def test_arrays_beside_those_of_the_network_are_left_out(tmp_path):
+    arrays = dict(np.load(features.PACKAGED_FILE))
+    np.savez(tmp_path / "compact.npz", **arrays, **{"other/kernel": np.array("a")})
+    assert "other" not in load_features(tmp_path / "compact.npz").params
+
+
+def test_weights_that_unpack_to_far_more_than_the_file_are_refused(tmp_path):
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, a=np.zeros(6 << 20, np.float32))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match="bytes together, found 1 of 2516"):
+        load_features(path)
+
+
 def test_published_squeezenet_tells_distortions_apart():
     net = load_features(shared_folder("SEMLIC_FEATURES", "weights"))
     assert net.module.preprocessing == "caffe"
@@ -576,6 +636,82 @@ def test_damaged_torch_files_give_one_error(tmp_path):
         read_torch_file(path)
     with pytest.raises(ValueError, match="no such file"):
         read_torch_file(tmp_path / "none.pth")
+
+
+def ordered_dict_of(pairs: int, times: int) -> bytes:
+    """A pickle that makes OrderedDicts of one list of pairs, many times."""
+    one = b"ccollections\nOrderedDict\nh\x01\x85R"
+    listed = b"".join(
+        b"(J" + index.to_bytes(4, "little") + b"Nt" for index in range(pairs)
+    )
+    return b"\x80\x02](" + listed + b"eq\x01" + times * one + b"."
+
+
+# Tuples of tuples: to hash them recurses in C, or takes exponential time.
+NESTED = b")" + b"\x85" * 2000
+DOUBLED = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
+
+
+@pytest.mark.parametrize("key", [NESTED, DOUBLED])
+def test_keys_of_torch_files_are_plain(tmp_path, key):
+    path = tmp_path / "a.pth"
+    for data in (
+        b"}" + key + b"K\x01s.",  # SETITEM
+        b"}(" + key + b"K\x01u.",  # SETITEMS
+        b"(" + key + b"K\x01d.",  # DICT
+        b"ccollections\nOrderedDict\n](](" + key + b"K\x01ee\x85R.",
+        b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + key + b"NK\x01tQ.",
+    ):
+        write_zip(path, b"\x80\x02" + data)
+        with pytest.raises(ValueError, match="it uses a tuple as a key"):
+            read_torch_file(path)
+    # The old form names its storages in a list.
+    number = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+    head = b"\x8a\x0a" + number + b".", b"M\xe9\x03.", b"}.", b"}."
+    path.write_bytes(
+        b"".join(b"\x80\x02" + part for part in head) + b"](" + key + b"e."
+    )
+    with pytest.raises(ValueError, match="it uses a tuple as a key"):
+        read_torch_file(path)
+
+
+def test_ordered_dicts_of_torch_files_copy_no_more_than_was_written(tmp_path):
+    path = tmp_path / "a.pth"
+    write_zip(path, ordered_dict_of(1000, 3))
+    with pytest.raises(ValueError, match="no single dict of tensors"):
+        read_torch_file(path)
+    write_zip(path, ordered_dict_of(1000, 5))
+    with pytest.raises(ValueError, match="copies one list of pairs many times"):
+        read_torch_file(path)
+    write_zip(path, b"\x80\x02ccollections\nOrderedDict\n}\x85R.")
+    with pytest.raises(ValueError, match="not a list of pairs"):
+        read_torch_file(path)
+
+
+def test_shapes_of_torch_files_have_an_end(tmp_path):
+    path = tmp_path / "a.pth"
+    for shape in ([1] * 65, [2**31 - 1] * 200_000):
+        write_zip(path, tensor_pickle(shape, [1] * len(shape)), [("0", bytes(24))])
+        with pytest.raises(ValueError, match="impossible shape"):
+            read_torch_file(path)
+
+
+def test_marks_of_torch_files_cost_linear_time(tmp_path):
+    marks = b"\x80\x02" + b"N" * 200_000 + b"(t" * 50_000 + b"."
+    write_zip(tmp_path / "a.pth", marks)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="no single dict of tensors"):
+        read_torch_file(tmp_path / "a.pth")
+    assert time.monotonic() - started < 30  # of a second; quadratic, of ten minutes
+
+
+def test_messages_about_torch_files_are_short(tmp_path):
+    path = tmp_path / "a.pth"
+    for data in (b"c" + b"x" * 100_000 + b"\ny\n.", NESTED + b")R."):
+        write_zip(path, b"\x80\x02" + data)
+        with pytest.raises(ValueError, match="a.pth refused") as caught:
+            read_torch_file(path)
+        assert len(str(caught.value)) < 400
 
 
 def test_normalise_channels_has_the_gradient_of_its_equation():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from semlic_jax.objectives import losses, style_losses
+from semlic_jax.objectives import losses, similarity, style_losses
 from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.losses import LossWeights, RateTarget
@@ -261,6 +261,25 @@ def test_local_mean_style_is_that_of_patches(network, pair):
     )
 
 
+def test_local_mean_style_computes_in_float32(network, pair):
+    size, half = pair[0].shape[1:3], jnp.bfloat16
+    taps, taps_hat = (
+        [tap.astype(half) for tap in network.apply(jnp.asarray(image))]
+        for image in pair
+    )
+    wide, wide_hat = ([t.astype(jnp.float32) for t in x] for x in (taps, taps_hat))
+    options = {"patch_pixels": 8}
+    found = style_losses.local_mean_style(taps, taps_hat, size, **options)
+    expected = style_losses.local_mean_style(wide, wide_hat, size, **options)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    powers = style_losses.local_mean_powers(taps, size, **options)
+    expected = style_losses.local_mean_powers(wide, size, **options)
+    for power, exact in zip(powers, expected, strict=True):
+        assert power.dtype == jnp.float32
+        np.testing.assert_allclose(power, exact, rtol=1e-6)
+
+
 def test_local_mean_style_sees_texture_that_moved():
     left = np.zeros((1, 8, 8, 4), np.float32)
     left[:, :, :4] = 1
@@ -272,6 +291,15 @@ def test_local_mean_style_sees_texture_that_moved():
         lambda a, b: style_losses.local_mean_style([a], [b], (128, 128)).sum(), (0, 1)
     )(left, moved)
     assert not np.any(to_real) and np.any(to_made)
+
+
+@pytest.mark.parametrize("side", [161, 168, 175, 176])
+def test_structural_is_one_minus_ms_ssim_where_that_is_defined(side):
+    rng = np.random.default_rng(side)
+    x = rng.random((1, side, side + 9, 3)).astype(np.float32)
+    x_hat = np.clip(x + 0.1 * rng.normal(size=x.shape), 0, 1).astype(np.float32)
+    found = losses.structural(x, x_hat)
+    np.testing.assert_allclose(found, 1 - similarity.ms_ssim(x, x_hat), rtol=1e-4)
 
 
 def cross_entropy(logits, labels):

@@ -379,6 +379,17 @@ def test_small_images_give_a_reason_and_no_number():
         similarity.ms_ssim(small, small)
 
 
+def test_lpips_squeezenet_needs_what_its_layers_need():
+    def has_maps(side):
+        side = (side - 3) // 2 + 1  # conv1
+        for _ in range(3):  # pools of 3 x 3, stride 2, sizes rounded up
+            side = -(-(side - 3) // 2) + 1
+        return side >= 1
+
+    least = metrics.IMAGE_METRICS["lpips_squeeze"].least_side
+    assert has_maps(least) and not has_maps(least - 1)
+
+
 def test_wrong_calls_are_refused(tmp_path, pair, monkeypatch):
     monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
     x, _ = pair

@@ -12,7 +12,7 @@ import pytest
 
 from semlic_jax.cli import main
 from semlic_jax.evaluation.measures import Measures
-from semlic_jax.objectives import metrics
+from semlic_jax.objectives import metrics, tfjs_files
 from semlic_jax.objectives.features import feature_distance, load_features
 from semlic_jax.objectives.tfjs_files import read_tfjs_file
 
@@ -226,11 +226,40 @@ def test_damaged_tfjs_files_are_refused_in_a_sentence(tmp_path, capsys):
     assert broken in refusal(["w.bin"], good | {"quantization": {"dtype": []}})
     for text in ("", "[]", "{}", '{"weightsManifest": [[]]}', "[" * 100_000, "\xff"):
         assert broken in refusal([], text=text)
+    assert "a has 100000 axes" in refusal(["w.bin"], good | {"shape": [9] * 100_000})
+    of_bytes = good | {"shape": [24], "dtype": "uint8"}
+    for key, value in (("scale", math.nan), ("min", math.inf), ("scale", 1e300)):
+        quantised = {"dtype": "uint8", "scale": 1.0, "min": 0.0} | {key: value}
+        message = refusal(["w.bin"], of_bytes | {"quantization": quantised})
+        assert "a has scale" in message
     # At the command line: one line, nothing written.
     outputs = str(tmp_path / "weights")
     assert main(["convert", "features", str(file), outputs]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "weights").exists()
+
+
+def test_groups_of_a_tfjs_file_are_bounded_together(tmp_path, monkeypatch):
+    file = tmp_path / "model.json"
+    (tmp_path / "w.bin").write_bytes(bytes(24))
+
+    def read(*names):
+        groups = [
+            {
+                "paths": ["w.bin"],
+                "weights": [{"name": name, "shape": [6], "dtype": "float32"}],
+            }
+            for name in names
+        ]
+        file.write_text(json.dumps({"weightsManifest": groups}))
+        return read_tfjs_file(file)
+
+    monkeypatch.setattr(tfjs_files, "_MAX_WEIGHTS_BYTES", 50)
+    assert sorted(read("a", "b")) == ["a", "b"]
+    with pytest.raises(ValueError, match="at most 50 bytes of weights"):
+        read("a", "b", "c")
+    with pytest.raises(ValueError, match="two weights named a"):
+        read("a", "a")
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):

@@ -4,6 +4,7 @@
 import dataclasses
 import io
 import json
+import os
 import tracemalloc
 import warnings
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semlic_jax import weights
+from semlic_jax import arrays_file, weights
 from semlic_jax.model.compression import SIZES, ModelConfig
 from semlic_jax.packaged import load_for, name_of_model
 from semlic_jax.weights import export_model, load_model, save_model
@@ -143,6 +144,38 @@ def test_unknown_names(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + ".npz", "a\0b", "a/" * 3000])
+def test_names_that_the_system_refuses(name):
+    with pytest.raises(ValueError, match="found neither|not a valid model file"):
+        load_model(name)
+
+
+def test_files_in_folders_that_may_not_be_read(monkeypatch):
+    """As /proc/1/root for all but root."""
+    stat = os.stat
+
+    def denied(path, **options):
+        if str(path).startswith("/locked"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(ValueError, match="found neither under '/locked/x'"):
+        load_model("/locked/x")
+
+
+@pytest.mark.parametrize("function", ["read_arrays_file", "check_params"])
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file(
+    tiny_model, function, monkeypatch
+):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(weights, function, exhausted)
+    with pytest.raises(MemoryError):
+        load_model(tiny_model)
+
+
 def test_packaged_models_have_cards_and_are_found_by_their_files():
     most_bytes = {"small": 12_000_000, "base": 60_000_000}
     assert weights.pretrained_models().keys() == most_bytes.keys()
@@ -258,12 +291,14 @@ def test_pickles_are_refused(rebuilt, tmp_path):
         ({"tables__z__counts": None}, "counts"),
         ({"tables__z__counts": npy(np.ones(3, np.uint32))}, "counts"),
         ({"tables__z__offsets": npy(np.zeros(8, np.float32))}, "offsets"),
+        ({"tables__z__offsets": npy(np.zeros(9, np.int32))}, "8 z tables, found 9 off"),
+        ({"tables__y__starts": npy(np.zeros(66, np.int32))}, "64 y tables.* 66 starts"),
         ({"config": b"config"}, "not a valid model file"),
         ({"config": npy(np.zeros(3, np.int8), version=(2, 0))}, "version"),
         ({"config": npy(np.zeros(3, np.int8))[:-1]}, "config.npy of shape"),
         ({"config": npy(np.zeros(3, np.int8)) + b"\0"}, "config.npy of shape"),
         ({"config": npy_of("{'descr': (")}, "not a valid model file: .*EOF"),
-        ({"config": npy_of("-" * 9000 + "1")}, "not a valid model file: MemoryError"),
+        ({"config": npy_of("-" * 9000 + "1")}, "an array is nested too deeply"),
         ({"config": npy_of("if 1:\n  2\n 3")}, "not a valid model file: unindent"),
         (
             {"config": npy_of("{'descr': (), 'fortran_order': False, 'shape': ()}")},
@@ -302,18 +337,35 @@ def test_claims_cost_no_memory(rebuilt, tmp_path, monkeypatch):
     claim = {"descr": "<f4", "fortran_order": False, "shape": (2**48,)}
     np.lib.format.write_array_header_1_0(header, claim)
     refused(rebuilt(transforms__log_gain=header.getvalue()), "log_gain.npy of shape")
-    monkeypatch.setattr(weights, "_MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr(arrays_file, "MAX_FILE_BYTES", 2**20)
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.npy", npy(np.zeros(2**21, np.uint8)))
     assert path.stat().st_size < 2**14
     refused(path, "of 1048576 bytes together, found 1 of 2097")
     monkeypatch.undo()
-    monkeypatch.setattr(weights, "_ALLOWED_BYTES", 2**20)
+    monkeypatch.setattr(arrays_file, "ALLOWED_BYTES", 2**20)
     limit = 16 * path.stat().st_size + 2**20
     refused(path, f"of {limit} bytes together, found 1 of 2097")
-    monkeypatch.setattr(weights, "_MAX_ENTRIES", 3)
+    monkeypatch.setattr(arrays_file, "MAX_ENTRIES", 3)
     refused(rebuilt(), "at most 3 arrays")
+
+
+def test_tables_that_do_not_fit_are_refused_before_they_are_copied(rebuilt):
+    """A file may be small and its tables not."""
+    counts = np.ones(2**23, np.uint32)
+    path = rebuilt(
+        tables__y__offsets=npy(np.zeros(2**8, np.int32)),
+        tables__y__starts=npy(np.arange(0, 2**23 + 1, 2**15, dtype=np.int32)),
+        tables__y__counts=npy(counts),
+    )
+    refused(path, "64 y tables, found 256")  # loads what any file needs
+    tracemalloc.start()
+    refused(path, "64 y tables, found 256")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2.2 * counts.nbytes  # zipfile takes twice what it returns
+    refused(rebuilt(tables__y__counts=npy(counts)), "65538 counts .* found 8388608")
 
 
 def test_a_directory_that_lies_costs_no_memory(tmp_path):

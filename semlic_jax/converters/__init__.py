@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others have published, turned into files of ours: `semlic convert`.
+"""Converters of published files into files of this package: `semlic convert`.
 
-One module for each source. May import everything below the command line; nothing but
-the command line imports this.
+There is one module for each kind of source. They may import everything below the
+command line; nothing but the command line imports them.
 """

@@ -24,7 +24,7 @@ def convert_feature_files(
     network: str | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Converts published files; all of them or, at a refusal, none.
+    """Convert published files: all of them or, if one is refused, none.
 
     Args:
         sources: .pth, .pt or .npz files: torchvision's SqueezeNets, VGG-16 and

@@ -40,12 +40,12 @@ from semlic_jax.weights import (
 
 _LEVELS = 5
 _MAX_NAME = 64
-# What the names of the autoencoder's tensors start with, and no other file's.
+# Names of the autoencoder's tensors, and of no other file's, start with these.
 _OWN_PARTS = ("encoder.blocks.", "decoder.block_0.", "hyper_analysis.")
 # In place of `_matrix0` CompressAI 1.2.7 and later write `matrices.0`.
 _NEW_PRIOR_NAMES = {"matrix": "matrices", "bias": "biases", "factor": "factors"}
 _SHOWN = 5
-# Other files that people have, by a part of a name that only they have.
+# Other files that users may try, each known by a part of a name that only it has.
 _OTHER_KINDS = {
     "bottleneck_op.": "its VQ-VAE labeller",
     "discriminator": "a discriminator",
@@ -70,7 +70,7 @@ def convert_neuralcompression(
         force: replace an existing file.
 
     Returns:
-        what was written. Its files decode only on the machine that made them.
+        the model that was written. Its files decode only on the machine that made them.
 
     Raises:
         ValueError: an unreadable file, one of another kind, tensors that are missing

@@ -37,7 +37,7 @@ _TAP_SCALE = 4.0
 
 
 class Quantised(NamedTuple):
-    """What the labeller makes of a batch.
+    """The labeller's output for a batch.
 
     Attributes:
         x_hat: float32 [B, H, W, 3], the reconstruction, not clipped.

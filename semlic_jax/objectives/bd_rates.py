@@ -15,7 +15,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 LEAST_POINTS = 4  # VCEG-M33 and everyone since
-# Of the shorter curve's range: a mean over less says nothing of the curves.
+# A share of the shorter curve's range: a mean over less says nothing of the curves.
 LEAST_OVERLAP = 0.1
 
 

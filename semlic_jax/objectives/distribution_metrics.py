@@ -15,7 +15,7 @@ processes gives, merged, what one process gives. Imports jax, numpy and this pac
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,10 +141,16 @@ class FeatureStatistics:
         """Add everything that another has seen.
 
         Raises:
-            ValueError: statistics of other features.
+            ValueError: statistics of other features, or with another `max_kept`: a
+                sample of both would not be spread evenly over the set.
         """
         _require_alike(self, other)
         if other.count:
+            if other.max_kept != self.max_kept:
+                raise ValueError(
+                    f"expected statistics that keep {self.max_kept} vectors, found "
+                    f"{other.max_kept}"
+                )
             self._require_new(other.numbers)
             self._add_moments(other.count, other.mean, other.scatter)
             self._keep(other.numbers, other.kept)
@@ -186,7 +192,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FeatureStatistics:
-        """What `to_bytes` wrote.
+        """Read back what `to_bytes` wrote.
 
         Raises:
             ValueError: anything else.
@@ -194,12 +200,12 @@ class FeatureStatistics:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 values = {key: file[key] for key in file.files}
+            count, max_kept = int(values["count"]), int(values["max_kept"])
+            _check_statistics(count, max_kept, values)
             statistics = cls(
-                len(values["mean"]),
-                label=str(values["label"]),
-                max_kept=int(values["max_kept"]),
+                len(values["mean"]), label=str(values["label"]), max_kept=max_kept
             )
-            statistics.count = int(values["count"])
+            statistics.count = count
             for name in ("mean", "scatter", "numbers", "kept"):
                 setattr(statistics, name, values[name])
         except Exception as error:  # zipfile, zlib and numpy have errors of their own
@@ -218,6 +224,30 @@ class FeatureStatistics:
             ValueError: not such a file.
         """
         return cls.from_bytes(Path(path).read_bytes())
+
+
+def _check_statistics(
+    count: int, max_kept: int, values: Mapping[str, np.ndarray]
+) -> None:
+    """Refuse arrays that no `FeatureStatistics` has."""
+    dimension = values["mean"].size
+    kept = min(count, max_kept)
+    for name, dtype, shape in (
+        ("mean", np.float64, (dimension,)),
+        ("scatter", np.float64, (dimension, dimension)),
+        ("numbers", np.int64, (kept,)),
+        ("kept", np.float32, (kept, dimension)),
+    ):
+        array = values[name]
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(
+                f"expected {name} of {np.dtype(dtype)} {shape}, found {array.dtype} "
+                f"{array.shape}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"expected finite values as {name}, found others")
+    if (np.diff(values["numbers"]) <= 0).any():
+        raise ValueError("expected ascending numbers, found others")
 
 
 def _require_alike(a: FeatureStatistics, b: FeatureStatistics) -> None:
@@ -295,7 +325,7 @@ class PatchStatistics:
             index: its place in the whole set, over all processes.
 
         Returns:
-            how many patches.
+            the number of patches.
 
         Raises:
             ValueError: see `patch_grids`.
@@ -309,7 +339,7 @@ class PatchStatistics:
         return len(patches)
 
     def statistics(self) -> FeatureStatistics:
-        """Of all images added so far."""
+        """The statistics of all images added so far."""
         if self._patches:
             self._run(len(self._patches))
         self._fold()

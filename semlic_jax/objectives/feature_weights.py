@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from semlic_jax.arrays_file import as_tree, read_arrays_file
 from semlic_jax.objectives.tfjs_files import read_tfjs_file
 from semlic_jax.objectives.torch_files import read_torch_file
 from semlic_jax.objectives.trunks import VGG16_CONVS
 
+# Numbers, and the strings that name a network and its preprocessing.
+_DTYPES = ("<f", "<i", "<u", "|i", "|u", "|b", "<U")
 _BATCH_NORM_EPS = 1e-3  # Inception-v3's and MobileNetV2's; no other has norms
 _LPIPS_CHANNELS = {
     "alex": (64, 192, 384, 256, 256),
@@ -77,7 +80,7 @@ def _sequential_names(
 
 
 def _inception_names(layer: str) -> str | None:
-    if not layer.endswith(".conv") or layer.startswith("AuxLogits"):
+    if not layer.endswith(".conv"):
         return None
     return layer.removesuffix(".conv").replace(".", "/")
 
@@ -96,17 +99,17 @@ CONVERTED = (*sorted(_RENAME), _KERAS)  # networks that `convert_network` knows
 
 
 def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
-    """Which published weights a file holds, by the names and shapes of its arrays.
+    """Recognise published weights by the names and shapes of their arrays.
 
     Args:
         arrays: by name.
         file_name: where they came from, for messages.
 
     Returns:
-        A name that `features.convert_features` takes. The weights may be incomplete.
+        a name that `features.convert_features` takes. The weights may be incomplete.
 
     Raises:
-        ValueError: none that this package knows.
+        ValueError: the weights are none that this package knows.
     """
     if "network" in arrays:
         raise ValueError(
@@ -161,7 +164,8 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         arrays to write with `numpy.savez`, `network` and `preprocessing` among them.
 
     Raises:
-        ValueError: unknown network, or no layer of it among the names.
+        ValueError: unknown network, no layer of it among the names, values that are
+            not finite floats, or torchvision's Inception-v3.
     """
     if name not in CONVERTED:
         raise ValueError(
@@ -169,6 +173,11 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         )
     if name == _KERAS:
         return _convert_keras(state)
+    if name == "inception_v3" and _is_torchvisions_inception(state):
+        raise ValueError(
+            "expected FID's Inception-v3 (pytorch-fid, torch-fidelity), found "
+            "torchvision's, whose distances are not FID"
+        )
     rename = _RENAME[name]
     arrays: dict[str, Any] = {}
     for key, value in state.items():
@@ -177,14 +186,14 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         if target is None or kind not in ("weight", "bias"):
             continue
         if kind == "bias":
-            arrays[f"{target}/bias"] = np.asarray(value, np.float32)
+            arrays[f"{target}/bias"] = finite_floats(value, key)
             continue
         if np.ndim(value) != 4:
             raise ValueError(
                 f"weight {key} should be a convolution kernel [O, I, h, w], "
                 f"found shape {np.shape(value)}"
             )
-        kernel = np.asarray(value, np.float64).transpose(2, 3, 1, 0)
+        kernel = finite_floats(value, key).astype(np.float64).transpose(2, 3, 1, 0)
         norm = layer.removesuffix(".conv") + ".bn"
         if f"{norm}.running_var" in state:
             parts = ("running_mean", "running_var", "weight", "bias")
@@ -201,6 +210,16 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     return arrays
 
 
+def _is_torchvisions_inception(state: Mapping[str, Any]) -> bool:
+    """Whether the weights are torchvision's Inception-v3.
+
+    It has an auxiliary classifier and 1000 classes; FID's has no such classifier and
+    1008 classes.
+    """
+    auxiliary = any(key.startswith("AuxLogits.") for key in state)
+    return auxiliary or np.shape(state.get("fc.weight", ()))[:1] == (1000,)
+
+
 def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
     """MobileNetV2 by Keras's names: kernels HWIO, depthwise ones [h, w, C, 1]."""
     arrays: dict[str, Any] = {}
@@ -208,7 +227,7 @@ def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
         layer, _, kind = key.rpartition("/")
         if kind not in ("kernel", "depthwise_kernel") or np.ndim(value) != 4:
             continue  # norms, and the classifier, whose kernels are matrices
-        kernel = np.asarray(value, np.float64)
+        kernel = finite_floats(value, key).astype(np.float64)
         if kind == "depthwise_kernel":
             kernel = kernel.transpose(0, 1, 3, 2)
         norm = _KERAS_NORMS.get(layer, f"{layer}_BN")
@@ -239,12 +258,16 @@ def _fold_batch_norm(
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"expected the arrays {', '.join(missing)}, found none")
-    mean, variance, gamma, beta = (np.asarray(state[n], np.float64) for n in names)
+    mean, variance, gamma, beta = (
+        finite_floats(state[name], name).astype(np.float64) for name in names
+    )
     if any(part.shape != kernel.shape[-1:] for part in (mean, variance, gamma, beta)):
         raise ValueError(
             f"expected {', '.join(names)} of {kernel.shape[-1]} channels each, found "
             f"shapes {mean.shape}, {variance.shape}, {gamma.shape}, {beta.shape}"
         )
+    if variance.min() < 0:
+        raise ValueError(f"expected variances of at least 0 in {names[1]}")
     scale = gamma / np.sqrt(variance + _BATCH_NORM_EPS)
     return kernel * scale, (beta - mean * scale).astype(np.float32)
 
@@ -263,10 +286,25 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     if path.suffix != ".npz":
         return read_torch_file(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+        return read_arrays_file(path, _DTYPES)
     except Exception as error:  # zipfile, numpy and zlib each have errors of their own
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+
+
+def finite_floats(value: Any, label: str) -> np.ndarray:
+    """The array as float32.
+
+    Raises:
+        ValueError: it holds anything but finite floats; the message has the label.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # to infinity, which is refused
+            array = array.astype(np.float32)
+        if np.isfinite(array).all():
+            return array
+        raise ValueError(f"expected finite floats as {label}, found others")
+    raise ValueError(f"expected finite floats as {label}, found {array.dtype}")
 
 
 def find_weights(path: str | Path, name: str) -> Path:
@@ -301,20 +339,16 @@ def parameter_tree(
         file_name: where they came from, for messages.
 
     Raises:
-        ValueError: weights of another network.
+        ValueError: weights of another network, or an array in the place of a folder.
     """
     network = str(arrays["network"])
     if network != name:
         raise ValueError(f"{file_name} holds weights of {network}, not of {name}")
-    params: dict[str, Any] = {}
-    for key, value in arrays.items():
-        *parents, leaf = key.split("/")
-        if not parents:  # network and preprocessing
-            continue
-        node = params
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = value
+    try:
+        # Without folder there are network and preprocessing.
+        params = as_tree({key: arrays[key] for key in arrays if "/" in key})
+    except ValueError as error:
+        raise ValueError(f"{file_name}: {error}") from None
     return params, str(arrays.get("preprocessing", "imagenet"))
 
 
@@ -327,7 +361,8 @@ def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:
         trunk: "alex", "vgg" or "squeeze" (SqueezeNet 1.1).
 
     Raises:
-        ValueError: unknown trunk, no such file, or heads of another trunk.
+        ValueError: unknown trunk, no such file, heads of another trunk, or values that
+            are not finite floats.
     """
     if trunk not in _LPIPS_CHANNELS:
         raise ValueError(f"LPIPS's trunk must be alex, vgg or squeeze, found {trunk!r}")
@@ -344,7 +379,8 @@ def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:
                 f"(1, {channels}, 1, 1) for {trunk}, "
                 f"found {'none' if value is None else value.shape}"
             )
-        heads.append(value.reshape(channels).astype(np.float32))
+        label = f"lin{index}.model.1.weight of {path.name}"
+        heads.append(finite_floats(value, label).reshape(channels))
     return heads
 
 
@@ -358,7 +394,7 @@ def load_dists_weights(
             `dists_alpha_beta.npz`.
 
     Raises:
-        ValueError: no such file, or other shapes.
+        ValueError: no such file, other shapes, or values that are not finite floats.
     """
     path = Path(path)
     if path.is_dir():
@@ -372,6 +408,6 @@ def load_dists_weights(
                 f"{path.name} should hold {key} with {sum(DISTS_CHANNELS)} weights, "
                 f"found {'none' if value is None else value.size}"
             )
-        flat = value.reshape(-1).astype(np.float32)
+        flat = finite_floats(value, f"{key} of {path.name}").reshape(-1)
         parts.append(np.split(flat, np.cumsum(DISTS_CHANNELS)[:-1]))
     return parts[0], parts[1]

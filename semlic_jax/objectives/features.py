@@ -25,6 +25,7 @@ import numpy as np
 from semlic_jax.objectives.feature_weights import (
     convert_network,
     find_weights,
+    finite_floats,
     load_dists_weights,
     load_lpips_heads,
     parameter_tree,
@@ -60,7 +61,7 @@ __all__ = [
     "normalise_channels",
 ]
 
-# What `load_features` knows: the network of each name with its default taps.
+# The networks that `load_features` knows by name, with their default taps.
 NETWORKS: dict[str, nn.Module] = {
     "squeezenet1_0": SqueezeNet("1.0"),
     "squeezenet1_1": SqueezeNet("1.1", LPIPS_TAPS["squeeze"]),
@@ -70,7 +71,7 @@ NETWORKS: dict[str, nn.Module] = {
     "mobilenet_v2": MobileNetV2(),
     "compact": CompactTrunk(),
 }
-# Whose weights the package brings: what there is where a user names none.
+# The network whose weights come with the package: used where a user names none.
 PACKAGED = "compact"
 PACKAGED_FILE = Path(__file__).parents[1] / "pretrained" / "features" / "compact.npz"
 _USUAL = "squeezenet1_0"  # taken from weights that are given without a name
@@ -94,7 +95,7 @@ class FeatureNetwork:
 
     @property
     def name(self) -> str:
-        """Which of `NETWORKS` it is: distances of two networks are not to be mixed."""
+        """Its name in `NETWORKS`: distances of different networks must not be mixed."""
 
         def kind(module: Any) -> tuple[type, str]:
             return type(module), getattr(module, "version", "")
@@ -170,16 +171,23 @@ def load_features(
     if taps is not None:
         settings["taps"] = tuple(taps)
     module = NETWORKS[name].clone(**settings)
-    _check_params(params, module, file)
-    as_float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    return FeatureNetwork(jax.tree.map(as_float32, params), module)
+    checked = _checked_params(params, module, file)
+    return FeatureNetwork(jax.tree.map(jnp.asarray, checked), module)
 
 
-def _check_params(params: Mapping[str, Any], module: nn.Module, file: Path) -> None:
-    """Refuse weights with a layer that is missing or has another shape."""
+def _checked_params(
+    params: Mapping[str, Any], module: nn.Module, file: Path
+) -> dict[str, Any]:
+    """The weights that a network has, float32.
+
+    Raises:
+        ValueError: a layer is missing, has another shape, or holds anything but finite
+            floats.
+    """
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     wanted = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+
+    def check(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         node: Any = params
         keys = [entry.key for entry in path]
         for key in keys:
@@ -191,6 +199,9 @@ def _check_params(params: Mapping[str, Any], module: nn.Module, file: Path) -> N
                 f"{'/'.join(keys)} should have shape {leaf.shape}, "
                 f"found {found or 'none'}"
             )
+        return finite_floats(node, f"layer {'/'.join(keys)} of {file.name}")
+
+    return jax.tree_util.tree_map_with_path(check, wanted)
 
 
 def convert_features(path: str | Path, name: str | None = None) -> tuple[str, bytes]:
@@ -215,7 +226,7 @@ def convert_features(path: str | Path, name: str | None = None) -> tuple[str, by
         arrays = convert_network(arrays, name)
         params, preprocessing = parameter_tree(arrays, name, path.name)
         module = NETWORKS[name].clone(preprocessing=preprocessing)
-        _check_params(params, module, path)
+        _checked_params(params, module, path)
         file_name = f"{name}.npz"
     elif name.startswith("lpips_"):
         trunk = name.removeprefix("lpips_")

@@ -196,7 +196,7 @@ class InceptionV3(nn.Module):
     def _prepare(self, images: jax.Array) -> jax.Array:
         size = (INPUT_SIDE, INPUT_SIDE)
         if self.preprocessing == "torch_fidelity":
-            # In 0..255, where 8-bit pixels are exact, as that package resizes them.
+            # That package resizes pixels in 0..255, where 8-bit values are exact.
             images = resize_bilinear(images * 255, size, half_pixel=False)
             return (images - 128) / 128
         if self.preprocessing == "pytorch_fid":

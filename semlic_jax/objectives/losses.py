@@ -12,7 +12,7 @@ terms with a weight and skips the others; the rate weight. Out: the networks who
 outputs the terms compare (`features.py`, `adversary.py`), optimisers and schedules.
 
 Images are float [B, H, W, 3] in [0, 1]; reconstructions are compared unclamped.
-Imports jax and this package's `features` and `metrics`.
+Imports jax and other modules of this package's objectives.
 """
 
 from __future__ import annotations
@@ -81,8 +81,11 @@ def structural(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     Raises:
         ValueError: a side under 11 pixels.
     """
-    smallest = min(x.shape[1:3])
-    scales = sum(smallest >> scale >= 11 for scale in range(len(MS_SSIM_WEIGHTS)))
+    smallest = side = min(x.shape[1:3])
+    scales = 0
+    while scales < len(MS_SSIM_WEIGHTS) and side >= 11:
+        scales += 1
+        side = (side + 1) // 2  # as `halve` does
     if not scales:
         raise ValueError(f"MS-SSIM needs sides of at least 11 pixels, found {smallest}")
     weights = MS_SSIM_WEIGHTS[:scales]

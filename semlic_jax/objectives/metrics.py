@@ -9,7 +9,7 @@ metrics of a set of images (`distribution_metrics.py`) and of rate-distortion cu
 Every metric takes uint8 images, [H, W, 3] or [B, H, W, 3], or float images in [0, 1],
 which are taken as they are except where a definition rounds. One value per image.
 Matrix products run in full float32 on every device: a metric that changes with the
-accelerator is none. Imports jax, numpy and this package's `features`.
+accelerator is none. Imports jax, numpy and other modules of this package's objectives.
 """
 
 from __future__ import annotations
@@ -189,9 +189,10 @@ def load_dists(folder: str | Path) -> DISTS:
 
 @exact
 def lattice_pattern(reference: Images, image: Images) -> jax.Array:
-    """What the image repeats in cells of 16 pixels, `lattice.lattice`, float32 [B].
+    """How much the image repeats in cells of 16 pixels, float32 [B].
 
-    In windows of 2 x 2 cells, as in the objective of refinement.
+    This is `lattice.lattice` in windows of 2 x 2 cells, as in the objective of
+    refinement.
     """
     x, x_hat = as_pair(reference, image)
     return lattice(x / 255, x_hat / 255, tiles=REFINED_TILES)
@@ -230,7 +231,7 @@ def ssimulacra2(reference: Images, image: Images) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class MetricInfo:
-    """What a table or plot must know of a metric.
+    """What a table or plot must know about a metric.
 
     Attributes:
         label: for axes and headings, with the unit.
@@ -251,7 +252,7 @@ IMAGE_METRICS = {
     "compact_mean_style": MetricInfo("compact mean-style distance", False, 7),
     "lpips_alex": MetricInfo("LPIPS (AlexNet)", False, 31),
     "lpips_vgg": MetricInfo("LPIPS (VGG-16)", False, 16),
-    "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 3),
+    "lpips_squeeze": MetricInfo("LPIPS (SqueezeNet)", False, 17),
     "dists": MetricInfo("DISTS", False, 16),
     "mobilenet_distance": MetricInfo("MobileNetV2 feature distance", False, 32),
     "lattice": MetricInfo("lattice", False, LATTICE_PIXELS * REFINED_TILES),

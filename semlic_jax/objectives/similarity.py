@@ -46,6 +46,7 @@ def as_pixels(images: Images) -> jax.Array:
 
 
 def as_pair(reference: Images, image: Images) -> tuple[jax.Array, jax.Array]:
+    """Both images as `as_pixels` gives them; refused if their shapes differ."""
     x, x_hat = as_pixels(reference), as_pixels(image)
     if x.shape != x_hat.shape:
         raise ValueError(
@@ -176,7 +177,10 @@ def ms_ssim_within(reference: Images, image: Images, sizes: jax.Array) -> jax.Ar
 
 
 def _ms_ssim_within(x: jax.Array, x_hat: jax.Array, size: jax.Array) -> jax.Array:
-    """Of one pair [H, W, 3], shifted by -128, the part of a size [2]: a scalar."""
+    """MS-SSIM of the upper left part, of a size [2], of one pair: a scalar.
+
+    The pair is [H, W, 3], shifted by -128.
+    """
     product = jnp.ones(3, jnp.float32)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
         last = scale == len(MS_SSIM_WEIGHTS) - 1
@@ -192,7 +196,7 @@ def _ms_ssim_within(x: jax.Array, x_hat: jax.Array, size: jax.Array) -> jax.Arra
 
 
 def _inside(x: jax.Array, size: jax.Array) -> jax.Array:
-    """Which places of x [H, W, C] are in its upper left part: bool [H, W, 1]."""
+    """A mask of the upper left part of x [H, W, C], of a size [2]: bool [H, W, 1]."""
     rows, columns = (jnp.arange(side) for side in x.shape[:2])
     return (rows[:, None] < size[0])[..., None] & (columns < size[1])[None, :, None]
 

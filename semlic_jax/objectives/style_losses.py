@@ -203,7 +203,7 @@ def local_mean_style(
     total = jnp.zeros(taps[0].shape[0], jnp.float32)
     for f, g, power in zip(taps, taps_hat, powers, strict=True):
         mean, mean_hat = (
-            jnp.mean(_split(tap, image_size, patch_pixels), axis=(2, 4))
+            _patch_means(tap, image_size, patch_pixels)
             for tap in (jax.lax.stop_gradient(f), g)
         )
         total = total + _mean_square(mean - mean_hat) / (power + 1e-6)
@@ -218,9 +218,15 @@ def local_mean_powers(
 ) -> list[jax.Array]:
     """mean_p |m_lp(x)|^2 of each layer, float32 [B]; see `local_mean_style`."""
     return [
-        _mean_square(jnp.mean(_split(tap, image_size, patch_pixels), axis=(2, 4)))
+        _mean_square(_patch_means(tap, image_size, patch_pixels))
         for tap in jax.lax.stop_gradient(list(taps))
     ]
+
+
+def _patch_means(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
+    """Means over the patches of a layer, float32 [B, rows, columns, C]."""
+    f = _split(f.astype(jnp.float32), image_size, pixels)
+    return jnp.mean(f, axis=(2, 4))
 
 
 def _mean_square(means: jax.Array) -> jax.Array:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 _MAX_JSON_BYTES = 16 << 20
-_MAX_WEIGHTS_BYTES = 1 << 30
+_MAX_WEIGHTS_BYTES = 1 << 30  # of all groups together
+_MAX_AXES = 64  # NumPy's own limit
 _DTYPES = {
     "float32": "<f4",
     "float16": "<f2",
@@ -48,11 +49,17 @@ def read_tfjs_file(path: str | Path) -> dict[str, np.ndarray]:
             f"of {path.stat().st_size}"
         )
     arrays: dict[str, np.ndarray] = {}
+    room_bytes = _MAX_WEIGHTS_BYTES
     try:
         groups = json.loads(path.read_bytes())["weightsManifest"]
         for group in groups:
-            data = _read_shards(path, group["paths"])
-            arrays |= _unpack(group["weights"], data)
+            data = _read_shards(path, group["paths"], room_bytes)
+            room_bytes -= len(data)
+            found = _unpack(group["weights"], data)
+            twice = sorted(arrays.keys() & found.keys())
+            if twice:
+                raise _Refused(f"it has two weights named {twice[0]}")
+            arrays |= found
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from None
     # RecursionError is of JSON nested too deep, the others of a form not expected.
@@ -67,10 +74,10 @@ def read_tfjs_file(path: str | Path) -> dict[str, np.ndarray]:
 
 
 class _Refused(Exception):
-    """What is wrong with a model, in a sentence."""
+    """A model is refused; the message is a sentence that says why."""
 
 
-def _read_shards(model: Path, names: list[str]) -> bytes:
+def _read_shards(model: Path, names: list[str], room_bytes: int) -> bytes:
     parts, size = [], 0
     for name in names:
         # Only neighbours: a file from elsewhere does not get to name any other path.
@@ -81,7 +88,7 @@ def _read_shards(model: Path, names: list[str]) -> bytes:
         if not file.is_file():
             raise _Refused(f"it names the file of weights {name}, which is not there")
         size += file.stat().st_size
-        if size > _MAX_WEIGHTS_BYTES:
+        if size > room_bytes:
             raise _Refused(f"expected at most {_MAX_WEIGHTS_BYTES} bytes of weights")
         parts.append(file.read_bytes())
     return b"".join(parts)
@@ -92,18 +99,24 @@ def _unpack(weights: list[Mapping[str, Any]], data: bytes) -> dict[str, np.ndarr
     offset = 0
     for weight in weights:
         name, quantised = str(weight["name"]), weight.get("quantization")
+        if len(weight["shape"]) > _MAX_AXES:
+            raise _Refused(f"{name} has {len(weight['shape'])} axes")
         shape = tuple(map(operator.index, weight["shape"]))
         kind = (quantised or weight)["dtype"]
         if kind not in _DTYPES or min(shape, default=0) < 0:
-            raise _Refused(f"{name} is of type {kind!r} and shape {shape}")
+            raise _Refused(f"{name} is of type {kind!r:.60} and shape {shape}")
         dtype = np.dtype(_DTYPES[kind])
         end = offset + math.prod(shape) * dtype.itemsize
         if end > len(data):
             break
         values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
         if quantised and "scale" in quantised:  # float16 has none
-            scale, least = np.float32(quantised["scale"]), np.float32(quantised["min"])
-            values = values.astype(np.float32) * scale + least
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                scale = np.float32(quantised["scale"])
+                least = np.float32(quantised["min"])
+                values = values.astype(np.float32) * scale + least
+            if not np.isfinite(values).all():
+                raise _Refused(f"{name} has scale {scale} and min {least}")
         elif quantised:
             values = values.astype(np.float32)
         arrays[name] = values

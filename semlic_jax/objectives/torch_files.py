@@ -41,6 +41,9 @@ _DTYPES = {
 }
 # Tensors may share a storage (tied weights), but each becomes an array of its own.
 _MAX_SHARING = 4
+_MAX_AXES = 64  # NumPy's own limit
+_MAX_NUMBER = 2**63
+_MAX_MESSAGE = 200  # characters of what a file says that go into a message
 _MARK = object()
 
 
@@ -52,7 +55,7 @@ class _Name:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return f"{self.module}.{self.name}"[:_MAX_MESSAGE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,9 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
+_ORDERED_DICT = _Name("collections", "OrderedDict")
 _ALLOWED = {
-    _Name("collections", "OrderedDict"),
+    _ORDERED_DICT,
     _Name("torch._utils", "_rebuild_tensor"),
     _Name("torch._utils", "_rebuild_tensor_v2"),
     _Name("torch._utils", "_rebuild_parameter"),
@@ -125,7 +129,8 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     except _Refused as error:
         raise ValueError(f"{path.name} refused: {error}") from None
     except Exception as error:  # a damaged pickle or zip fails in any way it likes
-        raise ValueError(f"{path.name} is not a readable PyTorch file: {error}") from (
+        reason = str(error)[:_MAX_MESSAGE]
+        raise ValueError(f"{path.name} is not a readable PyTorch file: {reason}") from (
             error
         )
 
@@ -172,7 +177,7 @@ def _open_stream(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
     position = stream.tell()
     chunks: dict[str, tuple[int, int]] = {}  # key: position, number of elements
     sizes = {s.key: s.size_bytes for s in _storages(value)}
-    for key in keys:
+    for key in map(_checked_key, keys):
         count = int.from_bytes(data[position : position + 8], "little")
         chunks[key] = (position + 8, count)
         if key not in sizes:
@@ -209,7 +214,9 @@ def _state_dict(value: Any) -> dict[str, _Tensor]:
 
     found = [tensors(value)]
     if not found[0] and isinstance(value, dict):
-        found = [inner for inner in map(tensors, value.values()) if inner]
+        # By identity: a file may refer to one large dict many times.
+        parts = {id(part): part for part in value.values()}.values()
+        found = [inner for inner in map(tensors, parts) if inner]
     if len(found) != 1 or not found[0]:
         raise _Refused("it holds no single dict of tensors; save a state_dict()")
     return found[0]
@@ -247,31 +254,73 @@ def _as_array(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
     return view.copy()
 
 
+def _checked_key(key: Any) -> Any:
+    """The key itself, if it is one that can be hashed and shown at no risk.
+
+    To hash or show nested tuples recurses in C without a limit, and takes exponential
+    time where one tuple is in another twice.
+    """
+    if key is None or isinstance(key, str | int | float):
+        return key
+    raise _Refused(f"it uses a {type(key).__name__} as a key")
+
+
+def _checked_number(value: Any) -> int:
+    """The number itself, if it is one that a shape or a size may hold."""
+    if not isinstance(value, int) or abs(value) >= _MAX_NUMBER:
+        raise ValueError("a tensor has an impossible shape")
+    return value
+
+
+def _checked_shape(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or len(values) > _MAX_AXES:
+        raise ValueError("a tensor has an impossible shape")
+    return tuple(map(_checked_number, values))
+
+
 def _storage_of(reference: Any) -> _Storage:
-    """What a persistent id stands for: ("storage", type, key, device, count)."""
+    """The storage that a persistent id ("storage", type, key, device, count) names."""
+    if not isinstance(reference, tuple) or len(reference) not in (5, 6):
+        raise _Refused("a reference that is not a plain storage")
     kind, dtype, key, _, count, *view = reference
     if kind != "storage" or not isinstance(dtype, _Name) or view not in ([], [None]):
         raise _Refused("a reference that is not a plain storage")
     if dtype.name not in _DTYPES:
         raise _Refused(f"{dtype} is not a type of storage")
-    if not isinstance(count, int) or count < 0:
+    if not isinstance(count, int) or not 0 <= count < _MAX_NUMBER:
         raise ValueError("a storage has an impossible size")
-    return _Storage(_DTYPES[dtype.name], str(key), count)
+    return _Storage(_DTYPES[dtype.name], str(_checked_key(key)), count)
+
+
+def _pairs_of(arguments: Any) -> list[Any]:
+    """The pairs that an OrderedDict is called with: a list of them, or nothing."""
+    if arguments == ():
+        return []
+    if len(arguments) != 1 or not isinstance(arguments[0], list):
+        raise _Refused("an OrderedDict of something that is not a list of pairs")
+    return arguments[0]
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
-    """What a call would have built, for the four that a dict of tensors needs."""
+    """Build what a call would have, for the four calls that a dict of tensors needs."""
+    if not isinstance(arguments, tuple):
+        raise _Refused(f"a call with a {type(arguments).__name__} as its arguments")
     name = function.name if isinstance(function, _Name) else ""
     if name == "OrderedDict":
-        return dict(*arguments)
+        return {_checked_key(key): value for key, value in _pairs_of(arguments)}
     if name == "_rebuild_parameter":
         return arguments[0]
     if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
         storage, offset, shape, strides = arguments[:4]
         if not isinstance(storage, _Storage):
             raise _Refused("a tensor without a storage")
-        return _Tensor(storage, int(offset), tuple(shape), tuple(strides))
-    raise _Refused(f"a call of {function}")
+        return _Tensor(
+            storage,
+            _checked_number(offset),
+            _checked_shape(shape),
+            _checked_shape(strides),
+        )
+    raise _Refused(f"a call of {name or type(function).__name__}")
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {
@@ -294,15 +343,19 @@ def _run(stream: io.BytesIO) -> Any:
     """Carry out one pickle's operations, up to and including its STOP."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    copied = 0
 
     def to_mark() -> list[Any]:
-        at = max(i for i, value in enumerate(stack) if value is _MARK)
-        values = stack[at + 1 :]
-        del stack[at:]
-        return values
+        # From the top: to search the whole stack for every mark takes quadratic time.
+        for at in reversed(range(len(stack))):
+            if stack[at] is _MARK:
+                values = stack[at + 1 :]
+                del stack[at:]
+                return values
+        raise ValueError("its pickle lacks a mark")
 
     argument: Any
-    for operation, argument, _ in pickletools.genops(stream):
+    for done, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         op = operation.name
         if op in _CONSTANTS:
             stack.append(_CONSTANTS[op]())
@@ -323,7 +376,8 @@ def _run(stream: io.BytesIO) -> Any:
             values = to_mark() if op != "SETITEM" else [stack.pop(-2), stack.pop()]
             if op == "DICT":
                 stack.append({})
-            stack[-1].update(zip(values[::2], values[1::2], strict=True))
+            keys = map(_checked_key, values[::2])
+            stack[-1].update(zip(keys, values[1::2], strict=True))
         elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
             memo[argument] = stack[-1]
         elif op == "MEMOIZE":
@@ -338,8 +392,13 @@ def _run(stream: io.BytesIO) -> Any:
         elif op == "BINPERSID":
             stack.append(_storage_of(stack.pop()))
         elif op == "REDUCE":
-            arguments = stack.pop()
-            stack.append(_reduce(stack.pop(), arguments))
+            arguments, function = stack.pop(), stack.pop()
+            if function == _ORDERED_DICT:
+                # A pair takes operations to write, but none to be copied again.
+                copied += len(_pairs_of(arguments))
+                if copied > done:
+                    raise _Refused("it copies one list of pairs many times")
+            stack.append(_reduce(function, arguments))
         elif op == "BUILD":  # attributes of a dict, such as a state dict's _metadata
             stack.pop()
             if not isinstance(stack[-1], dict):

@@ -26,8 +26,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN_BGR = (104.0, 117.0, 123.0)
 
 SQUEEZENET1_0_TAPS = ("conv1", "fire3", "fire5", "fire7", "fire8")
-# Of the compact trunk, each in the place of the SqueezeNet 1.0 tap above it: channels,
-# and squeeze and expand channels of the fire modules before it.
+# The taps of the compact trunk, each in the place of the SqueezeNet 1.0 tap above it:
+# their channels, and the squeeze and expand channels of the fire modules before them.
 COMPACT_STAGES: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
     "tap1": (48, ()),
     "tap2": (80, ((16, 48), (16, 48))),
@@ -301,8 +301,8 @@ class CompactTrunk(nn.Module):
     are linear (1x1 convolutions without a ReLU) and mean something when brought to unit
     length, as `features.feature_distance` does: each then stands for the unit-length
     features of its SqueezeNet tap, projected on fewer channels, so that distances have
-    nearly the same values. About 9,700 multiplications per pixel, where SqueezeNet's
-    taps take 15,000. `training/distil.py` makes its weights.
+    nearly the same values. They take about 9,700 multiplications per pixel, those of
+    SqueezeNet 15,000. `training/distil.py` makes its weights.
 
     Attributes:
         taps: layers to return, of "tap1" ... "tap5".

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read .npz files from anywhere: whatever the file is, it stays in bounds.
+
+NumPy's own reader allocates what the header of an array claims, unpacks as much as an
+entry holds and takes entries of any kind. Imports numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
+# Nor may they be more than so many times the file and some bytes that every file is
+# allowed: trained parameters hardly compress, what is there to fill memory does.
+MAX_EXPANSION = 16
+ALLOWED_BYTES = 2**24
+MAX_ENTRIES = 2**14
+
+
+def read_arrays_file(path: Path, dtypes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name, read-only.
+
+    Args:
+        path: the file.
+        dtypes: what the allowed ones start with, as `numpy.dtype.str` writes them:
+            "<f2" is one, "<f" all little-endian floats.
+
+    Raises:
+        ValueError: more or other arrays than allowed, or a damaged array. A damaged
+            archive raises what zipfile and zlib do.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        limit = MAX_EXPANSION * path.stat().st_size + ALLOWED_BYTES
+        limit = min(limit, MAX_FILE_BYTES)
+        if len(entries) > MAX_ENTRIES or unpacked > limit:
+            raise ValueError(
+                f"expected at most {MAX_ENTRIES} arrays of {limit} bytes together, "
+                f"found {len(entries)} of {unpacked}"
+            )
+        for entry in entries:
+            name = entry.filename.removesuffix(".npy")
+            if name in arrays:
+                raise ValueError(f"expected one {entry.filename}, found two")
+            arrays[name] = _read_array(archive, entry, dtypes)
+    return arrays
+
+
+def _read_array(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, dtypes: tuple[str, ...]
+) -> np.ndarray:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"expected {entry.filename} stored or deflated")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(
+                f"expected {entry.filename} in version (1, 0) of .npy, found {version}"
+            )
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        if not dtype.str.startswith(dtypes):
+            raise ValueError(
+                f"expected {entry.filename} of {', '.join(dtypes)}, found {dtype.str}"
+            )
+        # Without a number it would unpack all there is, whatever the directory says.
+        data = file.read(entry.file_size)
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"expected {entry.filename} of shape {shape}, found {len(data)} bytes"
+        )
+    array = np.frombuffer(data, dtype)
+    return array.reshape(shape, order="F" if columns_first else "C")
+
+
+def as_tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by path ("conv1/kernel") as nested dicts.
+
+    Raises:
+        ValueError: a name is that of an array and of a folder.
+    """
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for depth, folder in enumerate(folders, 1):
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                both = "/".join(folders[:depth])
+                raise ValueError(f"expected one array {both}, found a folder too")
+        if leaf in node:
+            raise ValueError(f"expected one array {name}, found a folder too")
+        node[leaf] = array
+    return tree
