@@ -12,6 +12,7 @@ from PIL import Image
 
 from semlic_jax.refinement import Refined, preset, refine_folder
 from semlic_jax.refinement import folder as folder_module
+from semlic_jax.refinement.folder_table import to_csv
 
 SIZE = (20, 30)
 SETTINGS = preset(4, gamma=0.0)
@@ -188,7 +189,7 @@ def test_another_profile_is_another_photograph(album, refined, monkeypatch):
 
 # The table.
 
-HEAD = folder_module._csv([], header=True)
+HEAD = to_csv([], header=True)
 
 
 OTHER_ORDER = b",".join(HEAD.strip().split(b",")[::-1]) + b"\n"

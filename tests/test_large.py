@@ -63,12 +63,12 @@ def pair(mini_codec, image):
 
 def test_tiles_cover_the_image_once(pair):
     whole, tiles = pair
-    tiling = tiles._tiling
+    tiling = tiles.tiling
     assert (len(tiling.rows.firsts), len(tiling.columns.firsts)) == (4, 3)
     assert max(tiling.rows.window, tiling.columns.window) <= WINDOW
     times = np.zeros(whole.images.x.shape[1:3])
     ones = tiles.images._replace(weights=jnp.ones_like(tiles.images.weights))
-    for window in tiles._windows:
+    for window in tiles.windows:
         own = windows.view(tiling, ones, window)
         weights = np.asarray(windows.only_tile(tiling, own, window).weights[0])
         row, column = (16 * start for start in window.start)
@@ -79,8 +79,8 @@ def test_tiles_cover_the_image_once(pair):
 
 def test_terms_of_tiles_add_up_to_those_of_the_image(pair):
     whole, tiles = pair
-    expected = whole._score(whole.start, whole.images, PLAIN)
-    found = tiles._score(tiles.start, tiles.images, PLAIN)
+    expected = whole.score(whole.start, whole.images, PLAIN)
+    found = tiles.score(tiles.start, tiles.images, PLAIN)
     for name, tolerance in (("bpp", 1e-6), ("mse", 1e-5), ("perceptual", 2e-2)):
         assert getattr(found, name) == pytest.approx(
             getattr(expected, name), rel=tolerance
@@ -89,7 +89,7 @@ def test_terms_of_tiles_add_up_to_those_of_the_image(pair):
     # Not for want of the terms in question.
     for name in ("mean_style", "structure"):
         weights = whole.weights._replace(**{name: jnp.float32(0)})
-        parts = whole.static, whole.frozen, whole.images, weights
+        parts = whole.frozen, whole.images, weights
         without, _ = refinement.fit.score(*parts, PLAIN, *whole.start)
         assert without.value < 0.95 * expected.value, name
 
@@ -118,10 +118,10 @@ def test_windows_have_the_noise_of_their_place(tiny_config, image):
     codec = Codec(export_model(config, lively_params(config)))
     plain = dataclasses.replace(SETTINGS, gamma=0.0, features=None)
     whole, tiles = (made(kind, codec, image, plain) for kind in (Batch, LargeImage))
-    expected = whole._score(whole.start, whole.images, PLAIN).mse
-    found = tiles._score(tiles.start, tiles.images, PLAIN).mse
+    expected = whole.score(whole.start, whole.images, PLAIN).mse
+    found = tiles.score(tiles.start, tiles.images, PLAIN).mse
     elsewhere = tiles.images._replace(noise_origin=jnp.array([[3, 3]]))
-    other = tiles._score(tiles.start, elsewhere, PLAIN).mse
+    other = tiles.score(tiles.start, elsewhere, PLAIN).mse
     assert found == pytest.approx(expected, rel=1e-5)
     assert other != pytest.approx(expected, rel=1e-4)
 
@@ -132,7 +132,7 @@ def test_the_curvature_is_that_of_the_whole_image(pair):
     found = []
     for one in pair:
         problem = one._problem(one.target, one.rng)
-        found.append(np.asarray(one._curvature(problem, jnp.round(one.start[0]))))
+        found.append(np.asarray(one.curvature(problem, jnp.round(one.start[0]))))
     expected, of_tiles = (np.mean(part[0], axis=2) for part in found)
     assert of_tiles.mean() == pytest.approx(expected.mean(), rel=0.05)
     rows, columns = (-(-side // 16) for side in SIZE)
@@ -153,10 +153,7 @@ def test_files_are_better_at_no_more_bytes(mini_codec, image):
     assert mini_codec.decompress(found.data).shape == image.shape
     # Judged by the whole image it is better too.
     judge = made(Batch, mini_codec, image)
-    ((better, start),) = (
-        values.values()
-        for values in judge._decoded_values([{found.data: None, unrefined: None}])
-    )
+    ((better, start),) = judge.decoded_values([[found.data, unrefined]])
     assert better < 0.99 * start
 
 
@@ -179,8 +176,8 @@ def test_large_images_are_refined_one_by_one(mini_codec, image, monkeypatch):
     kinds = []
 
     def watched(batch, progress):
-        kinds.append((type(batch), len(batch.sizes)))
-        return [None] * len(batch.sizes)
+        kinds.append((type(batch), len(batch.jobs)))
+        return [None] * len(batch.jobs)
 
     monkeypatch.setitem(
         refinement.refine_batch.__globals__, "_refine_together", watched

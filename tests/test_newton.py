@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +21,10 @@ from semlic_jax.objectives.similarity import ms_ssim
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement.batch import Batch
 from semlic_jax.refinement.objective import (
+    decoded_image,
     equal_weights,
     image_terms,
     objective_residuals,
-    reconstruct,
-    twin,
 )
 from semlic_jax.refinement.settings import METHODS
 from semlic_jax.refinement.structure import (
@@ -81,13 +79,13 @@ def perceptual(mini_codec, photograph):
     return new_batch(mini_codec, photograph(SIZE[0], SIZE[1] - 10, seed=3), PERCEPTUAL)
 
 
-terms_of_image = jax.jit(image_terms, static_argnums=0)
+terms_of_image = jax.jit(image_terms)
 NO_BITS = jnp.zeros(1)
 
 
 def fixed(made):
     """What the functions of a batch's objective take first."""
-    return made.static, made.frozen, made.images, made.weights
+    return made.frozen, made.images, made.weights
 
 
 # Whole refinements.
@@ -157,9 +155,9 @@ def test_perceptual_terms_count(mini_codec, image):
 def test_budgets_of_hardly_any_payload(mini_codec, image):
     """What streams take besides their symbols leaves no rate below 0 to aim at."""
     usual = new_batch(mini_codec, image)
-    less_bytes = int(usual.payload_bits[0] / 8)
+    less_bytes = int(usual.jobs[0].payload_bits / 8)
     made = new_batch(mini_codec, image, less_bytes=less_bytes)
-    assert 0 <= made.payload_bits[0] < 8
+    assert 0 <= made.jobs[0].payload_bits < 8
     stepper = made.stepper()
     stepper(2)
     for leaf in jax.tree.leaves(stepper.state._replace(best=None)):
@@ -203,18 +201,18 @@ def test_the_best_is_kept_as_it_was(batch, monkeypatch):
     assert values == sorted(values, reverse=True) and len(set(values)) > 2
     # Rounded as then, not as today's latents are; they give way where they are worse.
     state, (y, z) = stepper.state, stepper.state.latents
-    kept = batch._keep_within_budget(state._replace(latents=(y + 0.5, z)))
+    kept = batch.keep_within_budget(state._replace(latents=(y + 0.5, z)))
     assert kept.value[0] == pytest.approx(values[-1], rel=1e-5)
     np.testing.assert_array_equal(batch.best[0], state.best.latents[0])
     np.testing.assert_array_equal(batch.best_rounding.stiffness, state.best.stiffness)
     # And an early one to later ones, even where these are just beyond the budget.
-    bpp = batch._score(state.latents, batch.images, batch._rounding(state)).bpp
+    bpp = batch.score(state.latents, batch.images, batch._rounding(state)).bpp
     near = batch.target._replace(bpp=bpp / 1.001)
     monkeypatch.setattr(batch, "target", near)
     early = state.best._replace(
         latents=batch.start, value=jnp.full(1, 1e9), stiffness=0.01 * state.curvature
     )
-    batch._keep_within_budget(state._replace(best=early))
+    batch.keep_within_budget(state._replace(best=early))
     np.testing.assert_array_equal(batch.best[0], y)
 
 
@@ -246,7 +244,9 @@ def test_regions_start_from_finer_quantisers(mini_codec, image):
             [region],
             [None],
             [unrefined],
-        ).levels[0]
+        )
+        .jobs[0]
+        .level
         for region in regions
     ]
     assert levels[0] == levels[1] < levels[2] < levels[3] == levels[4] == levels[5]
@@ -264,12 +264,12 @@ def blurred(perceptual):
 
 
 def test_residuals_add_up_to_the_objective(perceptual, blurred):
-    assert perceptual.static.padded and perceptual.static.perceptual
-    assert perceptual.static.mean_style
+    assert perceptual.frozen.static.padded and perceptual.frozen.static.perceptual
+    assert perceptual.frozen.static.mean_style
     known = fixed(perceptual)[:-1]
     weights = perceptual.weights._replace(mean_style=jnp.float32(0))
     terms = terms_of_image(*known, weights, NO_BITS, blurred)
-    parts = jax.jit(objective_residuals, static_argnums=0)(*known, weights, blurred)
+    parts = jax.jit(objective_residuals)(*known, weights, blurred)
     pixels, features, *scales, pattern = (float(jnp.sum(part**2)) for part in parts)
     structure = sum(scales)
     assert pixels == pytest.approx(PERCEPTUAL.alpha * float(terms.mse[0]), rel=1e-4)
@@ -283,8 +283,8 @@ def test_residuals_add_up_to_the_objective(perceptual, blurred):
 def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, blurred):
     def value(images, weight):
         weights = perceptual.weights._replace(mean_style=jnp.float32(weight))
-        static, frozen = fixed(perceptual)[:2]
-        found = terms_of_image(static, frozen, images, weights, NO_BITS, blurred)
+        frozen = perceptual.frozen
+        found = terms_of_image(frozen, images, weights, NO_BITS, blurred)
         return float(found.value[0])
 
     images = perceptual.images
@@ -298,11 +298,11 @@ def test_mean_style_is_in_the_objective_and_counts_where_pixels_do(perceptual, b
     upper = jnp.arange(images.x.shape[1])[None, :, None] < SIZE[0] // 2
     halved = images._replace(feature_weights=images.feature_weights * upper)
     mixed = jnp.where(upper[..., None], images.x, blurred)
-    static, frozen, _, weights = fixed(perceptual)
+    frozen, _, weights = fixed(perceptual)
     zero = jnp.float32(0)
     only = weights._replace(alpha=zero, structure=zero, lattice=zero)
-    near = terms_of_image(static, frozen, halved, only, NO_BITS, mixed)
-    far = terms_of_image(static, frozen, images, only, NO_BITS, mixed)
+    near = terms_of_image(frozen, halved, only, NO_BITS, mixed)
+    far = terms_of_image(frozen, images, only, NO_BITS, mixed)
     assert near.value[0] - near.perceptual[0] < 0.1 * (far.value[0] - far.perceptual[0])
 
 
@@ -374,15 +374,12 @@ def test_lattice_is_that_of_the_image(photograph):
 
 def exact_diagonal(made, y_hat):
     """Twice the squares of the columns of the Jacobian, [h, w, M], one by one."""
-    static, frozen, images, weights = fixed(made)
+    frozen, images, weights = fixed(made)
 
     @jax.jit
     def residuals(y):
-        def forward(model):
-            return reconstruct(model, static, images, y.reshape(y_hat.shape))
-
-        x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
-        return objective_residuals(static, frozen, images, weights, x_hat)
+        x_hat = decoded_image(frozen, images, y.reshape(y_hat.shape))
+        return objective_residuals(frozen, images, weights, x_hat)
 
     made, pull_back = jax.vjp(residuals, y_hat.ravel())
     push = jax.jit(jax.linear_transpose(pull_back, made))
@@ -403,9 +400,9 @@ def test_the_curvature_is_that_of_the_objective(perceptual):
     many = jax.tree.map(lambda x: jnp.repeat(x, copies, 0), images._replace(taps=()))
     many = many._replace(taps=tuple(jnp.repeat(t, copies, 1) for t in images.taps))
     keys = jax.random.split(jax.random.key(0), copies)
-    static, frozen, _, weights = fixed(perceptual)
+    frozen, _, weights = fixed(perceptual)
     found = newton.diagonal_of(
-        static, frozen, many, weights, jnp.repeat(y_hat, copies, 0), keys, 2
+        frozen, many, weights, jnp.repeat(y_hat, copies, 0), keys, 2
     )
     assert len(np.unique(found, axis=0)) == copies
     mean = np.mean(found, 0)
@@ -534,7 +531,7 @@ def rounding(batch):
     return Rounding(jnp.zeros(1), jnp.asarray(stiff, jnp.float32))
 
 
-hard_step_terms = jax.jit(newton.hard_step_terms, static_argnums=0)
+hard_step_terms = jax.jit(newton.hard_step_terms)
 
 
 def test_rates_in_the_step_are_those_of_the_coder(batch, rounding):
@@ -542,10 +539,8 @@ def test_rates_in_the_step_are_those_of_the_coder(batch, rounding):
     terms, y_hat, bits = hard_step_terms(
         *fixed(batch), y, z, rounding, jnp.zeros_like(y), jnp.int32(0)
     )
-    static, frozen, images, _ = fixed(batch)
-    hard_bits, hard_y_hat = jax.jit(hard_latents, static_argnums=0)(
-        static, frozen, images, rounding, y, z
-    )
+    frozen, images, _ = fixed(batch)
+    hard_bits, hard_y_hat = jax.jit(hard_latents)(frozen, images, rounding, y, z)
     np.testing.assert_allclose(y_hat, hard_y_hat, atol=1e-5)
     assert float(bits[0]) == pytest.approx(float(hard_bits[0]), rel=1e-6)
     hard, _ = fit.score(*fixed(batch), rounding, y, z)

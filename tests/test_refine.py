@@ -137,11 +137,9 @@ def test_rates_in_the_scan_are_those_of_the_coder(codec, photograph):
     y_scaled, z = (
         x + 0.4 * rng.standard_normal(x.shape).astype(np.float32) for x in made.start
     )
-    terms, y_hat = fit.score(
-        made.static, made.frozen, made.images, made.weights, PLAIN, y_scaled, z
-    )
+    terms, y_hat = fit.score(made.frozen, made.images, made.weights, PLAIN, y_scaled, z)
     bits = float(terms.bpp[0]) * image.shape[0] * image.shape[1]
-    level, size = made.levels[0], made.sizes[0]
+    level, size = made.jobs[0].level, made.jobs[0].size
     symbols = codec.entropy.symbols(
         np.asarray(y_hat[0]), np.round(np.asarray(z[0])), level, size
     )
@@ -155,7 +153,6 @@ def settled(mini_codec, image):
     """A batch with its rounded latents and their terms."""
     made = new_batch(mini_codec, image)
     terms, y_hat = fit.score(
-        made.static,
         made.frozen,
         made.images,
         made.weights,
@@ -168,8 +165,7 @@ def settled(mini_codec, image):
 def test_low_temperatures_recover_hard_rounding(settled):
     """At 0.2 from their values, latents settle on them; the density is the table."""
     made, y_hat, z_hat, hard = settled
-    soft = jax.jit(soft_terms, static_argnums=0)(
-        made.static,
+    soft = jax.jit(soft_terms)(
         made.frozen,
         made.images,
         made.weights,
@@ -198,7 +194,6 @@ def test_gradients_are_finite_on_the_grid(settled, temperature):
         latents = (y_hat + offset, z_hat + offset)
         zeros = [jax.tree.map(jnp.zeros_like, latents) for _ in range(2)]
         state, terms = steps_module.run_steps(
-            made.static,
             made.frozen,
             made.images,
             made.weights,
@@ -432,7 +427,7 @@ def test_compress_refines(semlic, photo, mini_codec, mini_model, image):
 
 
 def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
-    score = Batch._score
+    score = Batch.score
     calls = []
 
     def interrupted(*args):
@@ -441,13 +436,14 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return score(*args)
 
-    monkeypatch.setattr(Batch, "_score", interrupted)
+    monkeypatch.setattr(Batch, "score", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     status, out, err = semlic(
         "compress", "photo.png", "--quality", 0.5, "--refine", 60, "--gamma", 0
     )
     assert status == 130 and "stopping with what is reached" in err
-    assert "10 steps" in out and os.path.exists("photo.semlic")
+    chunk = refinement.preset(60).chunk_steps
+    assert f" {chunk} steps" in out and os.path.exists("photo.semlic")
     assert signal.getsignal(signal.SIGINT) is handler
 
 

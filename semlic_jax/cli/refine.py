@@ -135,7 +135,7 @@ def _refine(options: argparse.Namespace) -> int:
     with progress_line() as progress, warnings_are_notes(), stops_when_asked() as stop:
         progress(f"loading the model {options.model}")
         codec = semlic_jax.load(options.model)
-        progress(f"refining {len(images)} images: compiling")
+        progress(f"refining {len(images)} images: compiling and first steps")
 
         def show(now: FolderProgress) -> bool:
             progress(f"{now.done}/{now.images} images: {_state(now.batch)}")
@@ -330,7 +330,7 @@ def refine_image(
     from semlic_jax import refinement
 
     with warnings_are_notes(note), stops_when_asked() as stop:
-        progress(f"refining {name}: compiling")
+        progress(f"refining {name}: compiling and first steps")
 
         def show(now: Progress) -> bool:
             progress(f"refining {name}: {_state(now)}")

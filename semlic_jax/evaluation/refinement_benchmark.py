@@ -32,6 +32,7 @@ import numpy as np
 
 import semlic_jax
 from semlic_jax import refinement
+from semlic_jax.codec import Codec
 from semlic_jax.evaluation.benchmark import packaged_pixels
 from semlic_jax.images import read_photograph
 from semlic_jax.refinement.batch import Batch
@@ -63,7 +64,7 @@ def photographs(paths: Sequence[Path], count: int, side: int) -> list[np.ndarray
 
 
 def new_batch(
-    codec: Any, images: Sequence[np.ndarray], settings: refinement.Settings
+    codec: Codec, images: Sequence[np.ndarray], settings: refinement.Settings
 ) -> Batch:
     """A refinement that is ready to start, at a middle quality."""
     files = [codec.compress(image, quality=_QUALITY) for image in images]
@@ -73,13 +74,21 @@ def new_batch(
 
 
 def torch_stepper(
-    codec: Any, batch: Batch, settings: refinement.Settings
+    codec: Codec, batch: Batch, settings: refinement.Settings
 ) -> Callable[[], float]:
-    """A closure that does one step of the loop in PyTorch, from the same latents."""
+    """A closure that does one step of the loop in PyTorch, from the same latents.
+
+    Raises:
+        ValueError: the loop has no networks like those of the model.
+    """
     import torch
     import torch.nn.functional as F
 
-    from semlic_jax.model.compression import QUALITY_LEVELS, entropy_model
+    from semlic_jax.model.compression import (
+        QUALITY_LEVELS,
+        ModelConfig,
+        entropy_model,
+    )
     from semlic_jax.model.context import MEAN_LIMIT, MEAN_STEPS, coding_order
     from semlic_jax.model.priors import NUM_SCALES, SCALE_MAX, SCALE_MIN
     from semlic_jax.model.transforms import STRIDE
@@ -91,8 +100,13 @@ def torch_stepper(
         squeezenet_distance,
     )
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     config = codec.config
+    if not isinstance(config, ModelConfig):
+        raise ValueError(
+            f"expected a model that is no converted one, found {config.name}: give "
+            "--no-torch"
+        )
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     params = jax.tree.map(np.asarray, codec.twin_params())
     twin = Twin(
         config, params, entropy_model(config, "float").layer_specs(), device=device
@@ -208,7 +222,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, in seconds and ratios.
 
     Raises:
-      ValueError: the photographs are too small, or weights are missing.
+      ValueError: the photographs are too small, weights are missing, or the model is
+        a converted one and the loop in PyTorch is wanted.
     """
     codec = semlic_jax.load(options.model)
     settings = refinement.preset(

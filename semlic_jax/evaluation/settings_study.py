@@ -228,10 +228,8 @@ def _ladder(codec: Codec, pixels: np.ndarray, settings: Settings) -> dict[str, A
     files = [codec.compress(pixels, quality=level / 255) for level in _LADDER]
     start = files[len(files) // 2]
     one = Batch(codec, settings, [pixels], [len(start)], [None], [None], [start])
-    (values,) = decoded_values(
-        codec, one.static, one.frozen, one.images, one.weights, [dict.fromkeys(files)]
-    )
-    return {"bytes": [len(data) for data in values], "values": list(values.values())}
+    (values,) = decoded_values(codec, one.frozen, one.images, one.weights, [files])
+    return {"bytes": [len(data) for data in files], "values": values}
 
 
 def _refine(codec: Codec, crop: _Crop, settings: Settings) -> dict[str, float]:

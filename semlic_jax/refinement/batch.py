@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from semlic_jax.refinement.objective import (
     Frozen,
     Images,
     Static,
+    Terms,
     Weights,
     equal_weights,
     original_taps,
@@ -43,6 +44,10 @@ from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target, pick
 from semlic_jax.refinement.structure import lattice_weights, structure_weights
 from semlic_jax.refinement.symbols import Rounding
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
+    from semlic_jax.codec import Latents as Analysed
 
 Array = jax.Array
 
@@ -105,11 +110,28 @@ _lattice_weights = jax.jit(lattice_weights)
 
 
 class Batch:
-    """One batch from start to end; what is fixed, and what the files are made of."""
+    """One batch from start to end; what is fixed, and what the files are made of.
+
+    A subclass that works in another way overrides what does the work: `prepared`,
+    `pixels_at_once`, `make_stepper` and `score`, which `__init__` calls, and
+    `curvature`, `stepper`, `keep_within_budget`, `decoded_values` and `finish`.
+
+    Attributes:
+        codec, settings: of the refinement.
+        jobs: what the files are made with; one for each image.
+        frozen, images, weights, target: what the steps are given.
+        rng: a key for each image, [B].
+        place: puts a pytree on the devices, split along an axis or (None) whole.
+        start: the first latents.
+        log_beta: of the multiplier of the rate at the start, float32 [B].
+        best, best_rounding, best_terms: latents to make the files of, how they are
+            rounded and the terms of that; those of the start before the first steps.
+        history: of each chunk of steps `step`, `bpp`, `value` and `beta`, [B] each.
+    """
 
     def __init__(
         self,
-        codec: Any,
+        codec: Codec,
         settings: Settings,
         pixels: Sequence[np.ndarray],
         budgets: Sequence[int],
@@ -117,14 +139,23 @@ class Batch:
         icc_profiles: Sequence[bytes | None],
         unrefined: Sequence[bytes],
     ) -> None:
+        """A batch that is ready to be refined.
+
+        Args:
+            codec, settings: of the refinement.
+            pixels: uint8 [H, W, 3] each, padded by the codec to the same size.
+            budgets: the most bytes of each file.
+            regions, icc_profiles: of each image, or None.
+            unrefined: of each image the file within its budget.
+
+        Raises:
+            ValueError: images of several buckets, or perceptual terms without feature
+                weights.
+            MemoryError: there is no room for the steps.
+        """
         self.codec = codec
         self.settings = settings
         self._newton = settings.method == "newton"
-        self.unrefined = list(unrefined)
-        self.icc_profiles = list(icc_profiles)
-        self.budgets = list(budgets)
-        self._regions = list(regions)
-        self.sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         analysed = [codec.analyse(image) for image in pixels]
         grids = {latents.y.shape for latents in analysed}
         if len(grids) != 1:
@@ -132,38 +163,44 @@ class Batch:
                 "expected images of one bucket, found latents of the shapes "
                 f"{sorted(grids)}"
             )
-        starts = [self._start(latents, i) for i, latents in enumerate(analysed)]
-        self.levels = [level for level, _ in starts]
-        overheads = [overhead_bits for _, overhead_bits in starts]
-        counts = np.array([height * width for height, width in self.sizes], np.float32)
-        self.payload_bits = 8 * np.array(budgets, np.float64) - np.array(overheads)
+        self.jobs = [
+            self._job(*parts)
+            for parts in zip(
+                analysed, budgets, regions, icc_profiles, unrefined, strict=True
+            )
+        ]
+        sizes = np.array([job.size for job in self.jobs], np.int32)
+        payload_bits = np.array([job.payload_bits for job in self.jobs])
 
         grid = grids.pop()
         features = settings.load_features()
         x = _padded(pixels, grid)
-        sizes = np.array(self.sizes, np.int32)
-        weights, feature_weights = _pixel_weights(x, self.sizes, regions)
-        self.static = Static(
-            codec.config,
-            settings.method,
-            features is not None,
-            features is not None and settings.style > 0,
-            features is not None and settings.mean_style > 0,
-            bool((sizes != x.shape[1:3]).any()),
-            settings.dtype,
+        weights, feature_weights = _pixel_weights(x, self.jobs, regions)
+        static = Static(
+            config=codec.config,
+            method=settings.method,
+            perceptual=features is not None,
+            style=features is not None and settings.style > 0,
+            mean_style=features is not None and settings.mean_style > 0,
+            padded=bool((sizes != x.shape[1:3]).any()),
+            dtype=settings.dtype,
         )
         self.weights = Weights(
-            jnp.float32(settings.alpha),
-            jnp.float32(settings.gamma),
-            jnp.float32(settings.style),
-            jnp.float32(settings.mean_style),
-            jnp.float32(settings.structure),
-            jnp.float32(settings.lattice),
+            alpha=jnp.float32(settings.alpha),
+            gamma=jnp.float32(settings.gamma),
+            style=jnp.float32(settings.style),
+            mean_style=jnp.float32(settings.mean_style),
+            structure=jnp.float32(settings.structure),
+            lattice=jnp.float32(settings.lattice),
         )
         y_bits, _ = codec.entropy.y_tables.bits_lookup()
         z_bits, _ = codec.entropy.z_tables.bits_lookup()
         frozen = Frozen(
-            codec.twin_params(), jnp.asarray(y_bits), jnp.asarray(z_bits), features
+            params=codec.twin_params(),
+            y_bits=jnp.asarray(y_bits),
+            z_bits=jnp.asarray(z_bits),
+            features=features,
+            static=static,
         )
         self.place = place = _placement(len(pixels))
         self.frozen = place(frozen, None)
@@ -174,15 +211,18 @@ class Batch:
             weights=place(weights, 0),
             feature_weights=place(feature_weights, 0),
         )
-        self.images = self._prepared(images)
-        self.start = place(self._scaled(analysed, self.levels), 0)
+        self.images = self.prepared(images)
+        self.start = place(self._scaled(analysed, 0), 0)
         self._require_memory()
-        log_beta, scale = self._slope(analysed)
+        self.best, self.best_rounding = self.start, self._plain()
+        self.best_terms = self.score(self.best, self.images, self.best_rounding)
+        self.history: list[dict[str, np.ndarray]] = []
+        log_beta, scale = self._slope(analysed, self.best_terms)
         self.log_beta = place(log_beta, 0)
-        aim_bits = _AIM * self.payload_bits
+        counts = sizes.prod(axis=1).astype(np.float32)
+        aim_bits = _AIM * payload_bits
         if self._newton:
-            spare_bits = np.minimum(_SPARE_BITS, self.payload_bits / 2)
-            aim_bits = self.payload_bits - spare_bits
+            aim_bits = payload_bits - np.minimum(_SPARE_BITS, payload_bits / 2)
         self.target = Target(
             place(np.float32(aim_bits / counts), 0),
             place(np.float32(scale * counts), 0),
@@ -199,7 +239,7 @@ class Batch:
         ]
         self.rng = place(jnp.stack(keys), 0)
 
-    def _prepared(self, images: Images) -> Images:
+    def prepared(self, images: Images) -> Images:
         """With what the objective wants to know of the originals."""
         features = self.frozen.features
         if features is None:
@@ -221,44 +261,58 @@ class Batch:
         """
 
         def needed_bytes() -> int | None:
-            count = len(self.sizes)
+            count = len(self.jobs)
             zeros = self.place(np.zeros(count, np.float32), 0)
             keys = self.place(jax.random.split(jax.random.key(0), count), 0)
             target = Target(zeros, zeros, jnp.float32(0), jnp.float32(0))
             problem = self._problem(target, keys)
-            return self._stepper(problem, zeros, self.start[0]).memory_bytes()
+            return self.make_stepper(problem, zeros, self.start[0]).memory_bytes()
 
-        require_memory("refining", self._pixels_at_once(), needed_bytes)
+        require_memory("refining", self.pixels_at_once(), needed_bytes)
 
-    def _pixels_at_once(self) -> int:
+    def pixels_at_once(self) -> int:
         """That a step works on."""
         return math.prod(self.images.x.shape[:3])
 
-    def _start(self, latents: Any, i: int) -> tuple[int, float]:
-        """The level to start from, and the bits of a file besides its symbols."""
-        codec, profile = self.codec, self.icc_profiles[i]
-        size = self.sizes[i]
-        level = round(codec.info(self.unrefined[i])["quality"] * _MAX_LEVEL)
+    def _job(
+        self,
+        latents: Analysed,
+        budget_bytes: int,
+        region: Region | None,
+        icc_profile: bytes | None,
+        unrefined: bytes,
+    ) -> fit.Job:
+        """What the image's file is made with, see there; also the level to start from.
+
+        What a file takes besides its symbols is measured near the unrefined file.
+        """
+        codec, size = self.codec, latents.size
+        level = round(codec.info(unrefined)["quality"] * _MAX_LEVEL)
         probe = level + _LEVEL_PROBE
         if probe > _MAX_LEVEL:
             probe = level - _LEVEL_PROBE
         symbols = codec.entropy.symbols(*codec.scaled(latents, probe), probe, size)
-        data = codec.encode_symbols(symbols, probe, size, profile)
+        data = codec.encode_symbols(symbols, probe, size, icc_profile)
         overhead_bits = 8 * len(data) - codec.entropy.ideal_bits(symbols, size)
-        growth = math.log(len(data) / len(self.unrefined[i])) / (probe - level)
-        wanted = math.log(
-            self.budgets[i] * (1 + self._overshoot(i)) / len(self.unrefined[i])
-        )
+        growth = math.log(len(data) / len(unrefined)) / (probe - level)
+        wanted = math.log(budget_bytes * (1 + self._overshoot(region)) / len(unrefined))
         level += round(wanted / max(growth, 1e-3))
-        return min(max(level, 0), _MAX_LEVEL), overhead_bits
+        return fit.Job(
+            size=size,
+            level=min(max(level, 0), _MAX_LEVEL),
+            budget_bytes=budget_bytes,
+            payload_bits=8 * float(budget_bytes) - overhead_bits,
+            icc_profile=icc_profile,
+            unrefined=unrefined,
+        )
 
-    def _overshoot(self, i: int) -> float:
-        """How much larger than the budget the file is that image i starts from.
+    def _overshoot(self, region: Region | None) -> float:
+        """How much larger than the budget the file is that an image starts from.
 
         What matters gets no finer than the quantiser is, so a region starts from a
         finer one, the more so the more it matters.
         """
-        region, usual = self._regions[i], self.settings.overshoot
+        usual = self.settings.overshoot
         if region is None:
             return usual
         reached = abs(math.log(region.weight_ratio())) / math.log(_REGION_RATIO)
@@ -266,30 +320,37 @@ class Batch:
         return usual + extra * min(reached, 1.0)
 
     def _quality(self, shift: int) -> np.ndarray:
-        return (np.array(self.levels, np.float32) + shift) / _MAX_LEVEL
+        """Quality, float32 [B], so many levels above those of the jobs."""
+        levels = np.array([job.level for job in self.jobs], np.float32)
+        return (levels + shift) / _MAX_LEVEL
 
-    def _scaled(self, analysed: Sequence[Any], levels: Sequence[int]) -> Latents:
+    def _scaled(self, analysed: Sequence[Analysed], shift: int) -> Latents:
+        """y_scaled and z, so many levels above those of the jobs."""
         pairs = [
-            self.codec.scaled(latents, level)
-            for latents, level in zip(analysed, levels, strict=True)
+            self.codec.scaled(latents, job.level + shift)
+            for latents, job in zip(analysed, self.jobs, strict=True)
         ]
         y_scaled, z = zip(*pairs, strict=True)
         return jnp.stack(y_scaled), jnp.stack(z)
 
-    def _slope(self, analysed: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _slope(
+        self, analysed: Sequence[Analysed], here: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         """log of beta to start with, and the loss's scale: both float32 [B].
 
         The multiplier of a constraint is the slope of the best value over the
         constraint, and the unrefined files of neighbouring qualities give that well.
+
+        Args:
+            analysed: the images.
+            here: `Terms` of the start, rounded to the nearest whole numbers.
         """
-        shift = -_LEVEL_PROBE if min(self.levels) >= _LEVEL_PROBE else _LEVEL_PROBE
-        shift = min(shift, _MAX_LEVEL - max(self.levels)) or -1
-        plain = Rounding(jnp.zeros(len(self.levels)))
-        here = self._score(self.start, self.images, plain)
-        levels = [level + shift for level in self.levels]
+        levels = [job.level for job in self.jobs]
+        shift = -_LEVEL_PROBE if min(levels) >= _LEVEL_PROBE else _LEVEL_PROBE
+        shift = min(shift, _MAX_LEVEL - max(levels)) or -1
         images = self.images._replace(quality=self.place(self._quality(shift), 0))
-        start = self.place(self._scaled(analysed, levels), 0)
-        there = self._score(start, images, plain)
+        start = self.place(self._scaled(analysed, shift), 0)
+        there = self.score(start, images, self._plain())
         rise = (there.bpp - here.bpp) * np.sign(shift)
         slope = (here.value - there.value) * np.sign(shift) / np.maximum(rise, 1e-6)
         usual = here.value / np.maximum(here.bpp, 1e-6)
@@ -298,22 +359,23 @@ class Batch:
             slope = np.full_like(slope, self.settings.beta)
         return np.log(slope), 1 / np.maximum(here.value, 1e-9)
 
-    def _score(self, latents: Latents, images: Images, rounding: Rounding) -> Any:
+    def score(self, latents: Latents, images: Images, rounding: Rounding) -> Any:
         """`Terms` of the rounded latents, as NumPy arrays."""
-        terms, _ = fit.score(
-            self.static, self.frozen, images, self.weights, rounding, *latents
-        )
+        terms, _ = fit.score(self.frozen, images, self.weights, rounding, *latents)
         return jax.tree.map(np.asarray, terms)
+
+    def _plain(self) -> Rounding:
+        """To the nearest whole number."""
+        return Rounding(jnp.zeros(len(self.jobs)))
 
     def _rounding(self, state: Any) -> Rounding:
         """How the latents of a state are rounded."""
-        plain = Rounding(jnp.zeros(len(self.levels)))
         if not self._newton:
-            return plain
+            return self._plain()
         stiffness = newton.stiffness(
             state.curvature, state.log_beta, self.images, self.settings.kappa
         )
-        return plain._replace(stiffness=stiffness)
+        return self._plain()._replace(stiffness=stiffness)
 
     def _rounding_at(self, strictness: np.ndarray) -> Rounding:
         """See `fit.fit_files`."""
@@ -324,14 +386,10 @@ class Batch:
         return best._replace(stiffness=best.stiffness * factor[:, None, None, None])
 
     def run(self, progress: Callable[[Progress], bool | None] | None) -> int:
-        """Refine; returns the number of steps that were made."""
+        """Refine, once; returns the number of steps that were made."""
         settings, steps = self.settings, self.settings.steps
         stepper = self.stepper()
         aim = self.target
-        self.best, self.best_rounding = self.start, self._rounding(stepper.state)
-        if not self._newton:
-            self.best_terms = self._score(self.best, self.images, self.best_rounding)
-        self.history: list[dict[str, np.ndarray]] = []
         done = 0
         while done < steps:
             count = min(settings.chunk_steps, steps - done)
@@ -340,7 +398,7 @@ class Batch:
             state = stepper.state
             beta = np.exp(np.asarray(state.log_beta))
             if self._newton:
-                hard = self._keep_within_budget(state)
+                hard = self.keep_within_budget(state)
             else:
                 hard = self._keep_better(state, beta)
                 # Relaxed latents take a little more or less than rounded ones.
@@ -356,13 +414,13 @@ class Batch:
     def _keep_better(self, state: relaxed.State, beta: np.ndarray) -> Any:
         """Keeps the rounded latents of a state where they are better; their `Terms`."""
         rounding = self._rounding(state)
-        hard = self._score(state.latents, self.images, rounding)
+        hard = self.score(state.latents, self.images, rounding)
         better = self._lagrangian(hard, beta) < self._lagrangian(self.best_terms, beta)
         self.best = pick(better, state.latents, self.best)
         self.best_terms = jax.tree.map(partial(np.where, better), hard, self.best_terms)
         return hard
 
-    def _keep_within_budget(self, state: newton.State) -> Any:
+    def keep_within_budget(self, state: newton.State) -> Any:
         """Keeps the best within the budget, or the last latents; their `Terms`.
 
         Whichever has the lower Lagrangian; the last ones where no best was found, as
@@ -370,11 +428,11 @@ class Batch:
         """
         last, best = self._rounding(state), state.best
         self.best, self.best_rounding = state.latents, last
-        self.best_terms = self._score(state.latents, self.images, last)
+        self.best_terms = self.score(state.latents, self.images, last)
         found = np.isfinite(np.asarray(best.value))
         if found.any():
             rounding = last._replace(stiffness=best.stiffness)
-            terms = self._score(best.latents, self.images, rounding)
+            terms = self.score(best.latents, self.images, rounding)
             beta = np.exp(np.asarray(state.log_beta))
             found &= self._lagrangian(terms, beta) <= self._lagrangian(
                 self.best_terms, beta
@@ -390,19 +448,21 @@ class Batch:
         """The steps of this batch, from its start."""
         problem = self._problem(self.target, self.rng)
         first = jnp.round(self.start[0])
-        curvature = self._curvature(problem, first) if self._newton else first
-        return self._stepper(problem, self.log_beta, curvature)
+        curvature = self.curvature(problem, first) if self._newton else first
+        return self.make_stepper(problem, self.log_beta, curvature)
 
-    def _curvature(self, problem: Problem, y_hat: Array) -> Array:
+    def curvature(self, problem: Problem, y_hat: Array) -> Array:
         """See `newton.curvature_of`."""
         return newton.curvature_of(
-            *problem[:4], y_hat, problem.rng, self.settings.probes
+            *problem[:3], y_hat, problem.rng, self.settings.probes
         )
 
     def _problem(self, target: Target, rng: Array) -> Problem:
-        return Problem(self.static, self.frozen, self.images, self.weights, target, rng)
+        return Problem(self.frozen, self.images, self.weights, target, rng)
 
-    def _stepper(self, problem: Problem, log_beta: Array, curvature: Array) -> Stepper:
+    def make_stepper(
+        self, problem: Problem, log_beta: Array, curvature: Array
+    ) -> Stepper:
         """A stepper; the curvature is for the method `newton` alone."""
         if not self._newton:
             state = relaxed.start_state(self.start, log_beta)
@@ -412,40 +472,32 @@ class Batch:
         newton_schedule = newton.make_schedule(self.settings)
         return Stepper(problem, newton_state, newton_schedule, newton.run_steps)
 
-    def _lagrangian(self, terms: Any, beta: np.ndarray) -> np.ndarray:
+    def _lagrangian(self, terms: Terms, beta: np.ndarray) -> np.ndarray:
         """Value and rate in one number; what is over the budget has to be cut off."""
         excess = terms.bpp - np.asarray(self.target.bpp)
         return terms.value + beta * (np.minimum(excess, 0) + 2 * np.maximum(excess, 0))
 
-    def _decoded_values(
-        self, files: Sequence[dict[bytes, None]]
-    ) -> list[dict[bytes, float]]:
+    def decoded_values(self, files: Sequence[Sequence[bytes]]) -> list[list[float]]:
         """The objective of what each of the files of each image decodes to."""
         return fit.decoded_values(
-            self.codec, self.static, self.frozen, self.images, self.weights, files
+            self.codec, self.frozen, self.images, self.weights, files
         )
 
     def finish(self, steps: int) -> list[Refined]:
         """The files."""
         finished = fit.fit_files(
             self.codec,
-            self.static,
             self.frozen,
             self.images,
             self.best,
             self._rounding_at,
-            self._decoded_values,
-            levels=self.levels,
-            sizes=self.sizes,
-            budgets=self.budgets,
-            payload_bits=self.payload_bits,
-            icc_profiles=self.icc_profiles,
-            unrefined=self.unrefined,
+            self.decoded_values,
+            self.jobs,
         )
         return [
             Refined(
                 data=fitted.data,
-                unrefined=self.unrefined[i],
+                unrefined=self.jobs[i].unrefined,
                 value=fitted.value,
                 unrefined_value=fitted.unrefined_value,
                 steps=steps,
@@ -469,18 +521,19 @@ def _padded(pixels: Sequence[np.ndarray], grid: tuple[int, ...]) -> np.ndarray:
 
 
 def _pixel_weights(
-    x: np.ndarray, sizes: Sequence[tuple[int, int]], regions: Sequence[Region | None]
+    x: np.ndarray, jobs: Sequence[fit.Job], regions: Sequence[Region | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the pixels in D and in the perceptual terms, float32 [B, H, W]."""
-    equal = equal_weights(x, sizes)
+    equal = equal_weights(x, [job.size for job in jobs])
     weights, feature_weights = equal.copy(), equal.copy()
-    for i, (size, region) in enumerate(zip(sizes, regions, strict=True)):
+    for i, (job, region) in enumerate(zip(jobs, regions, strict=True)):
         if region is None:
             continue
-        own = region.pixel_weights(size)
-        weights[i, : size[0], : size[1]] = own
+        height, width = job.size
+        own = region.pixel_weights(job.size)
+        weights[i, :height, :width] = own
         if region.variant == "L2":
-            feature_weights[i, : size[0], : size[1]] = own
+            feature_weights[i, :height, :width] = own
     return weights, feature_weights
 
 

@@ -13,8 +13,9 @@ it is MS-SSIM itself, where the image is large enough and has no region of inter
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +25,6 @@ from semlic_jax.objectives.similarity import MS_SSIM_LEAST_SIDE, ms_ssim_within
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
-    Static,
     Terms,
     Weights,
     decoded_image,
@@ -32,6 +32,9 @@ from semlic_jax.refinement.objective import (
     structure_distance,
 )
 from semlic_jax.refinement.symbols import Rounding, hard_latents
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
 
 Array = jax.Array
 
@@ -51,20 +54,34 @@ class Fitted(NamedTuple):
     unrefined_value: float
 
 
-class _Candidate(NamedTuple):
-    data: bytes
-    value: float
+class Job(NamedTuple):
+    """What the file of one image is made with, besides its latents.
+
+    Attributes:
+        size: height and width of the image in pixels.
+        level: quality level of the latents, 0 to 255.
+        budget_bytes: the most bytes of the file.
+        payload_bits: about what the budget leaves for symbols.
+        icc_profile: stored in the file, or None.
+        unrefined: the file without refinement within the budget.
+    """
+
+    size: tuple[int, int]
+    level: int
+    budget_bytes: int
+    payload_bits: float
+    icc_profile: bytes | None
+    unrefined: bytes
 
 
 # Three programs in the place of one, since each is needed by itself too.
-coded_latents = FloatProgram(hard_latents, static_argnums=0)
-shown_image = FloatProgram(decoded_image, static_argnums=0)
-_image_terms = FloatProgram(image_terms, static_argnums=0)
+coded_latents = FloatProgram(hard_latents)
+shown_image = FloatProgram(decoded_image)
+_image_terms = FloatProgram(image_terms)
 _structure_distance = FloatProgram(structure_distance)
 
 
 def score(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -75,65 +92,60 @@ def score(
     """The terms of the rounded latents as the coder sees them, and y_hat_scaled.
 
     Args:
-        static, frozen, images, weights: of the refinement.
+        frozen, images, weights: of the refinement.
         rounding, y_scaled, z: as in `symbols.hard_latents`.
     """
-    bits, y_hat = coded_latents(static, frozen, images, rounding, y_scaled, z)
-    x_hat = shown_image(static, frozen, images, y_hat)
-    return _image_terms(static, frozen, images, weights, bits, x_hat), y_hat
+    bits, y_hat = coded_latents(frozen, images, rounding, y_scaled, z)
+    x_hat = shown_image(frozen, images, y_hat)
+    return _image_terms(frozen, images, weights, bits, x_hat), y_hat
 
 
 def fit_files(
-    codec: Any,
-    static: Static,
+    codec: Codec,
     frozen: Frozen,
     images: Images,
     latents: tuple[Array, Array],
     rounding_at: Callable[[np.ndarray], Rounding],
-    values_of: Callable[[Sequence[dict[bytes, None]]], list[dict[bytes, float]]],
-    *,
-    levels: Sequence[int],
-    sizes: Sequence[tuple[int, int]],
-    budgets: Sequence[int],
-    payload_bits: np.ndarray,
-    icc_profiles: Sequence[bytes | None],
-    unrefined: Sequence[bytes],
+    values_of: Callable[[Sequence[Sequence[bytes]]], list[list[float]]],
+    jobs: Sequence[Job],
 ) -> list[Fitted]:
     """The best file of each image within its budget.
 
     Args:
-        codec: a `semlic_jax.Codec`.
-        static, frozen, images: of the refinement.
+        codec, frozen, images: of the refinement.
         latents: y_scaled [B, h, w, M] and z [B, h/4, w/4, N], refined.
         rounding_at: how they are rounded at a strictness [B] from -0.2 to 0.45: the
             rate falls with it, and 0 is how the refinement left them.
         values_of: gives the objectives of files, as `decoded_values`.
-        levels, sizes, budgets: quality level, height and width, and most bytes of each
-            image.
-        payload_bits: float [B], what the budget leaves for symbols, about.
-        icc_profiles, unrefined: of each image.
+        jobs: one for each image.
     """
-    count = len(levels)
+    count = len(jobs)
     y_scaled, z = latents
     z_symbols = np.round(np.asarray(z))
-    files: list[dict[bytes, None]] = [{data: None} for data in unrefined]
+    # Candidates for each image. The unrefined file is the first of them, so that the
+    # best is never worse than it.
+    files = [[job.unrefined] for job in jobs]
 
     def rounded(strictness: np.ndarray) -> tuple[np.ndarray, Array]:
         bits, y_hat = coded_latents(
-            static, frozen, images, rounding_at(strictness), y_scaled, z
+            frozen, images, rounding_at(strictness), y_scaled, z
         )
         return np.asarray(bits, np.float64), y_hat
 
-    def encode(i: int, y_hat: np.ndarray) -> bytes:
-        symbols = codec.entropy.symbols(y_hat, z_symbols[i], levels[i], sizes[i])
-        return codec.encode_symbols(symbols, levels[i], sizes[i], icc_profiles[i])
+    def make_files(y_hat: Array) -> np.ndarray:
+        """Keeps the files within their budgets; returns the bits above, [B]."""
+        excess = np.zeros(count)
+        for i, (job, y) in enumerate(zip(jobs, np.asarray(y_hat), strict=True)):
+            symbols = codec.entropy.symbols(y, z_symbols[i], job.level, job.size)
+            data = codec.encode_symbols(symbols, job.level, job.size, job.icc_profile)
+            excess[i] = 8 * (len(data) - job.budget_bytes)
+            if excess[i] <= 0 and data not in files[i]:
+                files[i].append(data)
+        return excess
 
     bits, y_hat = rounded(np.zeros(count))
-    for i, y in enumerate(np.asarray(y_hat)):
-        data = encode(i, y)
-        if len(data) <= budgets[i]:
-            files[i][data] = None
-    target = payload_bits.copy()
+    make_files(y_hat)
+    target = np.array([job.payload_bits for job in jobs])
     for _ in range(_ROUNDS):
         over = bits > target
         low = np.where(over, 0.0, _LOOSEST)  # too many bits here, if anywhere
@@ -144,55 +156,47 @@ def fit_files(
             low = np.where(found > target, middle, low)
             high = np.where(found > target, high, middle)
         _, y_hat = rounded(high)
-        excess = np.zeros(count)
-        for i, y in enumerate(np.asarray(y_hat)):
-            data = encode(i, y)
-            excess[i] = 8 * (len(data) - budgets[i])
-            if excess[i] <= 0:
-                files[i][data] = None
+        excess = make_files(y_hat)
         if (excess <= 0).all():
             break
         target -= np.where(excess > 0, excess + _STREAM_BITS, 0)
 
     fitted = []
-    for own in values_of(files):
-        candidates = [_Candidate(*pair) for pair in own.items()]
-        start = candidates[0]
-        # The unrefined file is one of them, so that this is never worse.
-        best = min(candidates, key=lambda candidate: candidate.value)
-        fitted.append(Fitted(best.data, best.value, start.value))
+    for candidates, values in zip(files, values_of(files), strict=True):
+        value = min(values)
+        fitted.append(Fitted(candidates[values.index(value)], value, values[0]))
     return fitted
 
 
 def decoded_values(
-    codec: Any,
-    static: Static,
+    codec: Codec,
     frozen: Frozen,
     images: Images,
     weights: Weights,
-    files: Sequence[dict[bytes, None]],
-) -> list[dict[bytes, float]]:
+    files: Sequence[Sequence[bytes]],
+) -> list[list[float]]:
     """The objective of what each file decodes to.
 
     Args:
-        codec, static, frozen, images, weights: of the refinement.
-        files: of each image, the keys of a dictionary.
+        codec, frozen, images, weights: of the refinement.
+        files: those of each image, of which one image may have more than another.
+
+    Returns:
+        the values of each image's files, in their order.
     """
-    values: list[dict[bytes, float]] = [{} for _ in files]
-    queues = [list(own) for own in files]
+    values: list[list[float]] = [[] for _ in files]
     original = np.asarray(images.x)
     no_bits = np.zeros(len(files), np.float32)
     measurable = _with_ms_ssim(images)
     structure_weight = float(weights.gamma * weights.structure)
-    while any(queues):
+    for now in itertools.zip_longest(*files):  # one file of each image, or None
         x_hat = original.copy()
-        now = [queue.pop(0) if queue else None for queue in queues]
         for image, data in zip(x_hat, now, strict=True):
             if data is not None:
                 decoded = codec.decompress(data)
                 height, width = decoded.shape[:2]
                 image[:height, :width] = decoded.astype(np.float32) / 255
-        terms = _image_terms(static, frozen, images, weights, no_bits, x_hat)
+        terms = _image_terms(frozen, images, weights, no_bits, x_hat)
         value = np.asarray(terms.value)
         if measurable.any():
             distance = 1 - ms_ssim_within(original, x_hat, images.sizes)
@@ -200,7 +204,7 @@ def decoded_values(
             value = value + structure_weight * np.where(measurable, change, 0)
         for own, data, found in zip(values, now, value, strict=True):
             if data is not None:
-                own[data] = float(found)
+                own.append(float(found))
     return values
 
 

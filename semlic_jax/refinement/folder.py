@@ -4,7 +4,7 @@
 Images of one bucket are refined together. What was done is kept in a CSV file beside
 the results, one row per image, so that the same command goes on where it was killed:
 a file counts as finished when its row says that the same pixels were refined in the
-same way and the file is as it was written then.
+same way and the file is as it was written then (`folder_table.py`).
 
 Of n processes each takes every n-th batch and writes a CSV of its own; nothing else
 is shared, so that they may run on machines that see the same folder.
@@ -12,14 +12,12 @@ is shared, so that they may run on machines that see the same folder.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -31,47 +29,21 @@ from semlic_jax.images import (
     write_file,
 )
 from semlic_jax.refinement.batch import Progress, Refined
+from semlic_jax.refinement.folder_table import (
+    Row,
+    Table,
+    is_as_written,
+    known_rows,
+    table_name,
+)
 from semlic_jax.refinement.large import goes_in_tiles
 from semlic_jax.refinement.refine import is_out_of_memory, refine_batch
 from semlic_jax.refinement.settings import REVISION, Settings
 
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
+
 SUFFIX = ".semlic"
-_TABLE_NAME = "refine.csv"
-_LONGEST_HEAD = 4096  # bytes that are read of the first line of a table
-_AS_NAMED = "surrogateescape"  # names of files need not be UTF-8
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one image.
-
-    Attributes:
-        image, file: names of the photograph and of its `.semlic` file.
-        width, height: in pixels.
-        bytes, bpp: of the file.
-        budget_bytes: that it was refined to.
-        unrefined_bytes: of the file without refinement within the budget.
-        value, unrefined_value: objective of both as decoded; lower is better.
-        steps: that were made.
-        seconds: of the image's batch, divided by its images.
-        task: names the pixels, their profile, the model, the budget and the settings.
-        sha256: of the file.
-    """
-
-    image: str
-    file: str
-    width: int
-    height: int
-    bytes: int
-    bpp: float
-    budget_bytes: int
-    unrefined_bytes: int
-    value: float
-    unrefined_value: float
-    steps: int
-    seconds: float
-    task: str
-    sha256: str
 
 
 @dataclass
@@ -99,7 +71,7 @@ class FolderProgress:
 
 
 def refine_folder(
-    codec: Any,
+    codec: Codec,
     images: Sequence[Path],
     out: Path,
     *,
@@ -115,7 +87,7 @@ def refine_folder(
     """Refine many photographs to a rate; goes on where an earlier run stopped.
 
     Args:
-        codec: a `semlic_jax.Codec`.
+        codec: of the model.
         images: image files, each with a stem of its own.
         out: folder of the results, made where it is not there.
         bpp: most bits per pixel of each file.
@@ -155,33 +127,21 @@ def refine_folder(
     ]
     out.mkdir(parents=True, exist_ok=True)
     task = f"{codec.fingerprint.hex()} {bpp!r} {background} {_as_text(settings)}"
-    table = _Table(out / _table_name(process, processes))
+    table = Table(out / table_name(process, processes))
     if not (force or table.is_ours()):
         raise ValueError(
             f"expected a table of refined files as {table.path}, found another file: "
             "give --force to replace it, or another folder"
         )
-    known = _known_rows(out)
-    waiting: list[Path] = []
-    for path in share:
-        row = known.get(path.name)
-        if _is_ours(row, outputs[path]):
-            assert row is not None
-            photograph = _read(path, background, report)
-            if photograph is None:
-                continue
-            alike = row.task == _task_of(task, photograph)
-            if alike and row.steps >= settings.steps:
-                report.rows.append(row)
-                continue
-        else:
-            alike = not outputs[path].exists()
-        if not (alike or force):
-            raise ValueError(
-                f"{outputs[path]} was not made from this image with these settings: "
-                "give --force to replace it, or another folder"
-            )
-        waiting.append(path)
+    waiting = _reuse(
+        known_rows(out),
+        {path: outputs[path] for path in share},
+        report,
+        task=task,
+        steps=settings.steps,
+        background=background,
+        force=force,
+    )
     groups = _batches(waiting, batch, codec, settings, report)
     for ready in _ready(codec, groups, bpp, background, report):
         listener = _Listener(progress, len(report.rows), len(share))
@@ -203,10 +163,7 @@ def refine_folder(
         seconds = (time.perf_counter() - begun_s) / len(ready)
         for each, result in zip(ready, refined, strict=True):
             output = outputs[each.path]
-            row = _row(each, output, result)
-            row = replace(
-                row, seconds=round(seconds, 3), task=_task_of(task, each.photograph)
-            )
+            row = _row(each, output, result, seconds, task)
             # The row first: a file without its row would be taken for a stranger's.
             table.add(row)
             write_file(output, result.data, force=True)
@@ -217,6 +174,51 @@ def refine_folder(
     report.rows.sort(key=lambda row: row.image)
     table.finish(report.rows)
     return report
+
+
+def _reuse(
+    known: Mapping[str, Row],
+    outputs: Mapping[Path, Path],
+    report: Report,
+    *,
+    task: str,
+    steps: int,
+    background: tuple[int, int, int] | None,
+    force: bool,
+) -> list[Path]:
+    """Reports the images that an earlier run has done; returns those to refine.
+
+    Args:
+        known: rows of earlier runs, by the image's name.
+        outputs: the file of each image.
+        report: gets their rows, and why an image cannot be read.
+        task: of this run, without an image; see `_task_of`.
+        steps: that an image is refined in, unless it was stopped before.
+        background, force: see `refine_folder`.
+
+    Raises:
+        ValueError: a file is there that was made otherwise, and is not to be replaced.
+    """
+    waiting: list[Path] = []
+    for path, output in outputs.items():
+        row = known.get(path.name)
+        if row is not None and is_as_written(row, output):
+            photograph = _read(path, background, report)
+            if photograph is None:
+                continue
+            alike = row.task == _task_of(task, photograph)
+            if alike and row.steps >= steps:
+                report.rows.append(row)
+                continue
+        else:
+            alike = not output.exists()
+        if not (alike or force):
+            raise ValueError(
+                f"{output} was not made from this image with these settings: give "
+                "--force to replace it, or another folder"
+            )
+        waiting.append(path)
+    return waiting
 
 
 class _Listener:
@@ -238,99 +240,6 @@ class _Listener:
         return not self.stopped
 
 
-class _Table:
-    """A CSV of rows: added one by one, on disk at once; whole and sorted at the end."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def is_ours(self) -> bool:
-        """Whether nothing is there, or such a table, its end cut off or not."""
-        if not self.path.exists():
-            return True
-        with open(self.path, "rb") as stream:
-            head = stream.readline(_LONGEST_HEAD)
-        columns = next(csv.reader([head.decode("utf-8", _AS_NAMED)]), [])
-        ours = {entry.name for entry in fields(Row)} <= set(columns)
-        return ours or _csv([], header=True).startswith(head)
-
-    def add(self, row: Row) -> None:
-        """Appends a row, to a whole table: a killed run may have left half a line."""
-        if not self._is_whole():
-            self.finish([])
-        with open(self.path, "ab") as stream:
-            stream.write(_csv([row], header=False))
-
-    def finish(self, rows: Sequence[Row]) -> None:
-        """Leaves one row per image: these, and those of images of other runs."""
-        found = {row.image: row for row in _rows_in(self.path)}
-        found |= {row.image: row for row in rows}
-        kept = sorted(found.values(), key=lambda row: row.image)
-        write_file(self.path, _csv(kept, header=True), force=True)
-
-    def _is_whole(self) -> bool:
-        """Whether a line of ours can follow."""
-        if not self.path.exists():
-            return False
-        data = self.path.read_bytes()
-        return data.startswith(_csv([], header=True)) and data.endswith(b"\n")
-
-
-def _csv(rows: Sequence[Row], *, header: bool) -> bytes:
-    stream = io.StringIO()
-    plain = csv.writer(stream, lineterminator="\n")
-    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    if header:
-        plain.writerow(entry.name for entry in fields(Row))
-    for row in rows:
-        # Python before 3.13 quotes no carriage return by itself.
-        writer = quoted if "\r" in row.image else plain
-        writer.writerow(asdict(row).values())
-    return stream.getvalue().encode("utf-8", _AS_NAMED)
-
-
-def _rows_in(path: Path) -> Iterator[Row]:
-    """Rows of a table; a line that was cut off is left out."""
-    if not path.exists():
-        return
-    text = path.read_bytes().decode("utf-8", _AS_NAMED)
-    for record in csv.DictReader(io.StringIO(text, newline="")):
-        try:
-            yield Row(
-                **{
-                    entry.name: _CONVERT[str(entry.type)](record[entry.name])
-                    for entry in fields(Row)
-                }
-            )
-        except (KeyError, TypeError, ValueError):
-            continue
-
-
-def _known_rows(out: Path) -> dict[str, Row]:
-    """Rows of earlier runs by any number of processes, by the image's name.
-
-    Of two rows of one image, that of the file which is there; else the later one.
-    """
-    stem, suffix = _TABLE_NAME.split(".")
-    found: dict[str, Row] = {}
-    for path in sorted(out.glob(f"{stem}*.{suffix}")):
-        for row in _rows_in(path):
-            kept = found.get(row.image)
-            if kept is None or not _is_ours(kept, out / kept.file):
-                found[row.image] = row
-    return found
-
-
-_CONVERT: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
-
-
-def _table_name(process: int, processes: int) -> str:
-    if processes == 1:
-        return _TABLE_NAME
-    stem, suffix = _TABLE_NAME.split(".")
-    return f"{stem}.{process}-of-{processes}.{suffix}"
-
-
 def _outputs(images: Sequence[Path], out: Path) -> dict[Path, Path]:
     taken: dict[Path, Path] = {}
     for path in images:
@@ -345,7 +254,7 @@ def _outputs(images: Sequence[Path], out: Path) -> dict[Path, Path]:
 
 
 def _batches(
-    images: Sequence[Path], most: int, codec: Any, settings: Settings, report: Report
+    images: Sequence[Path], most: int, codec: Codec, settings: Settings, report: Report
 ) -> list[list[Path]]:
     """Images of one bucket, at most so many at a time; those of no size are skipped.
 
@@ -376,7 +285,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(
-    codec: Any,
+    codec: Codec,
     groups: Sequence[Sequence[Path]],
     bpp: float,
     background: tuple[int, int, int] | None,
@@ -395,7 +304,7 @@ def _ready(
 
 
 def _compressed(
-    codec: Any,
+    codec: Codec,
     paths: Sequence[Path],
     bpp: float,
     background: tuple[int, int, int] | None,
@@ -434,7 +343,9 @@ def _reason(error: BaseException) -> str:
     return f"not enough memory: {text}" if is_out_of_memory(error) else text
 
 
-def _row(image: _Ready, output: Path, result: Refined) -> Row:
+def _row(
+    image: _Ready, output: Path, result: Refined, seconds: float, task: str
+) -> Row:
     height, width = image.photograph.pixels.shape[:2]
     return Row(
         image=image.path.name,
@@ -448,8 +359,8 @@ def _row(image: _Ready, output: Path, result: Refined) -> Row:
         value=round(result.value, 6),
         unrefined_value=round(result.unrefined_value, 6),
         steps=result.steps,
-        seconds=0.0,
-        task="",
+        seconds=round(seconds, 3),
+        task=_task_of(task, image.photograph),
         sha256=hashlib.sha256(result.data).hexdigest(),
     )
 
@@ -466,15 +377,9 @@ def _as_text(settings: Settings) -> str:
 
 
 def _task_of(task: str, photograph: Photograph) -> str:
+    """Names a photograph and a run's task, its model, budget and settings."""
     pixels = photograph.pixels
     digest = hashlib.sha256(f"{task} {pixels.shape} ".encode())
     digest.update(pixels.tobytes())
     digest.update(photograph.icc_profile or b"")
     return digest.hexdigest()[:16]
-
-
-def _is_ours(row: Row | None, output: Path) -> bool:
-    """Whether the file is there as the row says."""
-    if row is None or not output.is_file():
-        return False
-    return hashlib.sha256(output.read_bytes()).hexdigest() == row.sha256

@@ -21,7 +21,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,13 @@ from semlic_jax.refinement.batch import Batch, Refined
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
-    Static,
     Terms,
     Weights,
     decoded_image,
     mean_powers,
     terms_of,
 )
+from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import Problem, Target, rate_excess
 from semlic_jax.refinement.symbols import Rounding
@@ -55,6 +55,9 @@ from semlic_jax.refinement.windows import (
     share,
     view,
 )
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
 
 Array = jax.Array
 
@@ -76,67 +79,81 @@ def goes_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
 
 
 class LargeImage(Batch):
-    """One image, from the first latents to the file, its steps made tile by tile."""
+    """One image, from the first latents to the file, its steps made tile by tile.
 
-    def __init__(self, codec: Any, settings: Settings, *parts: Any) -> None:
+    Attributes:
+        tiling, windows: how the image is cut.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        settings: Settings,
+        pixels: Sequence[np.ndarray],
+        budgets: Sequence[int],
+        regions: Sequence[Region | None],
+        icc_profiles: Sequence[bytes | None],
+        unrefined: Sequence[bytes],
+    ) -> None:
         """The arguments are those of `Batch`, for one image.
 
         Between two looks at the latents is one step, since it takes long.
         """
-        super().__init__(codec, dataclasses.replace(settings, chunk_steps=1), *parts)
-
-    def _prepared(self, images: Images) -> Images:
-        perceptual, settings = self.static.perceptual, self.settings
-        self._tiling, self._windows = cut_image(
-            self.sizes[0],
-            images.x.shape[1:3],
-            structure=perceptual and settings.structure > 0,
-            lattice=perceptual and settings.lattice > 0,
+        features = settings.load_features()
+        settings = dataclasses.replace(settings, chunk_steps=1, features=features)
+        size = (pixels[0].shape[0], pixels[0].shape[1])
+        self.tiling, self.windows = cut_image(
+            size,
+            codec.bucket(size),
+            structure=features is not None and settings.structure > 0,
+            lattice=features is not None and settings.lattice > 0,
         )
-        if getattr(self.static.config, "texture_channels", 0):
+        self._steps: Any = None  # `_Steps`, while they are under way
+        super().__init__(
+            codec, settings, pixels, budgets, regions, icc_profiles, unrefined
+        )
+
+    def prepared(self, images: Images) -> Images:
+        if getattr(self.frozen.static.config, "texture_channels", 0):
             images = images._replace(noise_origin=jnp.zeros((1, 2), jnp.int32))
-        if not self.static.mean_style:
+        if not self.frozen.static.mean_style:
             return images
         powers = [
             _tile_powers(
-                self.static,
-                self._tiling,
+                self.tiling,
                 self.frozen,
                 images,
-                view(self._tiling, images, window),
+                view(self.tiling, images, window),
                 window,
             )
-            for window in self._windows
+            for window in self.windows
         ]
         of_image = jax.tree.map(lambda *parts: jnp.sum(jnp.stack(parts), 0), *powers)
         return images._replace(mean_powers=of_image)
 
-    def _pixels_at_once(self) -> int:
-        window = self._tiling.rows.window * self._tiling.columns.window * STRIDE**2
-        return round(window + _WHOLE_SHARE * super()._pixels_at_once())
+    def pixels_at_once(self) -> int:
+        window = self.tiling.rows.window * self.tiling.columns.window * STRIDE**2
+        return round(window + _WHOLE_SHARE * super().pixels_at_once())
 
-    def _score(self, latents: Any, images: Images, rounding: Rounding) -> Terms:
-        bits, y_hat = fit.coded_latents(
-            self.static, self.frozen, images, rounding, *latents
-        )
+    def score(self, latents: Any, images: Images, rounding: Rounding) -> Terms:
+        bits, y_hat = fit.coded_latents(self.frozen, images, rounding, *latents)
 
         def shown(own: Images, window: Window) -> Array:
-            part = latents_in(self._tiling, y_hat, window)
-            return fit.shown_image(self.static, self.frozen, own, part)
+            part = latents_in(self.tiling, y_hat, window)
+            return fit.shown_image(self.frozen, own, part)
 
-        bpp: Any = np.asarray(bits) / math.prod(self.sizes[0])
+        bpp: Any = np.asarray(bits) / math.prod(self.jobs[0].size)
         return self._sum(images, shown)._replace(bpp=bpp)
 
     def _sum(self, images: Images, shown: Callable[[Images, Window], Any]) -> Terms:
         """The terms, without a rate, of what is shown in each window."""
         found = []
-        for window in self._windows:
-            own = view(self._tiling, images, window)
+        for window in self.windows:
+            own = view(self.tiling, images, window)
             x_hat = shown(own, window)
             found.append(
                 _tile_terms(
-                    self.static,
-                    self._tiling,
+                    self.tiling,
                     self.frozen,
                     images,
                     own,
@@ -148,47 +165,44 @@ class LargeImage(Batch):
             )
         return jax.tree.map(lambda *terms: np.sum(terms, axis=0), *found)
 
-    def _keep_within_budget(self, state: newton.State) -> Terms:
+    def keep_within_budget(self, state: newton.State) -> Terms:
         """Keeps the last latents. The terms are those that the last step saw."""
         self.best, self.best_rounding = state.latents, self._rounding(state)
         self.best_terms = self._steps.terms
         return self.best_terms
 
-    def _curvature(self, problem: Problem, y_hat: Array) -> Array:
+    def curvature(self, problem: Problem, y_hat: Array) -> Array:
         squares = jnp.zeros_like(y_hat)
-        for i, window in enumerate(self._windows):
-            own = view(self._tiling, problem.images, window)
+        for i, window in enumerate(self.windows):
+            own = view(self.tiling, problem.images, window)
             diagonal = newton.diagonal_of(
-                problem.static,
                 problem.frozen,
                 own,
                 problem.weights,
-                latents_in(self._tiling, y_hat, window),
+                latents_in(self.tiling, y_hat, window),
                 jax.vmap(partial(jax.random.fold_in, data=i))(problem.rng),
                 self.settings.probes,
             )
             squares = placed(
-                self._tiling, squares, diagonal, problem.images, own, window
+                self.tiling, squares, diagonal, problem.images, own, window
             )
         return newton.smoothed(squares)
 
     def stepper(self) -> Any:
-        self._steps: Any = super().stepper()
+        self._steps = super().stepper()
         return self._steps
 
-    def _stepper(self, problem: Problem, log_beta: Array, curvature: Array) -> Any:
+    def make_stepper(self, problem: Problem, log_beta: Array, curvature: Array) -> Any:
         state = newton.start_state(self.start, curvature, log_beta)
         schedule = newton.make_schedule(self.settings)
-        return _Steps(problem, state, schedule, self._tiling, self._windows)
+        return _Steps(problem, state, schedule, self.tiling, self.windows)
 
     def finish(self, steps: int) -> list[Refined]:
-        del self._steps  # its memory is of use to the files
+        self._steps = None  # its memory is of use to the files
         return super().finish(steps)
 
-    def _decoded_values(
-        self, files: Sequence[dict[bytes, None]]
-    ) -> list[dict[bytes, float]]:
-        values: dict[bytes, float] = {}
+    def decoded_values(self, files: Sequence[Sequence[bytes]]) -> list[list[float]]:
+        values = []
         for data in files[0]:
             x_hat = np.array(self.images.x)
             decoded = self.codec.decompress(data)
@@ -200,7 +214,7 @@ class LargeImage(Batch):
                 height, width = own.x.shape[1:3]
                 return x_hat[:, row : row + height, column : column + width]
 
-            values[data] = float(self._sum(self.images, shown).value[0])
+            values.append(float(self._sum(self.images, shown).value[0]))
         return [values]
 
 
@@ -238,14 +252,13 @@ class _Steps:
         return np.mean(taken_bpp, axis=0)
 
     def _step(self, now: newton.Schedule, target: Target) -> None:
-        static, frozen, images, weights, _, rng = self._problem
-        walked, pull_back = _walk(static, frozen, images, rng, self.state, now)
+        frozen, images, weights, _, rng = self._problem
+        walked, pull_back = _walk(frozen, images, rng, self.state, now)
         canvas = jnp.zeros_like(walked.y_hat)
         found = []
         for window in self._windows:
             own = view(self._tiling, images, window)
             terms, gradient = _gradient(
-                static,
                 self._tiling,
                 frozen,
                 images,
@@ -266,19 +279,19 @@ class _Steps:
 
     def memory_bytes(self) -> int | None:
         """What a step takes beside its arguments, as the compiler plans it."""
-        static, frozen, images, weights, target, rng = self._problem
+        frozen, images, weights, target, rng = self._problem
         now = newton.Schedule(*(values[0] for values in self._schedule))
         window = self._windows[0]
         own = view(self._tiling, images, window)
         part = latents_in(self._tiling, self.state.latents[0], window)
         tile = (self._tiling, frozen, images, own, weights, part, window, now.shift)
-        walk = _walk.lower(static, frozen, images, rng, self.state, now)
+        walk = _walk.lower(frozen, images, rng, self.state, now)
         back = (*walk.out_info, self.state.latents[0])
         plans: list[Any] = [
             program.compile().memory_analysis()
             for program in (
                 walk,
-                _gradient.lower(static, *tile),
+                _gradient.lower(*tile),
                 _move.lower(images, target, self.state, now, *back),
             )
         ]
@@ -289,7 +302,6 @@ class _Steps:
 
 
 def _terms_of_tile(
-    static: Static,
     tiling: Tiling,
     frozen: Frozen,
     images: Images,
@@ -302,16 +314,15 @@ def _terms_of_tile(
     """What a tile adds to the terms of the image, without a rate."""
     tile = only_tile(tiling, own, window)
     no_bits = jnp.zeros(1)
-    terms = terms_of(static, frozen, tile, weights, no_bits, x_hat, shift)
+    terms = terms_of(frozen, tile, weights, no_bits, x_hat, shift)
     return jax.tree.map(lambda term: term * share(images, own), terms)
 
 
-_tile_terms = FloatProgram(_terms_of_tile, static_argnums=(0, 1))
+_tile_terms = FloatProgram(_terms_of_tile, static_argnums=0)
 
 
-@float_program(static_argnums=(0, 1))
+@float_program(static_argnums=0)
 def _tile_powers(
-    static: Static,
     tiling: Tiling,
     frozen: Frozen,
     images: Images,
@@ -319,13 +330,12 @@ def _tile_powers(
     window: Window,
 ) -> tuple[Array, ...]:
     """What a tile adds to `objective.mean_powers` of the image."""
-    powers = mean_powers(static, frozen, only_tile(tiling, own, window))
+    powers = mean_powers(frozen, only_tile(tiling, own, window))
     return tuple(power * share(images, own) for power in powers)
 
 
-@float_program(static_argnums=0)
+@float_program()
 def _walk(
-    static: Static,
     frozen: Frozen,
     images: Images,
     rng: Array,
@@ -336,16 +346,15 @@ def _walk(
     rounding, offset = newton.step_choice(images, rng, state, now)
 
     def walked(y: Array, z: Array) -> tuple[tuple[Array, Array], newton.Walked]:
-        found = newton.hard_walk(static, frozen, images, y, z, rounding, offset)
+        found = newton.hard_walk(frozen, images, y, z, rounding, offset)
         return (found.bits, found.y_hat), found
 
     _, pull_back, found = jax.vjp(walked, *state.latents, has_aux=True)
     return found, pull_back
 
 
-@float_program(static_argnums=(0, 1))
+@float_program(static_argnums=0)
 def _gradient(
-    static: Static,
     tiling: Tiling,
     frozen: Frozen,
     images: Images,
@@ -358,11 +367,11 @@ def _gradient(
     """Terms of a tile, and the gradient of the window's objective to its y_hat."""
 
     def value(y_hat: Array) -> tuple[Array, Terms]:
-        x_hat = decoded_image(static, frozen, own, y_hat)
+        x_hat = decoded_image(frozen, own, y_hat)
         no_bits = jnp.zeros(1)
-        terms = terms_of(static, frozen, own, weights, no_bits, x_hat, shift)
+        terms = terms_of(frozen, own, weights, no_bits, x_hat, shift)
         return jnp.sum(terms.value), _terms_of_tile(
-            static, tiling, frozen, images, own, weights, x_hat, window, shift
+            tiling, frozen, images, own, weights, x_hat, window, shift
         )
 
     gradient, terms = jax.grad(value, has_aux=True)(y_hat)
@@ -380,7 +389,7 @@ def _move(
     gradient: Array,
 ) -> tuple[newton.State, Array]:
     """The state after a step, and the bits per pixel of its symbols, [B]."""
-    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    pixels = images.pixel_counts
     gradients = pull_back((jnp.exp(state.log_beta) / pixels, gradient))
     bpp = walked.coded_bits / pixels
     excess = rate_excess(bpp, target)

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,13 +36,12 @@ from semlic_jax.refinement.objective import (
     Frozen,
     Images,
     Network,
-    Static,
     Terms,
     Weights,
+    apply_twin,
     decoded_image,
     objective_residuals,
     terms_of,
-    twin,
 )
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.steps import (
@@ -135,12 +133,11 @@ def stiffness(
         images: whose sizes count.
         kappa: scalar.
     """
-    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    pixels = images.pixel_counts
     return kappa * curvature * (pixels * jnp.exp(-log_beta))[:, None, None, None]
 
 
 def curvature_of(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -149,11 +146,10 @@ def curvature_of(
     probes: int,
 ) -> Array:
     """H at y_hat, float32 [B, h, w, M], above 0; the arguments of `diagonal_of`."""
-    return smoothed(diagonal_of(static, frozen, images, weights, y_hat, rng, probes))
+    return smoothed(diagonal_of(frozen, images, weights, y_hat, rng, probes))
 
 
 def diagonal_of(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -171,7 +167,7 @@ def diagonal_of(
         rng: one key per image, [B].
         probes: random signs to take the mean over.
     """
-    made, pull_back = _residuals(static, frozen, images, weights, y_hat)
+    made, pull_back = _residuals(frozen, images, weights, y_hat)
     squares = jnp.zeros_like(y_hat)
     for probe in range(probes):
         squares = _add_square(squares, made, pull_back, rng, np.int32(probe))
@@ -179,15 +175,15 @@ def diagonal_of(
 
 
 # Two programs: in one the compiler would see the way back once for each probe.
-@float_program(static_argnums=0)
+@float_program()
 def _residuals(
-    static: Static, frozen: Frozen, images: Images, weights: Weights, y_hat: Array
+    frozen: Frozen, images: Images, weights: Weights, y_hat: Array
 ) -> tuple[tuple[Array, ...], Callable[..., Any]]:
     """The residuals of the objective at y_hat, and the product with J^T, a pytree."""
 
     def residuals(y: Array) -> tuple[Array, ...]:
-        x_hat = decoded_image(static, frozen, images, y)
-        return objective_residuals(static, frozen, images, weights, x_hat)
+        x_hat = decoded_image(frozen, images, y)
+        return objective_residuals(frozen, images, weights, x_hat)
 
     return jax.vjp(residuals, y_hat)
 
@@ -241,7 +237,6 @@ class Walked(NamedTuple):
 
 
 def hard_walk(
-    static: Static,
     frozen: Frozen,
     images: Images,
     y: Array,
@@ -284,11 +279,10 @@ def hard_walk(
         y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
         return Walked(z_bits + y_bits, coded_bits, y_hat)
 
-    return nn.apply(forward, twin(static))({"params": frozen.params})
+    return apply_twin(frozen, forward)
 
 
 def hard_step_terms(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -308,9 +302,9 @@ def hard_step_terms(
         the terms, with the bits of the densities; y_hat_scaled [B, h, w, M]; and the
         bits of the payload under the tables of the coder, [B].
     """
-    walked = hard_walk(static, frozen, images, y, z, rounding, offset)
-    x_hat = decoded_image(static, frozen, images, walked.y_hat)
-    terms = terms_of(static, frozen, images, weights, walked.bits, x_hat, shift)
+    walked = hard_walk(frozen, images, y, z, rounding, offset)
+    x_hat = decoded_image(frozen, images, walked.y_hat)
+    terms = terms_of(frozen, images, weights, walked.bits, x_hat, shift)
     return terms, walked.y_hat, walked.coded_bits
 
 
@@ -368,9 +362,8 @@ def moved(
     return State((y, z), first, second, state.curvature, log_beta, state.best)
 
 
-@float_program(static_argnums=0, donate_argnums=6)
+@float_program(donate_argnums=5)
 def run_steps(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -386,16 +379,16 @@ def run_steps(
 
         def loss(y: Array, z: Array) -> tuple[Array, tuple[Terms, Array]]:
             terms, y_hat, coded_bits = hard_step_terms(
-                static, frozen, images, weights, y, z, rounding, offset, now.shift
+                frozen, images, weights, y, z, rounding, offset, now.shift
             )
             beta = jnp.exp(state.log_beta)
             total = jnp.sum(terms.value + beta * terms.bpp)
-            coded_bpp = coded_bits / jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+            coded_bpp = coded_bits / images.pixel_counts
             return total, (terms._replace(bpp=coded_bpp), y_hat)
 
         gradients, (terms, y_hat) = jax.grad(loss, (0, 1), has_aux=True)(*state.latents)
         best = state.best
-        if not static.perceptual:
+        if not frozen.static.perceptual:
             assert rounding.stiffness is not None
             allowed = (terms.bpp <= target.bpp) & (now.temperature == 0)
             found = Best(terms.value, state.latents, rounding.stiffness)

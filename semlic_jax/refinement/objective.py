@@ -25,8 +25,9 @@ that is seen at once are computed once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -50,6 +51,7 @@ from semlic_jax.refinement.structure import lattice_residuals, structure_residua
 
 Array = jax.Array
 Network = CompressionModel | MeanScaleModel
+_Found = TypeVar("_Found")
 
 # Corners of the trunk's input, row and column: every parity of both occurs.
 TRUNK_SHIFTS = ((0, 0), (1, 2), (2, 3), (3, 1))
@@ -57,20 +59,44 @@ _TRUNK_MARGIN = 3  # the largest of them
 _MAX_LEVEL = 255.0
 
 
-class Frozen(NamedTuple):
-    """What does not change during a refinement, besides the images.
+class Static(NamedTuple):
+    """What the compiled programs are specialised for.
+
+    Attributes:
+        config: of the model.
+        method: of the refinement, see `settings.METHODS`.
+        perceptual, style, mean_style: whether these terms have a weight.
+        padded: whether an image is smaller than its batch.
+        dtype: name of the type that g_s computes in.
+    """
+
+    config: Config
+    method: str
+    perceptual: bool
+    style: bool
+    mean_style: bool
+    padded: bool
+    dtype: str = "float32"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What does not change during a refinement, besides the images: a pytree.
 
     Attributes:
         params: of the differentiable twin (`Codec.twin_params`).
         y_bits, z_bits: `SymbolTables.bits_lookup()` matrices of the coder, float32
             [T, 2 * radius + 1].
         features: the trunk, or None without perceptual terms.
+        static: metadata of the pytree and no leaf: programs are compiled for it.
     """
 
     params: Any
     y_bits: Array
     z_bits: Array
     features: FeatureNetwork | None
+    static: Static = dataclasses.field(metadata={"static": True})
 
 
 class Images(NamedTuple):
@@ -102,6 +128,11 @@ class Images(NamedTuple):
     mean_powers: tuple[Array, ...] = ()
     noise_origin: Array | None = None
 
+    @property
+    def pixel_counts(self) -> Array:
+        """How many real pixels each image has, float32 [B]."""
+        return jnp.prod(self.sizes.astype(jnp.float32), axis=1)
+
 
 class Weights(NamedTuple):
     """Of the terms; float32 scalars, so that changing them compiles nothing anew."""
@@ -112,26 +143,6 @@ class Weights(NamedTuple):
     mean_style: Array
     structure: Array
     lattice: Array
-
-
-class Static(NamedTuple):
-    """What the compiled programs are specialised for.
-
-    Attributes:
-        config: of the model.
-        method: of the refinement, see `settings.METHODS`.
-        perceptual, style, mean_style: whether these terms have a weight.
-        padded: whether an image is smaller than its batch.
-        dtype: name of the type that g_s computes in.
-    """
-
-    config: Config
-    method: str
-    perceptual: bool
-    style: bool
-    mean_style: bool
-    padded: bool
-    dtype: str = "float32"
 
 
 class Terms(NamedTuple):
@@ -150,24 +161,20 @@ class Terms(NamedTuple):
     perceptual: Array
 
 
-def twin(static: Static) -> Network:
-    """The differentiable model of a refinement."""
-    return network_of(static.config, "twin", jnp.dtype(static.dtype))
+def apply_twin(frozen: Frozen, forward: Callable[[Network], _Found]) -> _Found:
+    """What a function finds by the differentiable model, bound to its parameters."""
+    static = frozen.static
+    model = network_of(static.config, "twin", jnp.dtype(static.dtype))
+    return nn.apply(forward, model)({"params": frozen.params})
 
 
-def decoded_image(
-    static: Static, frozen: Frozen, images: Images, y_hat: Array
-) -> Array:
+def decoded_image(frozen: Frozen, images: Images, y_hat: Array) -> Array:
     """What the decoder shows of y_hat_scaled [B, h, w, M]: [B, H, W, 3] in [0, 1]."""
 
-    def forward(model: Network) -> Array:
-        return reconstruct(model, static, images, y_hat)
-
-    return nn.apply(forward, twin(static))({"params": frozen.params})
+    return apply_twin(frozen, lambda model: reconstruct(model, frozen, images, y_hat))
 
 
 def image_terms(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -180,7 +187,7 @@ def image_terms(
         bits: of the payload, float32 [B].
         x_hat: float32 [B, H, W, 3] in [0, 1].
     """
-    return terms_of(static, frozen, images, weights, bits, x_hat, jnp.int32(0))
+    return terms_of(frozen, images, weights, bits, x_hat, jnp.int32(0))
 
 
 def original_taps(features: FeatureNetwork, x: Array) -> tuple[Array, ...]:
@@ -197,9 +204,9 @@ def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray
     return weights
 
 
-def reconstruct(model: Network, static: Static, images: Images, y_hat: Array) -> Array:
+def reconstruct(model: Network, frozen: Frozen, images: Images, y_hat: Array) -> Array:
     """The decoder's image of y_hat_scaled: [B, H, W, 3], clipped to [0, 1]."""
-    if static.padded:
+    if frozen.static.padded:
         # Decoders repeat the edge of the latents beyond the image.
         last = (images.sizes + STRIDE - 1) // STRIDE - 1
         for axis in (1, 2):
@@ -224,7 +231,7 @@ def _shifted(x: Array, row: Array | int, column: Array | int) -> Array:
 
 
 def _trunk_view(
-    static: Static, images: Images, x_hat: Array, shift: Array | int
+    frozen: Frozen, images: Images, x_hat: Array, shift: Array | int
 ) -> tuple[Array, Array]:
     """What the trunk sees of x_hat, and the weights of its pixels.
 
@@ -232,19 +239,18 @@ def _trunk_view(
     image are means over the real one.
     """
     height, width = x_hat.shape[1:3]
-    if static.padded:
+    if frozen.static.padded:
         rows = jnp.arange(height)[:, None] < images.sizes[:, 0, None, None]
         columns = jnp.arange(width)[None, :] < images.sizes[:, 1, None, None]
         x_hat = jnp.where((rows & columns)[..., None], x_hat, images.x)
     row, column = jnp.asarray(TRUNK_SHIFTS)[shift]
-    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    pixels = images.pixel_counts
     cell_weights = _shifted(images.feature_weights, row, column)
     cell_weights = cell_weights * (height * width / pixels)[:, None, None]
     return _shifted(x_hat, row, column), cell_weights
 
 
 def terms_of(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -259,27 +265,27 @@ def terms_of(
         x_hat: float32 [B, H, W, 3] in [0, 1].
         shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
     """
-    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)
+    pixels = images.pixel_counts
     square = jnp.mean(jnp.square(x_hat - images.x), -1) * _MAX_LEVEL**2
     mse = jnp.sum(square * images.weights, (1, 2)) / pixels
     value = weights.alpha * mse
     distance = jnp.zeros_like(mse)
-    if static.perceptual:
+    if frozen.static.perceptual:
         assert frozen.features is not None
-        seen, cell_weights = _trunk_view(static, images, x_hat, shift)
+        seen, cell_weights = _trunk_view(frozen, images, x_hat, shift)
         made = frozen.features.apply(seen)
         real = _original_seen(frozen.features, images, shift)
         distance = feature_distance(real, made, pixel_weights=cell_weights)
         value = value + weights.gamma * distance
         size = (seen.shape[1], seen.shape[2])
-        if static.style:
+        if frozen.static.style:
             unit, unit_made = (
                 [_weigh(normalise_channels(tap), cell_weights, 4) for tap in taps]
                 for taps in (real, made)
             )
             texture = local_style(unit, unit_made, size)
             value = value + weights.gamma * weights.style * texture
-        if static.mean_style:
+        if frozen.static.mean_style:
             weighted, weighted_made = (
                 [_weigh(tap, cell_weights, 2) for tap in taps] for taps in (real, made)
             )
@@ -295,10 +301,10 @@ def terms_of(
     return Terms(value, bits / pixels, mse, distance)
 
 
-def mean_powers(static: Static, frozen: Frozen, images: Images) -> tuple[Array, ...]:
+def mean_powers(frozen: Frozen, images: Images) -> tuple[Array, ...]:
     """What the mean style is relative to: of each layer of the trunk float32 [B]."""
     assert frozen.features is not None
-    seen, cell_weights = _trunk_view(static, images, images.x, 0)
+    seen, cell_weights = _trunk_view(frozen, images, images.x, 0)
     taps = [_weigh(tap, cell_weights, 2) for tap in frozen.features.apply(seen)]
     return tuple(local_mean_powers(taps, (seen.shape[1], seen.shape[2])))
 
@@ -320,7 +326,7 @@ def structure_distance(images: Images, x_hat: Array) -> Array:
 
 
 def objective_residuals(
-    static: Static, frozen: Frozen, images: Images, weights: Weights, x_hat: Array
+    frozen: Frozen, images: Images, weights: Weights, x_hat: Array
 ) -> tuple[Array, ...]:
     """Residuals of x_hat whose squares add up to the objective without any style.
 
@@ -331,12 +337,12 @@ def objective_residuals(
         of the pixels [B, H, W, 3]; where there are perceptual terms also of each tap
         [B, h, w, C], of each scale of the structure, and of the lattice.
     """
-    pixels = jnp.prod(images.sizes.astype(jnp.float32), axis=1)[:, None, None, None]
+    pixels = images.pixel_counts[:, None, None, None]
     scale = jnp.sqrt(weights.alpha * images.weights[..., None] / (3 * pixels))
     residuals = [scale * _MAX_LEVEL * (x_hat - images.x)]
-    if static.perceptual:
+    if frozen.static.perceptual:
         assert frozen.features is not None
-        seen, cell_weights = _trunk_view(static, images, x_hat, 0)
+        seen, cell_weights = _trunk_view(frozen, images, x_hat, 0)
         made = frozen.features.apply(seen)
         originals = _original_seen(frozen.features, images, 0)
         for tap, real in zip(made, originals, strict=True):

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from semlic_jax.compilation import own_settings
 from semlic_jax.refinement.batch import Batch, Progress, Refined
 from semlic_jax.refinement.large import LargeImage, can_go_in_tiles, goes_in_tiles
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings, preset
+
+if TYPE_CHECKING:
+    from semlic_jax.codec import Codec
 
 
 class RefinementWarning(UserWarning):
     """Refinement went on in another way than it was asked to."""
 
 
+@own_settings()
 def refine(
-    codec: Any,
+    codec: Codec,
     image: np.ndarray,
     *,
     quality: float | None = None,
@@ -41,7 +46,7 @@ def refine(
     Give exactly one of `quality`, `bpp` and `max_bytes`.
 
     Args:
-        codec: a `semlic_jax.Codec`.
+        codec: of the model.
         image: uint8 [H, W, 3].
         quality: the budget is the size of the unrefined file of this quality.
         bpp: the budget in bits per pixel of the whole file.
@@ -79,8 +84,9 @@ def refine(
     )[0]
 
 
+@own_settings()
 def refine_batch(
-    codec: Any,
+    codec: Codec,
     images: Sequence[np.ndarray],
     *,
     max_bytes: Sequence[int],

@@ -82,7 +82,10 @@ class Settings:
         z_travel: sum of the learning rates of z, which fall to 0.
         probes: random signs that the curvature is estimated with, per image.
         newton_integral: gain of the dual ascent, in the place of the two above.
-        chunk_steps: steps between two looks at the rounded latents.
+        chunk_steps: steps between two looks at the rounded latents, between which
+            nothing is reported and Ctrl-C has to wait. A relaxed rounding keeps the
+            best that it sees then, so that its files depend on it; those of `newton`
+            do not.
         seed: of the noise, from 0 to 2^32 - 1. The same seed gives the same file on
             the same machine.
         dtype: that g_s computes in.
@@ -194,8 +197,8 @@ def _require(holds: bool, wanted: str, value: float) -> None:
 
 PRESETS: dict[str, Settings] = {
     # A mean style of 3 costs more than it gains in so few steps (refinement.md).
-    "fast": Settings(steps=10, trust_end=0.1, mean_style=2.0),
-    "default": Settings(steps=20),
+    "fast": Settings(steps=10, trust_end=0.1, mean_style=2.0, chunk_steps=5),
+    "default": Settings(steps=20, chunk_steps=5),
     # The rise was better by its objective but not by SSIMULACRA2 (refinement.md).
     "best": Settings(
         steps=120, noise=1.0, trust_end=0.1, trust_rise=0.0, mean_style=2.0
@@ -227,7 +230,7 @@ def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
             )
         settings = PRESETS[name]
         if given.get("method", settings.method) != settings.method:
-            given = {"steps": _RELAXED_STEPS[name]} | given
+            given = {"steps": _RELAXED_STEPS[name], "chunk_steps": 10} | given
     elif isinstance(name, Settings):
         settings = name
     else:

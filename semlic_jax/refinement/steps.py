@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +25,11 @@ from semlic_jax.refinement.objective import (
     Frozen,
     Images,
     Network,
-    Static,
     Terms,
     Weights,
+    apply_twin,
     reconstruct,
     terms_of,
-    twin,
 )
 from semlic_jax.refinement.settings import Settings
 from semlic_jax.refinement.sga import draw_noise, relaxed_round, temperatures
@@ -78,7 +76,6 @@ class Target(NamedTuple):
 
 
 def soft_terms(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -97,33 +94,33 @@ def soft_terms(
         temperature: scalar.
         shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
     """
+    method = frozen.static.method
     keys = jax.vmap(lambda key: jax.random.split(key))(rng)
-    y_noise = draw_noise(static.method, keys[:, 0], y_scaled.shape[1:])
-    z_noise = draw_noise(static.method, keys[:, 1], z.shape[1:])
-    three = static.method == "ssl3"
+    y_noise = draw_noise(method, keys[:, 0], y_scaled.shape[1:])
+    z_noise = draw_noise(method, keys[:, 1], z.shape[1:])
+    three = method == "ssl3"
 
     def round_y(v: Array, _: Array, channels: slice) -> Array:
         part = y_noise[..., channels, :] if three else y_noise[..., channels]
-        return relaxed_round(v, part, temperature, static.method)
+        return relaxed_round(v, part, temperature, method)
 
     def forward(model: Network) -> tuple[Array, Array]:
         masks = image_masks(images.sizes, (y_scaled.shape[1], y_scaled.shape[2]))
-        z_tilde = relaxed_round(z, z_noise, temperature, static.method) * masks.z
+        z_tilde = relaxed_round(z, z_noise, temperature, method) * masks.z
         z_bits = jnp.sum(model.z_bits(z_tilde) * masks.z, (1, 2, 3))
         residual, index, y_hat = walk(
             model, images.quality, masks, y_scaled, z_tilde, round_y
         )
         y_bits = gaussian_bits(residual, scale_from_index(index))
         y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
-        return z_bits + y_bits, reconstruct(model, static, images, y_hat)
+        return z_bits + y_bits, reconstruct(model, frozen, images, y_hat)
 
-    bits, x_hat = nn.apply(forward, twin(static))({"params": frozen.params})
-    return terms_of(static, frozen, images, weights, bits, x_hat, shift)
+    bits, x_hat = apply_twin(frozen, forward)
+    return terms_of(frozen, images, weights, bits, x_hat, shift)
 
 
-@float_program(static_argnums=0, donate_argnums=6)
+@float_program(donate_argnums=5)
 def run_steps(
-    static: Static,
     frozen: Frozen,
     images: Images,
     weights: Weights,
@@ -139,7 +136,6 @@ def run_steps(
 
         def loss(latents: Latents) -> tuple[Array, tuple[Terms, Array]]:
             terms = soft_terms(
-                static,
                 frozen,
                 images,
                 weights,
@@ -230,7 +226,6 @@ def make_schedule(settings: Settings) -> Schedule:
 class Problem(NamedTuple):
     """What a batch's steps are given; see `run_steps`."""
 
-    static: Static
     frozen: Frozen
     images: Images
     weights: Weights

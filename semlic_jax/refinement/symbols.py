@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +17,7 @@ from semlic_jax.model.context import (
     checkerboard,
     coding_order,
 )
-from semlic_jax.refinement.objective import Frozen, Images, Network, Static, twin
+from semlic_jax.refinement.objective import Frozen, Images, Network, apply_twin
 
 Array = jax.Array
 
@@ -43,7 +42,6 @@ class Rounding(NamedTuple):
 
 
 def hard_latents(
-    static: Static,
     frozen: Frozen,
     images: Images,
     rounding: Rounding,
@@ -75,7 +73,7 @@ def hard_latents(
         y_bits = look_up(frozen.y_bits, index, residual)
         return z_bits + jnp.sum(y_bits * masks.y, (1, 2, 3)), y_hat
 
-    return nn.apply(forward, twin(static))({"params": frozen.params})
+    return apply_twin(frozen, forward)
 
 
 def chosen_symbols(
