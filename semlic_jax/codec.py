@@ -36,6 +36,7 @@ from semlic_jax.compilation import (
     exact_program,
     float_program,
     own_settings,
+    use_disk_cache,
 )
 from semlic_jax.level_search import best_level
 from semlic_jax.memory import require_memory
@@ -51,8 +52,6 @@ Array = jax.Array
 
 MAX_LEVEL = QUALITY_LEVELS - 1
 _ICC_CHUNK = b"ICCP"
-# Programs that took less to compile are not cached on disk: JAX's default, and ours.
-_USUAL_LEAST_COMPILE_S, _LEAST_COMPILE_S = 1.0, 0.1
 # Larger images are not begun where they certainly have no room: above 17 megapixels
 # one pixel more took 23 bytes to encode and 35 to decode, with `small`; rounded down.
 _MANY_PIXELS = 2**24
@@ -144,7 +143,7 @@ class Codec:
         Raises:
             ValueError: the model's integer networks break their bounds.
         """
-        _use_compilation_cache()
+        use_disk_cache()
         check_coder(coder)
         self.coder = coder
         self.name = name or model.config.name
@@ -512,30 +511,3 @@ def _checked_budget(
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"expected a positive {name}, found {value!r}")
     return Codec.budget_bytes(number, image.shape[:2])
-
-
-def _use_compilation_cache() -> None:
-    """Keep compiled programs between processes, unless the user set it up.
-
-    The folder is $SEMLIC_CACHE or ~/.cache/semlic_jax; an empty $SEMLIC_CACHE turns
-    the cache off, and so does a folder that cannot be written.
-    """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        return
-    folder = os.environ.get("SEMLIC_CACHE")
-    if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(base, "semlic_jax")
-        if not os.path.isabs(folder):  # a user without a home
-            return
-    if not folder:
-        return
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    except OSError:  # a read-only home: JAX would warn at every program
-        return
-    if os.access(folder, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", folder)
-        name = "jax_persistent_cache_min_compile_time_secs"
-        if jax.config.values[name] == _USUAL_LEAST_COMPILE_S:
-            jax.config.update(name, _LEAST_COMPILE_S)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -32,6 +33,9 @@ _OWN_CONVOLUTIONS: dict[str, str | int] = {
     )
 }
 _LEVEL: dict[str, str | int] = {"xla_backend_optimization_level": 1}
+
+# Programs that took less to compile are not cached on disk: JAX's default, and ours.
+_USUAL_LEAST_COMPILE_S, _LEAST_COMPILE_S = 1.0, 0.1
 
 _MOST_BUCKETS = 16
 _MOST_MAPPED = 0.5  # share of the mappings that Linux allows
@@ -138,3 +142,30 @@ def own_settings() -> Iterator[None]:
         jax.transfer_guard("allow"),
     ):
         yield
+
+
+def use_disk_cache() -> None:
+    """Keep compiled programs between processes, unless the user set it up.
+
+    The folder is $SEMLIC_CACHE or ~/.cache/semlic_jax; an empty $SEMLIC_CACHE turns
+    the cache off, and so does a folder that cannot be written.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    folder = os.environ.get("SEMLIC_CACHE")
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(base, "semlic_jax")
+        if not os.path.isabs(folder):  # a user without a home
+            return
+    if not folder:
+        return
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError:  # a read-only home: JAX would warn at every program
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        name = "jax_persistent_cache_min_compile_time_secs"
+        if jax.config.values[name] == _USUAL_LEAST_COMPILE_S:
+            jax.config.update(name, _LEAST_COMPILE_S)

@@ -19,11 +19,11 @@ from semlic_jax.codec import (
     MAX_LEVEL,
     _checked_budget,
     _require_room,
-    _use_compilation_cache,
     bucket_side,
 )
 from semlic_jax.coding import integer_networks
 from semlic_jax.coding.bitstream import pack, unpack
+from semlic_jax.compilation import use_disk_cache
 from semlic_jax.evaluation import exactness
 from semlic_jax.weights import export_model, load_model, save_model
 
@@ -623,7 +623,7 @@ def cache_folder(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
         assert jax.config.jax_compilation_cache_dir is None
-        _use_compilation_cache()
+        use_disk_cache()
         found = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", None)
         return found

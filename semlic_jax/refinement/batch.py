@@ -36,12 +36,19 @@ from semlic_jax.refinement.objective import (
     Static,
     Terms,
     Weights,
-    equal_weights,
     original_taps,
+    pixel_weights,
 )
 from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.settings import Settings
-from semlic_jax.refinement.steps import Latents, Problem, Stepper, Target, pick
+from semlic_jax.refinement.steps import (
+    Latents,
+    Problem,
+    Stepper,
+    Target,
+    pick,
+    placement,
+)
 from semlic_jax.refinement.structure import lattice_weights, structure_weights
 from semlic_jax.refinement.symbols import Rounding
 
@@ -175,7 +182,7 @@ class Batch:
         grid = grids.pop()
         features = settings.load_features()
         x = _padded(pixels, grid)
-        weights, feature_weights = _pixel_weights(x, self.jobs, regions)
+        weights, feature_weights = pixel_weights(x, sizes.tolist(), regions)
         static = Static(
             config=codec.config,
             method=settings.method,
@@ -202,7 +209,7 @@ class Batch:
             features=features,
             static=static,
         )
-        self.place = place = _placement(len(pixels))
+        self.place = place = placement(len(pixels))
         self.frozen = place(frozen, None)
         images = Images(
             x=place(x, 0),
@@ -518,35 +525,3 @@ def _padded(pixels: Sequence[np.ndarray], grid: tuple[int, ...]) -> np.ndarray:
         pads = [(0, side * grid[i] - image.shape[i]) for i in range(2)]
         padded.append(np.pad(image, (*pads, (0, 0)), mode="edge"))
     return np.stack(padded).astype(np.float32) / 255
-
-
-def _pixel_weights(
-    x: np.ndarray, jobs: Sequence[fit.Job], regions: Sequence[Region | None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the pixels in D and in the perceptual terms, float32 [B, H, W]."""
-    equal = equal_weights(x, [job.size for job in jobs])
-    weights, feature_weights = equal.copy(), equal.copy()
-    for i, (job, region) in enumerate(zip(jobs, regions, strict=True)):
-        if region is None:
-            continue
-        height, width = job.size
-        own = region.pixel_weights(job.size)
-        weights[i, :height, :width] = own
-        if region.variant == "L2":
-            feature_weights[i, :height, :width] = own
-    return weights, feature_weights
-
-
-def _placement(count: int) -> Callable[[Any, int | None], Any]:
-    """Puts arrays on the devices, split along the axis of the images (None: whole)."""
-    devices = jax.local_devices()
-    if len(devices) == 1 or count % len(devices):
-        return lambda tree, axis: jax.tree.map(jnp.asarray, tree)
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-
-    def place(tree: Any, axis: int | None) -> Any:
-        names = () if axis is None else (*([None] * axis), "data")
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-        return jax.tree.map(lambda array: jax.device_put(array, sharding), tree)
-
-    return place

@@ -47,6 +47,7 @@ from semlic_jax.objectives.style_losses import (
     local_mean_style,
     local_style,
 )
+from semlic_jax.refinement.roi import Region
 from semlic_jax.refinement.structure import lattice_residuals, structure_residuals
 
 Array = jax.Array
@@ -202,6 +203,30 @@ def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray
     for image, (height, width) in zip(weights, sizes, strict=True):
         image[:height, :width] = 1
     return weights
+
+
+def pixel_weights(
+    x: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+    regions: Sequence[Region | None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the pixels in D and in the perceptual terms, float32 [B, H, W].
+
+    Args:
+        x: the padded images, [B, H, W, 3].
+        sizes: real height and width of each.
+        regions: of interest, in each.
+    """
+    equal = equal_weights(x, sizes)
+    weights, feature_weights = equal.copy(), equal.copy()
+    for i, ((height, width), region) in enumerate(zip(sizes, regions, strict=True)):
+        if region is None:
+            continue
+        own = region.pixel_weights((height, width))
+        weights[i, :height, :width] = own
+        if region.variant == "L2":
+            feature_weights[i, :height, :width] = own
+    return weights, feature_weights
 
 
 def reconstruct(model: Network, frozen: Frozen, images: Images, y_hat: Array) -> Array:

@@ -315,3 +315,22 @@ class Stepper:
     @staticmethod
     def _program_steps(wanted: int) -> int:
         return 1 if jax.default_backend() == "cpu" else wanted
+
+
+def placement(count: int) -> Callable[[Any, int | None], Any]:
+    """A function that puts a tree of arrays on the devices, for so many images.
+
+    Its second argument is the axis of the images, along which arrays are split if the
+    devices divide it evenly; None: each device gets the whole.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1 or count % len(devices):
+        return lambda tree, axis: jax.tree.map(jnp.asarray, tree)
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+
+    def place(tree: Any, axis: int | None) -> Any:
+        names = () if axis is None else (*([None] * axis), "data")
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        return jax.tree.map(lambda array: jax.device_put(array, sharding), tree)
+
+    return place
