@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -179,9 +180,8 @@ def test_large_images_are_refined_one_by_one(mini_codec, image, monkeypatch):
         kinds.append((type(batch), len(batch.jobs)))
         return [None] * len(batch.jobs)
 
-    monkeypatch.setitem(
-        refinement.refine_batch.__globals__, "_refine_together", watched
-    )
+    module = sys.modules["semlic_jax.refinement.refine"]  # the function hides it
+    monkeypatch.setattr(module, "_refine_together", watched)
     settings = dataclasses.replace(SETTINGS, steps=1)
     budget = len(mini_codec.compress(image, quality=0.5))
     refinement.refine_batch(
