@@ -4,9 +4,10 @@
 semlic train --config configs/ablations.py:without_style --workdir runs/without_style
 semlic train --config configs/ablations.py:without_style,hific --workdir runs/...
 
-The part after the comma is the config that is changed, `small` if there is none. Data,
-weights, time and hardware are those of that config; to share its first stages, set
---config.stages='("perceptual",)' with --config.init_from and --config.labeller_from.
+The part after the comma names the config that is changed, by default `small`. Data,
+feature weights, time and hardware are those of that config; to share its first stages,
+set --config.stages='("perceptual",)' with --config.init_from and
+--config.labeller_from.
 """
 
 import runpy

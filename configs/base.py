@@ -5,12 +5,12 @@ python -m semlic_jax.training.widen small start.npz --size base
 semlic train --config configs/base.py --workdir runs/base \
     --config.init_from=start.npz --config.data.train='("photos/train", "photos/more")'
 
-Starts as the same function as `small`. Needs the SqueezeNet 1.0 feature weights
+It starts as the same function as `small`. It needs the SqueezeNet 1.0 feature weights
 (SEMLIC_FEATURES or --config.features). Expected: 12 minutes of steps on one H100 (35
-and 25 ms a step with the crops at hand), and 2 to 5 to compile; days without an
-accelerator. The packaged weights were made by these updates in another loop, and their
-decoder is a mean of three (semlic_jax/pretrained/base/card.md); this config has not
-been run to its end.
+and 25 ms a step in the two stages, if the crops are ready in time) and 2 to 5 minutes
+of compilation; days without an accelerator. The packaged weights were made with the
+same updates in another training loop, and their decoder is the mean of three
+(semlic_jax/pretrained/base/card.md); this config has not been run to its end.
 """
 
 import runpy
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The last two stages of `small` with its terms, in larger batches."""
+    """The last two stages of `small` with the same terms, in larger batches."""
     config = runpy.run_path(str(Path(__file__).with_name("small.py")))["get_config"]()
     config.model = "base"
     config.dtype = "bfloat16"

@@ -5,11 +5,11 @@ semlic train --config configs/hific.py --workdir runs/hific \
     --config.data.train='("photos-*.array_record",)' \
     --config.labeller_from=runs/labeller/labeller --distributed=auto
 
-Needs VGG-16 feature weights with LPIPS heads (SEMLIC_FEATURES or --config.features) and
-a labeller (configs/labeller.py). 1,000,000 steps without and 100,000 with the
-adversary, crops of 256. Expected: about 12 days on 8 GPUs of 80 GB or on a v4-32, most
-of it in the first stage; with --config.mesh.model=2 the parameters of a stage are split
-over two devices.
+It needs VGG-16 feature weights with LPIPS heads (SEMLIC_FEATURES or --config.features)
+and a labeller (configs/labeller.py). It takes 1,050,000 steps without the adversary and
+100,000 with it, on crops of 256 pixels. Expected: about 12 days on 8 GPUs of 80 GB or
+on a v4-32, most of it in the first stage; with --config.mesh.model=2 the parameters of
+a stage are split over two devices.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ from semlic_jax.training.settings import base_config, stage_config
 
 
 def get_config() -> ConfigDict:
-    """MS-ILLM's schedule, with the semantic ensemble loss in its second half."""
+    """MS-ILLM's schedule, with the semantic ensemble loss in the last stage."""
     config = base_config()
     config.model = "hific"
     config.dtype = "bfloat16"

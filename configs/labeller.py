@@ -4,10 +4,10 @@
 semlic train --config configs/labeller.py --workdir runs/labeller \
     --config.data.train='("tfds:imagenet2012/train",)' --distributed=auto
 
-18.1 million parameters, 1024 codes, crops of 256. The reference's recipe is not
-published; this one is ours. Takes feature weights (SEMLIC_FEATURES or
---config.features; else the packaged ones). Expected: about a day on 8 GPUs of 80 GB or
-on a v4-8.
+It has 18.1 million parameters and 1024 codes, and is trained on crops of 256 pixels.
+The reference's recipe is not published; this one is ours. It uses feature weights
+(SEMLIC_FEATURES or --config.features; else the packaged ones). Expected: about a day on
+8 GPUs of 80 GB or on a v4-8.
 """
 
 from ml_collections import ConfigDict

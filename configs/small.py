@@ -4,7 +4,7 @@
 semlic train --config configs/small.py --workdir runs/small \
     --config.data.train='("photos/train", "photos/more")'
 
-Needs the SqueezeNet 1.0 feature weights (SEMLIC_FEATURES or --config.features).
+It needs the SqueezeNet 1.0 feature weights (SEMLIC_FEATURES or --config.features).
 Expected: about 5 hours on 2 CPU cores for all stages.
 """
 
@@ -14,18 +14,19 @@ from semlic_jax.training.settings import base_config, stage_config
 
 
 def get_config() -> ConfigDict:
-    """Three stages, and a labeller for comparisons; a duration ends in `_steps`."""
+    """Three stages, and a labeller for comparisons; all durations are in steps."""
     config = base_config()
     config.model = "small"
     config.trunk = "squeezenet1_0"
-    # On crops of 128 pixels, 8 x 8 latents, the entropy networks learn the borders by
-    # heart: whole photographs then took up to 30 % more bits than their tiles
+    # On crops of 128 pixels (8 x 8 latents), the entropy networks learnt the borders by
+    # heart: whole photographs took up to 30 % more bits than their tiles
     # (semlic_jax.evaluation.crop_cost).
     config.data.update(batch=2, crop=256)
-    # Small photographs scaled up as well as down: large ones are smoother.
+    # Small photographs are also scaled up, because large photographs are smoother.
     config.data.smallest_scale = 0.55
     config.stages = ("rate_distortion", "integer", "perceptual")
-    # Convolutional and narrow: codes and logits of 8 x 8 cells within a CPU's reach.
+    # Both networks are convolutional and narrow, so that codes and logits of 8 x 8
+    # cells are within a CPU's reach.
     config.networks.labeller.update(
         widths=(48, 96),
         blocks=1,
@@ -33,8 +34,8 @@ def get_config() -> ConfigDict:
         patch=4,
         code_count=256,
     )
-    # What it cannot see for itself it has from the feature network, which knows
-    # textures: a discriminator that starts from nothing was won over or won for good.
+    # What the discriminator cannot see for itself, it gets from the feature network,
+    # which knows textures: one that started from nothing was fooled or won for good.
     config.networks.discriminator.update(
         widths=(24, 48),
         up_widths=(),
@@ -59,8 +60,9 @@ def get_config() -> ConfigDict:
         weights=terms,
         **rate,
     )
-    # Without the lattice term a weave of 16 pixels stays on plain surfaces. It came
-    # late in the run of the packaged model, and costs feature distance at low rates.
+    # Without the lattice term, a weave of 16 pixels stays on plain surfaces. The term
+    # was added late in the run of the packaged model, and makes the feature distance at
+    # low rates worse.
     plain = terms | dict(lattice=4.0)
     config.integer = stage_config(
         "integer",
@@ -77,8 +79,8 @@ def get_config() -> ConfigDict:
         weights=plain | dict(structural=1.3, local_style=3000.0),
         **rate,
     )
-    # The weight of the adversary is so high that its bound decides: its pull is twice
-    # that of all other terms.
+    # The adversary's weight is so high that its bound decides (`largest_share`): its
+    # pull is twice that of all other terms.
     config.perceptual = stage_config(
         "perceptual",
         steps=5400,

@@ -3,7 +3,7 @@
 
 semlic train --config configs/tiny.py --workdir runs/tiny
 
-Needs no data and no feature weights. Expected: about a minute on 2 CPU cores.
+It needs no data and no feature weights. Expected: about a minute on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from semlic_jax.training.settings import base_config, stage_config
 
 
 def get_config() -> ConfigDict:
-    """The stages of `small`, some steps each."""
+    """All four stages, a few steps each."""
     config = base_config()
     config.model = "tiny"
     config.data.update(train=("synthetic:32",), batch=4, crop=64)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts training, refinement and evaluation where machines are: see README.md."""
+"""Starts training, refinement and evaluation where the machines are; see README.md."""

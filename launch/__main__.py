@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m launch TARGET [OPTIONS] TASK [ARGUMENTS]`, see README.md."""
+"""`python -m launch TARGET [OPTIONS] TASK [ARGUMENTS]`; see README.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TARGETS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Starts a task; returns the exit status."""
+    """Start a task; return the exit status."""
     parser = Parser(
         prog="launch",
         description="Start training, batch refinement or evaluation; "

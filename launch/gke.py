@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kubernetes: the manifest `jobset.yaml` with its $names filled in, applied.
+"""Kubernetes: fills in the $names of the manifest `jobset.yaml` and applies it.
 
-A slice of TPUs has one pod per host, and GKE tells JAX who they are; a GPU job has one
-pod per node, and the pods find the first one by its name.
+A slice of TPUs has one pod per host, and GKE tells JAX which these are; a GPU job has
+one pod per node, and the pods find the first one by its name.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import string
 from launch.tasks import ROOT, Task, run_tool
 
 _TEMPLATE = ROOT / "launch" / "jobset.yaml"
-# The controller appends to it, within the 63 characters of a host's name.
+# The controller appends to the name, and a host's name has at most 63 characters.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _TOPOLOGY = re.compile(r"\d+(x\d+){1,2}")
 _PORT = 8476
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this target."""
+    """Add the options of this target."""
     parser.add_argument("--name", required=True, help="of the JobSet")
     parser.add_argument("--image", required=True, help="see Dockerfile")
     parser.add_argument("--namespace", default="default")
@@ -44,10 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(options: argparse.Namespace, task: Task) -> int:
-    """Applies the manifest.
+    """Apply the manifest.
 
     Raises:
-        ValueError: an argument is wrong, or kubectl is not here or not allowed to.
+        ValueError: an argument is wrong, or kubectl is missing, not permitted or fails.
     """
     task.check_paths_shared("a JobSet")
     manifest = _manifest(options, task.shipped_config())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One machine: one or several processes, with the GPUs dealt out among them.
 
-One process uses all GPUs that it sees, so several are needed only to keep processes
-apart: for shares of a refinement, or to try out what a pod will do.
+One process uses all GPUs that it sees, so several processes are needed only where they
+must be separate: for shares of a refinement, or to try out what a pod will do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TERM_SECONDS = 10.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this target."""
+    """Add the options of this target."""
     parser.add_argument("--processes", metavar="N", type=int, default=1)
     parser.add_argument(
         "--gpus",
@@ -54,10 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(options: argparse.Namespace, task: Task) -> int:
-    """Runs the task to its end; returns its exit status.
+    """Run the task to its end; return its exit status.
 
     Raises:
-        ValueError: an argument is wrong, or a process failed: which, and how.
+        ValueError: an argument is wrong, or a process failed; says which and how.
     """
     count = 1 if task.name == "eval" else options.processes
     if count < 1:
@@ -89,7 +89,7 @@ def start(options: argparse.Namespace, task: Task) -> int:
 
 
 class _End(NamedTuple):
-    """How a process ended; `stopped` by us because of another one."""
+    """How a process ended; `stopped` if we ended it because of another one."""
 
     process: int
     status: int
@@ -136,10 +136,10 @@ def _commands(
 
 
 def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
-    """Names of so many GPUs: of those that are ours, where the environment says which.
+    """Names of `count` GPUs, of those that are ours if the environment says which.
 
     Raises:
-        ValueError: fewer are ours.
+        ValueError: fewer than `count` are ours.
     """
     own = environment.get("CUDA_VISIBLE_DEVICES")
     if own is None:
@@ -159,9 +159,10 @@ def _free_port() -> int:
 
 
 def _run(options: argparse.Namespace, task: Task, count: int) -> list[_End]:
-    """Starts all processes and waits for their ends.
+    """Start all processes and wait for them to end.
 
-    Where they work as one and one fails, the others get a grace to say what they saw.
+    If they work as one and one fails, the others get a grace period in which to say
+    what they saw.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
     running: list[subprocess.Popen[str]] = []
@@ -223,7 +224,7 @@ def _copy_lines(source: TextIO, prefix: str) -> None:
 
 
 def _stop(running: Sequence[subprocess.Popen[str]]) -> set[int]:
-    """Ends what still runs; returns which."""
+    """End the processes that are still running; return which they were."""
     left = {process for process, each in enumerate(running) if each.poll() is None}
     for process in left:
         running[process].terminate()

@@ -20,7 +20,7 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this target."""
+    """Add the options of this target."""
     parser.add_argument("--nodes", metavar="N", type=int, default=1)
     parser.add_argument(
         "--gpus-per-node", metavar="N", type=int, default=8, help="default 8; 0: CPUs"
@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(options: argparse.Namespace, task: Task) -> int:
-    """Submits the job.
+    """Submit the job.
 
     Raises:
         ValueError: an argument is wrong, or there is no SLURM here.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is started: the one place where the command of a task is built and checked.
+"""The tasks: the one place where the command of a task is checked and built.
 
 ======================================  ===========================================
 task                                    processes
@@ -24,16 +24,16 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("train", "refine", "eval")
 
-# A process of ours that ends with this lost another one of its run, and nothing else is
+# Exit status of a process that lost another one of its run and found nothing else
 # wrong: `semlic_jax.training.sharding.LOST_STATUS`, which is not imported because a
 # launcher needs no JAX.
 LOST_STATUS = 75
-# Of `semlic`: all done, but for inputs that were skipped.
+# Exit status of `semlic` if all is done except for inputs that were skipped.
 SKIPPED_STATUS = 4
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in one line."""
+    """argparse, with its error messages in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"launch: {message}; see {self.prog} --help\n")
@@ -44,10 +44,10 @@ class Task:
     """A task with its arguments, checked.
 
     Attributes:
-        name: of `TASKS`.
-        arguments: as they follow `semlic NAME`.
+        name: one of `TASKS`.
+        arguments: the arguments of `semlic NAME`.
         paths: inputs and outputs among them.
-        config: file of a training's config.
+        config: the config of a training, FILE[:ARGUMENT].
     """
 
     name: str
@@ -57,7 +57,7 @@ class Task:
 
     @property
     def as_one(self) -> bool:
-        """The processes work together and stop together."""
+        """Whether the processes work together and stop together."""
         return self.name == "train"
 
     def command(
@@ -70,14 +70,14 @@ class Task:
         processes: int = 1,
         auto: bool = False,
     ) -> list[str]:
-        """What one process runs.
+        """The command that one process runs.
 
         Args:
-            python: of the environment that semlic_jax is installed in.
-            root: folder of the repository there.
-            distributed: how a training finds its other processes.
-            process, processes: the share of a refinement.
-            auto: the share, and the devices, are found out on the machine.
+            python: Python of the environment that semlic_jax is installed in.
+            root: the repository's folder on the machine.
+            distributed: options by which a training finds its other processes.
+            process, processes: this process's share of a refinement.
+            auto: whether share and devices are found out on the machine.
         """
         program = [python, "-m", "semlic_jax.cli", self.name]
         if self.name == "train":
@@ -92,10 +92,10 @@ class Task:
         return [*program, *self.arguments, *share]
 
     def check_paths_shared(self, where: str) -> None:
-        """Refuses paths that only this machine would know.
+        """Refuse paths that only this machine would know.
 
         Raises:
-            ValueError: the first such path.
+            ValueError: there is such a path; names the first.
         """
         for path in self.paths:
             if not path.startswith(("gs://", "/")):
@@ -105,10 +105,11 @@ class Task:
                 )
 
     def shipped_config(self) -> Task:
-        """The same with the path of the config within the repository.
+        """The same task, with the config's path relative to the repository.
 
         Raises:
-            ValueError: it is not in the repository, of which the machines get a copy.
+            ValueError: the config is not in the repository, which is what the machines
+                get a copy of.
         """
         if not self.config:
             return self
@@ -126,10 +127,11 @@ class Task:
 
 
 def read_task(name: str, arguments: Sequence[str]) -> Task:
-    """Checks the arguments of a task.
+    """Check the arguments of a task.
 
     Raises:
-        ValueError: in one sentence, what is missing or wrong.
+        ValueError: something is missing or wrong; the message says what in one
+            sentence.
     """
     arguments = list(arguments)
     if name == "train":
@@ -197,7 +199,7 @@ def _check_exists(path: str) -> None:
 
 
 def shown(command: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
-    """A command as a shell takes it."""
+    """A command in the form that a shell takes."""
     assignments = [
         f"{key}={shlex.quote(value)}" for key, value in (variables or {}).items()
     ]
@@ -205,15 +207,15 @@ def shown(command: Sequence[str], variables: Mapping[str, str] | None = None) ->
 
 
 def worth_restarting(status: int) -> bool:
-    """Killed, or stopped because another one was: not refused, not an error of ours."""
+    """Whether a process was killed or lost another one, and did not itself fail."""
     return status < 0 or status > 128 or status == LOST_STATUS
 
 
 def run_tool(command: Sequence[str], *, stdin: str | None = None) -> str:
-    """Runs a command of a cloud or a cluster; returns its output.
+    """Run a command of a cloud or a cluster; return its output.
 
     Raises:
-        ValueError: it failed, with what it said last.
+        ValueError: it failed; the message has the end of what it printed.
     """
     done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     if done.returncode:

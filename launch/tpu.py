@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A TPU slice: asks for it, installs, runs on all workers, and again if preempted.
 
-The slice is a queued resource of the name that is given; one that is there already is
-used as it is. After the task it stays, unless `--delete`. Programs run under `flock`,
+The slice is a queued resource with the given name; one that exists already is used as
+it is. After the task it stays, unless `--delete` is given. Programs run under `flock`,
 so that a second run on the same slice is refused.
 """
 
@@ -24,7 +24,7 @@ from launch.tasks import ROOT, SKIPPED_STATUS, Task, run_tool, shown, worth_rest
 _ZONE = re.compile(r"[a-z]+-[a-z]+\d+-[a-z]")
 _TYPE = re.compile(r"(v\d+[a-z]*)-\d+")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,60}[a-z0-9])?")
-# Software of the virtual machines, by generation.
+# Runtime versions of the virtual machines, by generation.
 _RUNTIMES = {
     "v2": "tpu-ubuntu2204-base",
     "v3": "tpu-ubuntu2204-base",
@@ -33,7 +33,7 @@ _RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-# States of a queued resource from which nothing comes any more.
+# States of a queued resource that never becomes active again.
 _OVER = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
 _BUSY_STATUS = 74
 _FOLDER = "semlic_jax_run"
@@ -41,7 +41,7 @@ _ARCHIVE = "semlic_jax.tar.gz"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this target."""
+    """Add the options of this target."""
     parser.add_argument("--name", required=True, help="of the queued resource")
     parser.add_argument("--zone", required=True, help="such as us-central2-b")
     parser.add_argument("--type", required=True, help="such as v4-32")
@@ -70,10 +70,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(options: argparse.Namespace, task: Task) -> int:
-    """Runs the task to its end, through preemptions.
+    """Run the task to its end, through preemptions; return its exit status.
 
     Raises:
-        ValueError: an argument is wrong, gcloud is not here or not logged in, or the
+        ValueError: an argument is wrong, gcloud is missing or not logged in, or the
             task failed.
     """
     if options.restarts < 0:
@@ -93,7 +93,7 @@ def start(options: argparse.Namespace, task: Task) -> int:
 
 
 class _Slice:
-    """The slice of the options, and the commands that deal with it."""
+    """The slice that the options describe, and the commands for it."""
 
     def __init__(self, options: argparse.Namespace, task: Task) -> None:
         project = (
@@ -164,7 +164,7 @@ class _Slice:
         )
         line = (
             f"mkdir -p {_FOLDER} && tar -xzf {_ARCHIVE} -C {_FOLDER} && "
-            # The machines bring an older Python than ours.
+            # The machines come with an older Python than we need.
             f"cd {_FOLDER} && python3 -m pip install --quiet uv && "
             "python3 -m uv venv --quiet --allow-existing --python 3.11 .venv && "
             "python3 -m uv pip install --quiet --python .venv/bin/python "
@@ -182,7 +182,7 @@ class _Slice:
         ]
 
     def _program(self, *, replace: bool) -> list[str]:
-        """The task on its workers; `replace` ends what an earlier attempt left."""
+        """The command of the task on its workers; `replace` ends an earlier attempt."""
         command = self._task.command(
             ".venv/bin/python",
             ".",
@@ -190,7 +190,7 @@ class _Slice:
             auto=True,
         )
         lock = "/tmp/semlic_jax.lock"
-        # Everything that holds the lock file open is the earlier attempt.
+        # Whatever holds the lock file open belongs to the earlier attempt.
         before = f"fuser -k {lock}; " if replace else ""
         wait = "--wait 60" if replace else "--nonblock"
         line = (
@@ -200,7 +200,7 @@ class _Slice:
         return self._ssh(line, "0" if self._task.name == "eval" else "all")
 
     def show(self) -> None:
-        """Prints the commands in their order."""
+        """Print the commands in order."""
         parts: Sequence[tuple[str, list[list[str]]]] = (
             ("ask for the slice, if it is not there", [self._create]),
             ("until it is ACTIVE", [self._describe]),
@@ -224,7 +224,7 @@ class _Slice:
             print(f"# at the end\n{shown(self._remove)}")
 
     def run(self) -> int:
-        """Everything, through preemptions; returns the task's exit status."""
+        """Do everything, through preemptions; return the task's exit status."""
         _check_clone()
         installed = False
         for attempt in range(self._options.restarts + 1):
@@ -284,7 +284,7 @@ class _Slice:
         return False
 
     def _make_active(self) -> bool:
-        """Waits for the slice, asking for it if need be; whether it is new."""
+        """Wait for the slice, asking for it if need be; return whether it is new."""
         fresh, said = False, ""
         while (state := self._state()) != "ACTIVE":
             if state == "" or state in _OVER:
@@ -302,10 +302,10 @@ class _Slice:
 
 
 def _check_clone() -> None:
-    """Refuses a tree of which git, and so the archive, knows no file.
+    """Refuse a tree in which git lists no files, since the archive would be empty.
 
     Raises:
-        ValueError: there is no git, no clone, or it is empty.
+        ValueError: there is no git, no clone, or the clone is empty.
     """
     if shutil.which("git") is None:
         raise ValueError("a TPU slice gets the files that git lists, found no git")

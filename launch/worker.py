@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs beside `semlic refine` and `semlic eval` on each machine; a file of its own.
+"""Runs `semlic refine` or `semlic eval` on each machine; a self-contained script.
 
     python launch/worker.py [--process I --processes N | --auto] refine|eval ...
 
-`--auto` finds out from the environment which process of how many this is: SLURM, an
-indexed job of Kubernetes, or a TPU VM. Each process works alone and sees its own
-devices only. Folders in a bucket are copied here first; what is new in the output is
-copied back while the program runs, so that a preempted run goes on where it stopped.
+`--auto` finds out from the environment (SLURM, an indexed job of Kubernetes, or a TPU
+VM) which process this is, and of how many. Each process works alone and sees only its
+own devices. Folders in a bucket are first copied to the machine; what is new in the
+output is copied back while the program runs, so that a preempted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from etils import epath
 
 _COPIES = 16
 _UPLOAD_SECONDS = 30.0
-# Of `semlic`: all done, but for inputs that were skipped.
+# Exit status of `semlic` if all is done except for inputs that were skipped.
 _SKIPPED_STATUS = 4
-# libtpu's own names for how the chips of a host lie.
+# libtpu's names for the arrangement of a host's chips.
 _CHIP_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 
 
 class Share(NamedTuple):
-    """This process, of how many, and the variables that its program gets."""
+    """This process's number, the number of all, and the variables of its program."""
 
     process: int
     processes: int
@@ -46,16 +47,16 @@ class Share(NamedTuple):
 
 
 def share_from_environment(environment: Mapping[str, str]) -> Share:
-    """Which share of the work is this process's.
+    """This process's share of the work.
 
     Raises:
-        ValueError: this is no SLURM step, indexed job or TPU VM.
+        ValueError: this is neither a SLURM step nor an indexed job nor a TPU VM.
     """
     if "SLURM_PROCID" in environment:
         variables = {}
         if environment.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0"):
             local = int(environment["SLURM_LOCALID"])
-            # Those of the job, where the node is shared; one alone is the step's own.
+            # The job's GPUs, if the node is shared; a single one is the step's own.
             own = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpu = own[local % len(own)] or str(local)
             variables["CUDA_VISIBLE_DEVICES"] = gpu
@@ -90,7 +91,7 @@ def _metadata(key: str, environment: Mapping[str, str]) -> str:
 
 
 def _alone(hosts: int) -> dict[str, str]:
-    """Makes a host of a TPU slice use its own chips without waiting for the others."""
+    """Variables that make a TPU host use its own chips without awaiting the others."""
     if hosts == 1:
         return {}
     devices = Path("/dev")
@@ -106,7 +107,7 @@ def _alone(hosts: int) -> dict[str, str]:
 
 
 class Staged(NamedTuple):
-    """A task's arguments with local paths, and its output in a bucket, if it is."""
+    """A task's arguments with local paths, and its output if that is in a bucket."""
 
     arguments: list[str]
     output: Path | None
@@ -114,10 +115,10 @@ class Staged(NamedTuple):
 
 
 def stage(name: str, arguments: list[str], scratch: Path) -> Staged:
-    """Copies what is in buckets to `scratch`.
+    """Copy what is in buckets to `scratch`.
 
     Raises:
-        ValueError: there is no such folder or file.
+        ValueError: an input does not exist.
     """
     arguments = [
         part
@@ -147,10 +148,10 @@ def _is_no_option(argument: str) -> bool:
 
 
 def copy_here(source: epath.Path, target: Path, *, must_exist: bool) -> None:
-    """Copies a file or a folder with all in it.
+    """Copy a file, or a folder with everything in it.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it does not exist but must.
     """
     if source.is_dir():
         pairs = [(path, target / str(inner)) for inner, path in _files(source)]
@@ -179,7 +180,7 @@ def _files(folder: epath.Path, inner: str = "") -> Iterator[tuple[str, epath.Pat
 
 
 class Uploader:
-    """Copies files of a folder that are new or changed, each time it is asked."""
+    """Copies the files of a folder that are new or changed, each time it is called."""
 
     def __init__(self, folder: Path, remote: epath.Path) -> None:
         self._folder, self._remote = folder, remote
@@ -193,7 +194,7 @@ class Uploader:
                 yield path, (status.st_mtime_ns, status.st_size)
 
     def upload(self) -> int:
-        """Copies; returns how many files."""
+        """Copy the files; return how many they were."""
         changed = [(p, mark) for p, mark in self._now() if self._seen.get(p) != mark]
 
         def copy(entry: tuple[Path, tuple[int, int]]) -> None:
@@ -209,7 +210,7 @@ class Uploader:
 
 
 def run(name: str, arguments: list[str], share: Share) -> int:
-    """Runs the program; returns its exit status."""
+    """Run the program; return its exit status."""
     scratch = Path(tempfile.mkdtemp(prefix="semlic_"))
     try:
         staged = stage(name, arguments, scratch)
@@ -251,7 +252,7 @@ def main() -> int:
     parser.add_argument("task", choices=("refine", "eval"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    # The machine may be about to go: what is done is copied back first.
+    # The machine may be about to go away: what is done is copied back first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         share = Share(options.process, options.processes, {})
@@ -259,7 +260,7 @@ def main() -> int:
             share = share_from_environment(os.environ)
         status = run(options.task, options.arguments, share)
         if options.auto and share.processes > 1 and status == _SKIPPED_STATUS:
-            # Clusters take any status for a failure, and the names were printed.
+            # Clusters take any other status for a failure; the names were printed.
             return 0
         return status
     except (ValueError, ImportError, OSError) as error:

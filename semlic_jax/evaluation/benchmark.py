@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`semlic bench`: how long compressing and decompressing take, beside classical codecs.
 
-Medians after warm-up, in one process on one image. The classical codecs are measured at
-the setting whose file is closest below ours, or their smallest file. A last row starts
-`semlic decompress` as a new process, with compiled programs from the cache: what a user
-of the command waits.
+Times are medians after a warm-up, in one process on one image. The classical codecs are
+measured at the setting whose file is closest below ours, or else at their smallest
+file. The last line starts `semlic decompress` as a new process, with compiled programs
+from the cache: this is how long a user of the command waits.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _WIDTH, _HEIGHT = 768, 512
 
 @dataclass(frozen=True)
 class Row:
-    """One codec. Times are medians of one call, in seconds of wall time.
+    """The measurements of one codec; times are medians of wall time in seconds.
 
-    `coding_*_s` is the part spent between symbols and bytes; None where the codec does
-    not tell it apart.
+    `coding_*_s` is the part spent between symbols and bytes; None for codecs that do
+    not show it separately.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Report:
     process_decompress_s: float
 
     def facts(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: the PSNR of equal images is None."""
+        """The report for JSON, which has no infinity: PSNR of equal images is None."""
         facts = asdict(self)
         for row in facts["rows"]:
             if not math.isfinite(row["psnr_db"]):
@@ -126,15 +126,15 @@ def run_benchmark(
     repeats: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Measures `codec` and the classical codecs on one image.
+    """Measure `codec` and the classical codecs on one image.
 
     Args:
-      codec: the loaded model, best not used before: its first calls are reported.
+      codec: the loaded model, best unused so far, since its first calls are reported.
       pixels: uint8 [H, W, 3].
       model: the name or path that `codec` was loaded by, for the new process.
-      quality: of our file, 0..1.
-      repeats: calls that each median is taken over, after one that is not counted.
-      progress: is told what is being done.
+      quality: quality of our file, 0..1.
+      repeats: calls that each median is taken over, after one that does not count.
+      progress: called with a text about what is being done.
     """
     height, width = pixels.shape[:2]
     progress("warming up")
@@ -165,7 +165,7 @@ def run_benchmark(
         progress(f"measuring {name}")
         try:
             rows.append(_rival(name, pixels, len(data), repeats))
-        except FAILURES:  # shown by its absence; the rest still counts
+        except FAILURES:  # it is missing from the table; the others still count
             continue
     progress("measuring a new process")
     return Report(
@@ -212,7 +212,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 def _medians(
     call: Callable[[], Any], repeats: int, part: list[float] | None = None
 ) -> tuple[float, float | None]:
-    """Medians of a call's time and of the time that it added to `part`."""
+    """Medians of a call's time and of the part of it that is collected in `part`."""
     call()
     totals_s, parts_s = [], []
     for _ in range(repeats):
@@ -226,7 +226,7 @@ def _medians(
 
 @contextmanager
 def _time_in(cls: type, *methods: str) -> Iterator[list[float]]:
-    """Collects the seconds of every call of these methods while it is open."""
+    """Collect the seconds of every call of these methods while the context is open."""
     seconds: list[float] = []
     originals = {name: getattr(cls, name) for name in methods}
 
@@ -248,7 +248,7 @@ def _time_in(cls: type, *methods: str) -> Iterator[list[float]]:
 
 
 def _process_s(data: bytes, model: str) -> float:
-    """Wall time of `semlic decompress` as a process; the second run, files cached."""
+    """Wall time of `semlic decompress` as a process: a second run, with warm caches."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "photograph.semlic")
         source.write_bytes(data)

@@ -14,18 +14,18 @@ from semlic_jax.coding.symbol_tables import SymbolTables
 if TYPE_CHECKING:
     from semlic_jax.codec import Codec
 
-_Z_PER_Y = 4  # positions of y along a side of one of z
+_Z_PER_Y = 4  # positions of y along one side of a position of z
 
 
 def bits_per_block(codec: Codec, data: bytes) -> np.ndarray:
     """Bits that a file spends on each block of 16 x 16 pixels.
 
     The bits of a hyper-latent, which describes 64 x 64 pixels, are shared out among its
-    blocks. The sum is the length of the payload but for the end of the stream, and but
+    blocks. The sum is the length of the payload, except for the end of the stream and
     for the narrower tables of the coder `tfc`.
 
     Args:
-      codec: of the model that made the file.
+      codec: the codec of the model that made the file.
       data: the file, refined or not.
 
     Returns:
@@ -43,7 +43,7 @@ def bits_per_block(codec: Codec, data: bytes) -> np.ndarray:
     decoder = entropy.decoder(unpack(data)[1], header.coder)
     z = decoder.pop(z_indexes, entropy.z_tables)
     z_hat = z.reshape(z_rows, z_columns, channels)
-    # Latents on the coder's grid round to the very symbols of the file.
+    # Latents on the coder's grid round to exactly the symbols of the file.
     padding = (0, -rows % _Z_PER_Y), (0, -columns % _Z_PER_Y), (0, 0)
     symbols = entropy.symbols(
         jnp.asarray(np.pad(y_hat, padding)),
@@ -57,7 +57,7 @@ def bits_per_block(codec: Codec, data: bytes) -> np.ndarray:
     z_bits = _bits(entropy.z_tables, z_hat, z_indexes.reshape(z_hat.shape))
     cells = np.ones((_Z_PER_Y, _Z_PER_Y))
     inside = np.kron(np.ones_like(z_bits), cells)[:rows, :columns]
-    # A hyper-latent at the edge describes fewer blocks than sixteen.
+    # A hyper-latent at the edge describes fewer than sixteen blocks.
     counts = np.add.reduceat(
         np.add.reduceat(inside, np.arange(0, rows, _Z_PER_Y), axis=0),
         np.arange(0, columns, _Z_PER_Y),

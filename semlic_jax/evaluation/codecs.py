@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classical codecs under one small interface, in real bytes.
+"""Classical codecs behind one small interface, measured in real bytes.
 
 Each codec is one class: a name, a file suffix, its settings as a range of integers
-from the smallest file to the largest, `encode`, `decode`. `Ladder.fit` finds the best
-setting whose file fits a number of bytes. To add a codec, write a class and name it in
-`CODECS`.
+from the smallest file to the largest, `encode` and `decode`. `Ladder.fit` finds the
+best setting whose file fits a number of bytes. To add a codec, write a class and name
+it in `CODECS`. A sweep recognises a codec by the text of its class, docstring and
+comments included (see `entrants.py`).
 
-Sizes are whole files as the format's own encoder writes them, without metadata. All
-are at their best settings but `avif`, at a speed that people wait for; `avif-slow` is
-AVIF at its best.
+Sizes are those of whole files as the format's own encoder writes them, without
+metadata. All codecs run at their best settings except `avif`, which runs at a speed
+that people are willing to wait for; `avif-slow` is AVIF at its best.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, features
 
-# What a codec fails with on one image. It is a gap with its words, not the end: other
-# images and codecs can still be done.
+# Errors of a codec on one image. They leave a gap with their message and do not end the
+# run: other images and codecs can still be done.
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line."""
+    """An error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -37,11 +38,11 @@ class CodecUnavailableError(ValueError):
 
 
 class ClassicalCodec(Protocol):
-    """What `Ladder`, the demo, the benchmark and the sweeps need of a codec.
+    """What `Ladder`, the demo, the benchmark and the sweeps need from a codec.
 
     Attributes:
-      name: as tables and plots show it.
-      suffix: of its files.
+      name: the name that tables and plots show.
+      suffix: suffix of its files.
       settings: integers in the order of growing files and growing quality.
     """
 
@@ -233,15 +234,15 @@ class Fit:
 
 
 class Ladder:
-    """The files of one image by one codec at all its settings, made when asked for.
+    """The files of one image by one codec at all its settings, made on demand.
 
     Args:
       codec: see `ClassicalCodec`.
       image: uint8 [H, W, 3].
     """
 
-    # File sizes grow with the setting nearly always: so many settings above the one
-    # that bisection finds are tried too.
+    # File sizes nearly always grow with the setting; because of the exceptions, this
+    # many settings above the one that bisection finds are tried too.
     _lookahead = 2
 
     def __init__(self, codec: ClassicalCodec, image: np.ndarray) -> None:
@@ -266,7 +267,7 @@ class Ladder:
           ValueError: even the smallest file is larger; names its size.
         """
         settings = self.codec.settings
-        low, high = 0, len(settings)  # those below low fit, those from high on do not
+        low, high = 0, len(settings)  # settings below low fit, from high on do not
         while low < high:
             middle = (low + high) // 2
             if len(self.encode(settings[middle])) <= max_bytes:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`semlic compare`: one photograph by several codecs at equal bytes, as one page.
+"""`semlic compare`: one page with one photograph by several codecs at equal bytes.
 
 The page is one HTML file with everything inside: pictures, files, numbers, script. It
-asks the network for nothing, which its content security policy enforces.
+loads nothing from the network, which its content security policy enforces.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Shown:
     """What the page shows of one codec.
 
     Attributes:
-      key, label, suffix: of the codec.
-      data: its file; empty where there is none.
+      key, label, suffix: those of the codec.
+      data: its file; empty if there is none.
       image: uint8 [H, W, 3] decoded from it, or None.
       encode_s, decode_s: wall time of one call.
-      values: metric to number.
+      values: metric to its value.
       gaps: "file" or metric to the reason why there is none.
       bits: bits per block of 16 x 16 pixels, float64 [h, w], or None.
     """
@@ -70,14 +70,15 @@ def compare(
     *,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Shown]:
-    """Fits every codec to the bytes of the first one's file.
+    """Fit every codec to the bytes of the first one's file.
 
     Args:
       pixels: uint8 [H, W, 3].
-      entrants: codecs; the first one is fitted to the rate, the others to its file.
-      bpp: bits per pixel, at most.
+      entrants: codecs; the first that makes a file is fitted to the rate, the others to
+        the size of its file.
+      bpp: the rate in bits per pixel, an upper bound.
       measures: metrics of images.
-      progress: is told what is being done.
+      progress: called with a text about what is being done.
 
     Raises:
       ValueError: no codec reaches the rate; says why the first does not.
@@ -107,7 +108,7 @@ def compare(
         progress(f"measuring {entrant.label}")
         values, gaps, failed = measures.measure(pixels, image, names)
         if not any(each.data for each in shown):
-            # A hair more than the file takes, so that rounding does not lose a byte.
+            # Slightly more than the file takes, so that rounding loses no byte.
             rate = 8 * len(encoded.data) / (height * width) * (1 + 1e-12)
         shown.append(
             Shown(
@@ -130,7 +131,7 @@ def compare(
 
 
 def _nearest(entrant: Entrant, pixels: np.ndarray, rate: float) -> Encoded:
-    """The best file of at most this rate, though the codec's files end far below."""
+    """The best file of at most this rate, even if the codec's files end far below."""
     try:
         return entrant.fitter(pixels)(rate)
     except TooSmallError as error:
@@ -145,14 +146,14 @@ def page(
     *,
     icc_profile: bytes | None = None,
 ) -> str:
-    """The whole page.
+    """The whole page as HTML.
 
     Args:
-      title: of the photograph.
+      title: title of the photograph.
       pixels: uint8 [H, W, 3], the original.
       shown: from `compare`.
       measures: those that `shown` was measured with.
-      icc_profile: of the photograph; the pictures in the page carry it.
+      icc_profile: profile of the photograph, which the pictures in the page carry too.
     """
     height, width = pixels.shape[:2]
     first = next(each for each in shown if each.data)
@@ -228,7 +229,7 @@ def _codec_data(
 
 
 def _picture(pixels: np.ndarray, icc_profile: bytes | None) -> str:
-    """A lossless picture as a data URL: WebP, and PNG where WebP ends."""
+    """A lossless picture as a data URL: WebP, or PNG if it is too large for WebP."""
     stream = io.BytesIO()
     options: dict[str, Any] = {"icc_profile": icc_profile} if icc_profile else {}
     if max(pixels.shape[:2]) <= _LARGEST_WEBP_SIDE:

@@ -5,9 +5,9 @@
 
 Codes each photograph whole and in tiles, and compares ideal bits of the same pixels.
 Tiles know less about their surroundings, so a sound model needs fewer bits for the
-whole. More bits mean that its networks learnt the borders of training crops by heart:
-of two runs on crops of 128 pixels one ended 8 % and the other 30 % above at its
-highest quality, while every number in the log of the training looked right.
+whole. If it needs more, its networks learnt the borders of the training crops by heart:
+of two runs on crops of 128 pixels, one ended 8 % and the other 30 % above the tiles at
+its highest quality, while every number in the training log looked right.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def crop_cost(
     side: int,
     qualities: Sequence[float] = QUALITIES,
 ) -> list[dict[str, float]]:
-    """Bits of whole images against their tiles, a record for each quality.
+    """Bits of whole images against those of their tiles, a record for each quality.
 
     Args:
         codec: the model.
         images: uint8 [H, W, 3]; what does not fill a tile is cut off.
-        side: of the tiles in pixels.
+        side: side of the tiles in pixels.
         qualities: from 0 to 1.
 
     Raises:
-        ValueError: an image is not larger than one tile.
+        ValueError: an image holds fewer than two tiles.
     """
     whole = []
     for image in images:

@@ -4,8 +4,9 @@
     python -m semlic_jax.evaluation.crops face.png:200,40,192,192 sky.jpg:0,0,192,192 \\
         --codecs avif,semlic,semlic+refine:default --bpp 0.15 --out crops.png
 
-A row for each detail, the original first, every pixel as it is. Each photograph is
-coded as a whole; the rate over a detail is that of its file, the PSNR of the detail.
+The picture has a row for each detail, the original first, at its full resolution. Each
+photograph is coded as a whole: the rate above a detail is that of the whole file, the
+PSNR that of the detail.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class Detail:
 
     @classmethod
     def parse(cls, text: str) -> Detail:
-        """From `PATH:x,y,width,height`.
+        """Parse `PATH:x,y,width,height`.
 
         Raises:
-          ValueError: it is of another form.
+          ValueError: the text has another form.
         """
         path, _, box = text.rpartition(":")
         try:
@@ -68,10 +69,10 @@ class Detail:
         return cls(Path(path), left, top, width, height)
 
     def of(self, image: np.ndarray) -> np.ndarray:
-        """This part of an image [H, W, 3].
+        """Cut this part out of an image [H, W, 3].
 
         Raises:
-          ValueError: the image ends before.
+          ValueError: the part reaches beyond the image.
         """
         bottom, right = self.top + self.height, self.left + self.width
         if bottom > image.shape[0] or right > image.shape[1]:
@@ -99,23 +100,23 @@ def crops(
     force: bool = False,
     progress: Progress = lambda text: None,
 ) -> list[Path]:
-    """Writes the picture.
+    """Write the picture.
 
     Args:
-      details: of photographs.
-      out: .png, .jpg or .webp.
-      codecs: as in `entrants.py`.
-      bpp: of whole files, at most.
-      model: of the codecs that name none.
-      force: replaces a picture that exists.
-      progress: is told what is being done.
+      details: the details to show.
+      out: path of the picture, .png, .jpg or .webp.
+      codecs: names as in `entrants.py`.
+      bpp: upper bound of the rate of whole files, in bits per pixel.
+      model: name or path of the model of codecs that name none.
+      force: whether to replace an existing picture.
+      progress: called with a text about what is being done.
 
     Returns:
       the picture's path.
 
     Raises:
-      ValueError: a photograph cannot be read, a detail is not in it, a codec is
-        unknown or not there, or `out` exists or is of no kind that can be written.
+      ValueError: a photograph cannot be read, a detail is not inside it, a codec is
+        unknown or unavailable, or `out` exists or is of a kind that cannot be written.
     """
     check_outputs([out], force=force)
     check_suffix(out.suffix)
@@ -147,7 +148,7 @@ def crops(
 def _decoded(
     entrant: Entrant, pixels: np.ndarray, bpp: float
 ) -> tuple[np.ndarray | None, str]:
-    """What a codec's file shows and its rate, or why there is none."""
+    """The image in a codec's file, and its rate; or None, and why there is no file."""
     try:
         data = entrant.fitter(pixels)(bpp).data
     except ValueError as error:
@@ -176,7 +177,7 @@ def _draw(rows: Sequence[Sequence[_Cell]]) -> Image.Image:
             if cell.image is not None:
                 draw.text((x, y + 18), cell.facts, _FAINT, font=small)
                 picture.paste(Image.fromarray(cell.image), (x, y + _LABEL_HEIGHT - 4))
-            else:  # why not, in the place of the picture
+            else:  # the reason, in place of the picture
                 lines = textwrap.fill(cell.facts, max(column // 7, 8))
                 draw.text((x, y + 18), lines, _FAINT, font=small)
         y += row_height + _LABEL_HEIGHT
@@ -184,7 +185,7 @@ def _draw(rows: Sequence[Sequence[_Cell]]) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws the picture; returns the exit status, 1 for a refusal."""
+    """Draw the picture; return the exit status, 1 for a refusal."""
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.crops",
         description="Details of photographs as several codecs show them.",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`semlic demo`: one photograph, one file, and classical codecs at the same bytes.
 
-Needs nothing but the core of the package, so that `make demo` installs little.
+It needs only the core of the package, so that `make demo` installs little.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ RIVALS = ("avif", "webp", "jpeg")
 
 _PHOTOGRAPH = "photograph.png"
 
-# The picture: five columns of a fixed width on a dark ground.
+# The picture: five columns of a fixed width on a dark background.
 _COLUMN_WIDTH = 384
-_COLUMN_HEIGHT = 480  # the most that an upright photograph takes
+_COLUMN_HEIGHT = 480  # limits upright photographs
 _CROP_HEIGHT = 288
 _MARGIN = 32
 _GAP = 16
@@ -58,12 +58,13 @@ class Candidate:
     """What one codec made of the photograph.
 
     Attributes:
-      name: of the codec.
+      name: name of the codec.
       file_bytes: size of the whole file; of the raw pixels for the original.
       image: uint8 [H, W, 3], decoded from the file.
-      psnr_db: against the original; infinite for the original.
-      over_budget: this is the smallest file the codec can make, and it is too large.
-      encode_s, decode_s: wall time of one call, search for the size included.
+      psnr_db: PSNR against the original; infinite for the original.
+      over_budget: whether even the smallest file of the codec, which this is, is too
+        large.
+      encode_s, decode_s: wall time of one call, including the search for the size.
     """
 
     name: str
@@ -101,7 +102,7 @@ class Outputs:
 
 
 def packaged_photograph() -> Photograph:
-    """The photograph that the package brings; see `pretrained/README.md`."""
+    """The photograph that comes with the package; see `pretrained/README.md`."""
     source = resources.files("semlic_jax") / "pretrained" / _PHOTOGRAPH
     with source.open("rb") as stream:
         return read_photograph(stream)  # type: ignore[arg-type]
@@ -118,17 +119,17 @@ def run_demo(
     progress: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Outputs, list[Candidate]]:
-    """Writes the file, the decoded picture and the comparison.
+    """Write the file, the decoded picture and the comparison.
 
     Args:
       codec: the loaded model.
       photograph: what to compress.
-      stem: of the names of the outputs.
-      folder: where they go; it is made if it is not there.
-      bpp: bits per pixel of the file, at most.
-      force: replaces outputs that exist.
-      progress: is told what is being done.
-      note: is told which rival is left out, and why.
+      stem: stem of the names of the outputs.
+      folder: folder for the outputs; created if it is missing.
+      bpp: upper bound of the file's rate, in bits per pixel.
+      force: whether to replace existing outputs.
+      progress: called with a text about what is being done.
+      note: called with a text about each rival that is left out, and why.
 
     Returns:
       The paths, and what each codec made: the original first, then semlic.
@@ -223,7 +224,7 @@ def table(candidates: Sequence[Candidate]) -> str:
 
 
 def draw_comparison(candidates: Sequence[Candidate], title: str) -> Image.Image:
-    """One picture: whole images in the first row, the same detail of each below."""
+    """Draw one picture: whole images in a row, and the same detail of each below."""
     height, width = candidates[0].image.shape[:2]
     scale = min(_COLUMN_WIDTH / width, _COLUMN_HEIGHT / height, 1.0)
     small = max(1, round(width * scale)), max(1, round(height * scale))
@@ -317,7 +318,7 @@ def _draw_label(
 def _draw_frame(
     whole: Image.Image, scale: float, left: int, top: int, width: int, height: int
 ) -> None:
-    """Where in the photograph the detail is."""
+    """Mark where in the photograph the detail is."""
     box = [
         round(scale * left),
         round(scale * top),

@@ -6,8 +6,8 @@
     semlic+refine:fast            with latent refinement by a preset
     avif, webp, jxl, jpeg, ...    see `codecs.py`
 
-An entrant makes the best file of at most so many bits per pixel, and says why where it
-cannot. Every one may be called from several threads at once.
+An entrant makes the best file of at most a given number of bits per pixel, or says why
+it cannot. Each may be called from several threads at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from semlic_jax.codec import Codec, Latents
     from semlic_jax.refinement import Settings
 
-# A codec's largest file counts as the rate that was asked for down to this part of it.
+# A codec's largest file counts as reaching a rate if it has at least this part of it.
 _LEAST_USE = 0.97
 
 
@@ -48,7 +48,7 @@ class Encoded:
 
 
 class TooSmallError(ValueError):
-    """The codec's largest file of an image is far below the rate: `encoded`."""
+    """The codec's largest file of an image, `encoded`, is far below the rate."""
 
     def __init__(self, encoded: Encoded, pixels: int) -> None:
         self.encoded = encoded
@@ -62,8 +62,9 @@ class Entrant(Protocol):
     Attributes:
       key: its name on the command line, in tables and folders.
       label: its name in plots.
-      suffix: of its files.
-      identity: changes when its files would; cached files of another are not used.
+      suffix: suffix of its files.
+      identity: a text that changes when its files would; cached files of another
+        identity are not used.
     """
 
     key: str
@@ -72,11 +73,11 @@ class Entrant(Protocol):
     identity: str
 
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
-        """For one image, uint8 [H, W, 3]: a function of bits per pixel.
+        """Return a function of bits per pixel for one image, uint8 [H, W, 3].
 
-        It returns the best file of at most that rate, and raises ValueError, with the
-        reason, where the codec does not reach it: TooSmallError where its files end
-        far below.
+        That function returns the best file of at most that rate. It raises ValueError
+        with the reason if the codec does not reach the rate, and TooSmallError if its
+        files end far below.
         """
         ...
 
@@ -88,9 +89,9 @@ class Entrant(Protocol):
 class RateSearch:
     """The files of one image at a codec's settings, and the best of them at a rate.
 
-    Files that were made for one rate narrow the search for the next. Sizes are taken
-    to grow with the setting but for small dips, as in `Codec.compress`: where they do
-    not, the file found is within the rate all the same.
+    Files that were made for one rate narrow the search for the next. Sizes are assumed
+    to grow with the setting except for small dips, as in `Codec.compress`; where they
+    do not, the file found is still within the rate.
 
     Args:
       codec: see `ClassicalCodec`.
@@ -107,7 +108,7 @@ class RateSearch:
 
         Raises:
           ValueError: the codec does not reach the rate on this image; says how far it
-            gets. TooSmallError where that is below it.
+            gets. It is a TooSmallError if the largest file is far below the rate.
         """
         budget = max(semlic_jax.Codec.budget_bytes(bpp, self._image.shape), 1)
         last = len(self._codec.settings) - 1
@@ -146,7 +147,7 @@ class RateSearch:
         return 8 * self._size(at) / self._pixels
 
     def _guess(self, low: int, high: int, budget: int) -> int:
-        """Where log(size), nearly linear in the setting, should meet the budget."""
+        """Guess where log(size), nearly linear in the setting, meets the budget."""
         known = sorted(self._files)
         below = [at for at in known if at <= low][-2:]
         above = [at for at in known if at >= high][:2]
@@ -155,7 +156,8 @@ class RateSearch:
         elif len(known) >= 2:
             a, b = (below or above)[0], (below or above)[-1]
         elif known:
-            # One file: so far, sizes of most codecs double about ten times in all.
+            # Only one file so far: over the settings of most codecs, sizes double about
+            # ten times.
             size = len(self._files[known[0]].data)
             octaves = math.log2(budget / size)
             step = len(self._codec.settings) / 10
@@ -174,7 +176,7 @@ class RateSearch:
 
 
 class ClassicalEntrant:
-    """A codec of `codecs.py`."""
+    """A classical codec of `codecs.py`."""
 
     def __init__(self, key: str) -> None:
         self._codec = classical_codec(key)
@@ -191,7 +193,10 @@ class ClassicalEntrant:
 
 
 def _classical_identity(key: str, codec: ClassicalCodec) -> str:
-    """The library's version, and the settings as the class and its code state them."""
+    """The library's version, and the settings as the class's docstring and code state.
+
+    Any change to the text of the class, even to a comment, changes the identity.
+    """
     libraries = {
         "jpeg": "libjpeg_turbo",
         "webp": "webp",
@@ -202,7 +207,7 @@ def _classical_identity(key: str, codec: ClassicalCodec) -> str:
     if key == "jxl":
         version = f"pillow-jxl-plugin {metadata.version('pillow-jxl-plugin')}"
     else:
-        library = libraries.get(key)  # none of a codec that a user added
+        library = libraries.get(key)  # None for a codec that a user added
         version = f"Pillow {PIL.__version__}"
         if library:
             version += f", {library} {features.version(library)}"
@@ -210,7 +215,7 @@ def _classical_identity(key: str, codec: ClassicalCodec) -> str:
 
 
 def _code_digest(kind: type) -> str:
-    """Names a class by its code and that of its bases, or by its name without it."""
+    """Digest of the source of a class and its bases, or of their names without it."""
     digest = hashlib.sha256()
     for each in kind.__mro__[:-1]:
         try:
@@ -222,7 +227,7 @@ def _code_digest(kind: type) -> str:
 
 
 class _AtLevels:
-    """A model on one analysed image as a `ClassicalCodec` of 256 settings."""
+    """A model with one analysed image, as a `ClassicalCodec` of 256 settings."""
 
     suffix = ".semlic"
     settings = range(256)
@@ -238,9 +243,9 @@ class _AtLevels:
 
 
 class SemlicEntrant:
-    """A model of this package, as it is: `codec`.
+    """A model of this package, `codec`, without refinement.
 
-    Times of encoding leave out the analysis of the image, which its rates share.
+    Encoding times leave out the analysis of the image, which all rates share.
     """
 
     suffix = ".semlic"
@@ -252,7 +257,7 @@ class SemlicEntrant:
 
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
         latents = self.codec.analyse(image)
-        latents.y.block_until_ready()  # or the first file's time would have it
+        latents.y.block_until_ready()  # so that the first file's time excludes it
         return RateSearch(_AtLevels(self.codec, self.label, latents), image).fit
 
     def decode(self, data: bytes) -> np.ndarray:
@@ -288,7 +293,8 @@ class RefinedEntrant:
     def fitter(self, image: np.ndarray) -> Callable[[float], Encoded]:
         def fit(bpp: float) -> Encoded:
             start_s = time.perf_counter()
-            # By bytes: the best quality may end below the rate, as without refinement.
+            # A budget in bytes: the best quality may end below the rate, as without
+            # refinement.
             budget = max(self.codec.budget_bytes(bpp, image.shape), 1)
             data = self.codec.compress(image, max_bytes=budget, refine=self._settings)
             wall_s = time.perf_counter() - start_s
@@ -305,7 +311,7 @@ class RefinedEntrant:
 
 
 def model_identity(codec: Codec) -> str:
-    """Names a model by all its numbers, not only those that its files depend on."""
+    """Identify a model by all its numbers, not only those that its files depend on."""
     digest = _digest(codec.params, codec.fingerprint)
     return (
         f"semlic_jax {semlic_jax.__version__}, format "
@@ -314,10 +320,10 @@ def model_identity(codec: Codec) -> str:
 
 
 def refinement_identity(codec: Codec, settings: Settings) -> str:
-    """Names all that a refined file depends on: model, settings, feature network.
+    """Identify all that a refined file depends on: model, settings, feature network.
 
     Raises:
-      ValueError: there are no such weights of a feature network.
+      ValueError: the weights of the feature network are missing.
     """
     from semlic_jax.refinement.settings import REVISION
 
@@ -341,11 +347,11 @@ def _digest(params: Any, start: bytes = b"") -> str:
 
 
 def entrants(names: Sequence[str], *, model: str = "small") -> list[Entrant]:
-    """The codecs of these names, in order; see the module's docstring.
+    """The codecs with these names, in order; see the module's docstring.
 
     Args:
-      names: each one once.
-      model: name or path of the model of those that name none.
+      names: names of codecs, each given once.
+      model: name or path of the model of codecs that name none.
 
     Raises:
       CodecUnavailableError: this machine lacks what a codec needs.
@@ -384,7 +390,7 @@ def _entrant(name: str, model: str, loaded: dict[str, Codec]) -> Entrant:
     given = given or model
     if given not in loaded:
         loaded[given] = semlic_jax.load(given)
-    # A path is too long for tables: its stem names the model there.
+    # A path is too long for tables, where its stem names the model.
     key = f"semlic:{Path(given).stem}" if ":" in base else "semlic"
     if refined:
         return RefinedEntrant(f"{key}+refine:{preset}", loaded[given], preset)

@@ -44,24 +44,24 @@ def evaluate(
     remeasure: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """A sweep, its tables and its plots, in a folder; goes on where it stopped.
+    """Run a sweep, or go on with one, and write its tables and plots into its folder.
 
     Args:
       inputs: image files and folders of them.
-      codecs: names; see `entrants.py`.
+      codecs: names of codecs; see `entrants.py`.
       rates: bits per pixel.
       out: folder, new or of an earlier sweep.
-      metrics: names; None: those that can be computed here.
-      model: of codecs that name none.
-      anchor: codec that BD-rates are against; None: see `summarise`.
+      metrics: names of metrics; None: the default ones that can be computed here.
+      model: name or path of the model of codecs that name none.
+      anchor: codec that BD-rates are relative to; None: see `summarise`.
       weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
-      patch_side: of the metrics of the set, in pixels.
+      patch_side: side of the patches for the metrics of the set, in pixels.
       image_set: name of the set, for published curves; None: found by its pixels.
       jobs, background, remeasure, progress: see `run_sweep`.
 
     Raises:
-      ValueError: something that was asked for is unknown or not here; before any work
-        is done, where it can be known.
+      ValueError: something that was asked for is unknown or missing here; raised before
+        any work is done, where that is possible.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'semlic_jax[eval]'")

@@ -3,11 +3,11 @@
 
     python -m semlic_jax.evaluation.exactness IMAGES --model small --out report.json
 
-Writes each image at several qualities, then decodes all files again in other processes:
-with one thread and with two, without jit, under each default matrix precision, with
+Compresses each image at several qualities, then decodes all files in other processes:
+with one thread and with two, without jit, under each default matrix precision, and with
 XLA's fast mathematics. A variant passes if the SHA-256 of every decoded y_hat equals
-the encoder's. Where an accelerator is there, it is one more variant (`--platforms`).
-Beside it, file sizes against the ideal code length of the tables.
+the encoder's. An accelerator can be added as one more variant (`--platforms`). The
+report also compares file sizes with the ideal code length of the tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-# Environment of each decoding process, beside the encoder's own.
+# Variables that each decoding process has in addition to the encoder's environment.
 VARIANTS: dict[str, dict[str, str]] = {
     "another process": {},
     "one thread": {"SEMLIC_EXACTNESS_CPUS": "1"},
@@ -51,8 +51,9 @@ def write_files(
     """Encode all images at all qualities into `folder`.
 
     Returns:
-        The encoder's digests by file name, and the sizes: `excess_bytes`, the largest
-        of file bytes - (1.003 * ideal bytes + 20), and totals.
+        The encoder's `digests` by file name; the number of `files`, the totals
+        `file_bytes` and `ideal_bytes`; and `largest_excess_bytes`, the largest of
+        file bytes - (1.003 * ideal bytes + 20).
     """
     import semlic_jax
     from semlic_jax.codec import MAX_LEVEL
@@ -60,7 +61,7 @@ def write_files(
 
     codec = semlic_jax.load(model)
     digests, ideal_bytes, file_bytes, excess = {}, [], [], []
-    for index, path in enumerate(images):  # names of images may come twice
+    for index, path in enumerate(images):  # two images may have the same name
         latents = codec.analyse(read_photograph(path).pixels)
         for quality in qualities:
             level = round(quality * MAX_LEVEL)
@@ -87,8 +88,8 @@ def write_files(
 def decode_files(model: str, folder: Path) -> dict[str, str]:
     """Digests of the decoded latents of all files in a folder.
 
-    For a file that does not decode, as happens where one index differs, what the
-    decoder says is in the digest's place.
+    If a file does not decode, as happens if one index differs, the decoder's message is
+    in the place of the digest.
     """
     import semlic_jax
     from semlic_jax.coding.bitstream import BitstreamError, IncompatibleMachineError
@@ -104,10 +105,10 @@ def decode_files(model: str, folder: Path) -> dict[str, str]:
 
 
 def decode_elsewhere(model: str, folder: Path, extra: dict[str, str]) -> dict[str, str]:
-    """`decode_files` in a process of its own, with another environment.
+    """`decode_files` in a process of its own, with extra environment variables.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it printed.
+        RuntimeError: the process failed; the message has the end of what it printed.
     """
     environment = {**os.environ, **extra}
     command = [
@@ -132,7 +133,7 @@ def report(
     qualities: Sequence[float] = QUALITIES,
     variants: dict[str, dict[str, str]] = VARIANTS,
 ) -> dict[str, Any]:
-    """Everything the command prints, as one record."""
+    """Everything that the command prints, as one record."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         written = write_files(model, images, qualities, folder)

@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Journal:
-    """What was done so far: a file of JSON lines, kept across runs.
+    """A record of what was done so far: a file of JSON lines, kept across runs.
 
     Args:
-      path: read if it is there; a last line that was cut off is ignored.
+      path: the file, read if it exists; a last line that was cut off is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,11 +29,11 @@ class Journal:
         self._prefix = "\n" if path.exists() and path.stat().st_size else ""
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The last record of this key."""
+        """The last record of this key, or None."""
         return self._known.get(key)
 
     def put(self, key: str, record: dict[str, Any]) -> None:
-        """Adds a record; it is on disk when this returns."""
+        """Add a record; it is on disk when this returns."""
         record = {"key": key, **record}
         self._known[key] = record
         with open(self._path, "a") as stream:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metrics of a sweep: of each image, and of the set of all images.
 
-Those of an image come from `objectives.metrics`. Those of the set compare the features
-of patches (`objectives.distribution_metrics`): one small array of features for each
-image is what a sweep keeps, so that they are computed once and any part of the set can
+Metrics of an image come from `objectives.metrics`. Metrics of the set compare the
+features of patches (`objectives.distribution_metrics`): a sweep keeps one small array
+of features for each image, so that they are computed once and any part of the set can
 be put together from them.
 
-Distances of features carry their network in their name: those of two networks are never
-in one column.
+Feature distances have their network in their name, so that those of two networks are
+never in one column.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from semlic_jax.objectives.features import (
 )
 from semlic_jax.objectives.metrics import IMAGE_METRICS, ImageMetrics
 
-_SUBSET_SIZE = 1000  # of the kernel distance, as in the field
-_PATCHES_PER_CALL = 8  # of the network: what a 768x512 image has
+_SUBSET_SIZE = 1000  # of the kernel distance, as is usual in the field
+_PATCHES_PER_CALL = 8  # of the network: as many as a 768x512 image has
 
-# The last layer at 1/16 of the image's size; the network's own last one, fine-tuned to
-# five classes, puts mild distortions in the wrong order (small's card).
+# The last layer at 1/16 of the image's size. The network's own last layer, fine-tuned
+# to five classes, puts mild distortions in the wrong order (small's card).
 _MIDDLE = "block_13_expand_relu"
 
 
 @dataclass(frozen=True)
 class SetMetric:
-    """A distance of two sets of images: its name, network, kind and layer."""
+    """A distance between two sets of images: its name, network, kind and layer."""
 
     label: str
     network: str
     kind: str  # "frechet" or "kernel"
-    tap: str | None = None  # the network's own last one
+    tap: str | None = None  # None: the network's own last layer
 
     @property
     def trunk(self) -> str:
-        """Names the features that it needs, in names of files too."""
+        """Name of the features that it needs, also in names of files."""
         return f"{self.network}-{self.tap}" if self.tap else self.network
 
 
@@ -94,14 +94,14 @@ SET_METRICS = {
 }
 
 _WITHOUT_NETWORKS = ("psnr_db", "ms_ssim", "ssimulacra2")
-_LATTICE = "lattice"  # without a network too, none of the defaults
+_LATTICE = "lattice"  # without a network too, but not a default
 _OF_SQUEEZENET = ("feature_distance", "frechet", "kernel")
 _OF_PACKAGED = ("compact_distance", "compact_frechet", "compact_kernel")
-_MEAN_STYLE = "compact_mean_style"  # of the packaged network too, none of the defaults
+_MEAN_STYLE = "compact_mean_style"  # of the packaged network too, but not a default
 
 
 def feature_metrics(weights: str | Path | None = None) -> tuple[str, ...]:
-    """Distances of features: of the packaged network where no other is given.
+    """Names of the feature distances: of the packaged network if no other is given.
 
     Args:
       weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
@@ -129,9 +129,10 @@ class Measures:
     """Several metrics of images and of sets, loaded by name.
 
     Args:
-      names: of `IMAGE_METRICS` and `SET_METRICS`.
+      names: keys of `IMAGE_METRICS` and `SET_METRICS`.
       weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
-      patch_side: of the metrics of sets, in pixels; smaller than 256 for small sets.
+      patch_side: side of the patches for the metrics of sets, in pixels; small sets may
+        need less than 256.
 
     Raises:
       ValueError: a name is unknown, or weights are missing or do not fit.
@@ -177,7 +178,7 @@ class Measures:
 
     @functools.cached_property
     def _weights(self) -> str:
-        """Names the weight files in use by their content; they are large: read once."""
+        """Digest of the weight files in use, which are large and so read only once."""
         if not self._folder:
             return "none"
         path = Path(self._folder)
@@ -191,7 +192,7 @@ class Measures:
 
     @property
     def image_metrics(self) -> dict[str, MetricFacts]:
-        """Of images: name to facts."""
+        """The metrics of images: name to facts."""
         return {
             name: MetricFacts(
                 IMAGE_METRICS[name].label, IMAGE_METRICS[name].higher_is_better
@@ -201,7 +202,7 @@ class Measures:
 
     @property
     def set_metrics(self) -> dict[str, MetricFacts]:
-        """Of the set: name to facts."""
+        """The metrics of the set: name to facts."""
         return {
             name: MetricFacts(f"{metric.label} ({self.patch_side} px)", False)
             for name, metric in self._of_sets.items()
@@ -217,7 +218,7 @@ class Measures:
         }
 
     def identity(self, metric: str) -> str:
-        """Changes when the values of a metric of images would."""
+        """A text that changes when the values of a metric of images would."""
         if metric == "ssimulacra2":
             return metadata.version("ssimulacra2")
         if metric in (*_WITHOUT_NETWORKS, _LATTICE):
@@ -235,8 +236,8 @@ class Measures:
           names: which of `image_metrics`.
 
         Returns:
-          Values; gaps, which are the image's; and what failed, which may be of this
-          moment (no memory).
+          Values; gaps, whose reason is the image; and failures, whose reason may be
+          temporary (no memory).
         """
         values: dict[str, float] = {}
         gaps: dict[str, str] = {}
@@ -259,7 +260,7 @@ class Measures:
         return values, gaps, failed
 
     def features(self, image: np.ndarray, trunk: str) -> np.ndarray:
-        """float32 [patches, D] of one image, uint8 [H, W, 3].
+        """Features float32 [patches, D] of one image, uint8 [H, W, 3].
 
         Raises:
           ValueError: the image is smaller than a patch.
@@ -282,7 +283,7 @@ class Measures:
         """Values of the metrics of a set, reasons for gaps, and patches on each side.
 
         Args:
-          originals, decoded: trunk to the features of each image, in one order.
+          originals, decoded: trunk to the features of each image, in the same order.
         """
         values, gaps, patches = {}, {}, 0
         sides = {
@@ -305,7 +306,7 @@ _embed = jax.jit(FeatureNetwork.embed)
 
 
 def _kernel(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Kernel distance of two sets of the same patches."""
+    """Kernel distance between originals and decoded versions of the same patches."""
     if a.count > _SUBSET_SIZE:
         return kernel_distance(a, b, subset_size=_SUBSET_SIZE).mean
     # In a set this small, patches and their own originals meet too often to count as
@@ -322,5 +323,5 @@ def _statistics(features: Sequence[np.ndarray]) -> FeatureStatistics:
 
 @functools.cache
 def _packaged_digest() -> str:
-    """Names the packaged weights by their content."""
+    """Digest of the packaged weights."""
     return hashlib.sha256(PACKAGED_FILE.read_bytes()).hexdigest()[:12]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rate-distortion plots of a sweep: PNG and SVG, with published curves beside ours.
 
-Colours are those of Okabe and Ito, which people with any colour vision tell apart;
-every codec has a marker or a line of its own as well, so that they also read in grey.
-Published curves are thin, dashed and grey.
+Colours are those of Okabe and Ito, which people with any kind of colour vision can tell
+apart; every codec also has a marker or line style of its own, so that plots can be read
+in grey. Published curves are thin, dashed and grey.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from semlic_jax.evaluation.results import Results
 from semlic_jax.evaluation.summary import curve
 from semlic_jax.images import write_file
 
-# Okabe and Ito's colours but yellow, which is too light for lines on white.
+# Okabe and Ito's colours except yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("s", "^", "D", "v", "P", "X")
 _OURS = ("#D55E00", "#8C3B00", "#F08A4B", "#B2182B")
 _OUR_MARKERS = ("o", "*", "p", "h")
-_LINES = ("-", ":", "-.")  # where colours and markers begin again
+_LINES = ("-", ":", "-.")  # the next one when colours and markers repeat
 _PUBLISHED_MARKERS = ("1", "2", "3", "4", "+", "x")
 _GREY = "#6B6B6B"
 
@@ -46,7 +46,7 @@ _WIDTH, _HEIGHT, _DPI = 6.4, 4.6, 160
 
 
 def style_of(codec: str, codecs: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and line of a codec: the same in every plot of a sweep."""
+    """Colour, marker and line style of a codec: the same in every plot of a sweep."""
     ours = [name for name in codecs if name.startswith("semlic")]
     if codec in ours:
         style = _nth(ours.index(codec), _OURS, _OUR_MARKERS)
@@ -75,10 +75,10 @@ def plot_metric(
     """The curves of every codec under one metric.
 
     Args:
-      results: of a sweep.
-      metric: of images or of the set.
+      results: results of a sweep.
+      metric: name of a metric of images or of the set.
       published: curves over the same images.
-      title: of the plot.
+      title: title of the plot.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
@@ -142,7 +142,7 @@ def _draw(
         largest = max(largest, points[-1].bpp)
     for index, system in enumerate(published):
         values = system.values.get(metric)
-        # Published curves go on to rates that nobody asked for here.
+        # Published curves extend to rates far above those of this sweep.
         inside = [i for i, bpp in enumerate(system.bpp) if bpp <= 1.25 * largest]
         if values is None or not inside:
             continue
@@ -164,7 +164,7 @@ def _draw(
 
 
 def figure_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as the bytes of a file, "png" or "svg"; the same each time."""
+    """Bytes of a figure's file, "png" or "svg"; the same each time."""
     stream = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context(_STYLE):
@@ -173,7 +173,7 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
 
 
 def write_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes `<stem>.png` and `<stem>.svg`, replacing older ones; returns them."""
+    """Write `<stem>.png` and `<stem>.svg`, replacing older ones; return their paths."""
     paths = []
     for kind in ("png", "svg"):
         path = stem.with_name(f"{stem.name}.{kind}")
@@ -185,11 +185,11 @@ def write_figure(figure: Figure, stem: Path) -> list[Path]:
 def write_plots(
     results: Results, out: Path, published: Sequence[PublishedCurve] = ()
 ) -> list[Path]:
-    """Writes `rd_<metric>` and `rd_all`, each as PNG and SVG, replacing older ones.
+    """Write `rd_<metric>` and `rd_all`, each as PNG and SVG, replacing older ones.
 
     Args:
-      results: of a sweep.
-      out: folder; it is made if it is not there.
+      results: results of a sweep.
+      out: folder; created if it is missing.
       published: curves over the same images.
 
     Returns:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep found: one row per image, codec and rate; as CSV and JSON.
+"""The results of a sweep: one row per image, codec and rate; as CSV and JSON.
 
-JSON is the whole and can be read back; CSV is for spreadsheets. A number that is
-missing has a reason in its place (`gaps`), never a zero. Imports only the standard
+JSON holds everything and can be read back; CSV is for spreadsheets. A missing number
+has a reason in its place (`gaps`), never a zero. This module imports only the standard
 library, so that tables and plots can be made where no codec is installed.
 """
 
@@ -39,8 +39,9 @@ class ImageFacts:
     """One image of a set.
 
     Attributes:
-      name: of its file.
-      sha256: of its shape and pixels, so that a set is known whatever its files' names.
+      name: name of its file.
+      sha256: hash of its shape and pixels, by which a set is known whatever the names
+        of its files.
       width, height: in pixels.
     """
 
@@ -60,7 +61,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class CodecFacts:
-    """How a codec is called, and what exactly made its files."""
+    """What a codec is called, and what exactly made its files."""
 
     label: str
     identity: str
@@ -68,7 +69,7 @@ class CodecFacts:
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """How a metric is called, and which way is up."""
+    """What a metric is called, and which direction is better."""
 
     label: str
     higher_is_better: bool
@@ -79,14 +80,14 @@ class Row:
     """One image by one codec at one rate.
 
     Attributes:
-      image: name, as in `Results.images`.
-      codec: key, as in `Results.codecs`.
-      target_bpp: what was asked for; the file takes at most that.
-      bpp: file bytes * 8 / (width * height); None where there is no file.
-      file_bytes: of the whole file.
-      setting: of the codec, as it says itself.
+      image: its name, as in `Results.images`.
+      codec: its key, as in `Results.codecs`.
+      target_bpp: the rate that was asked for; the file's is at most that.
+      bpp: file bytes * 8 / (width * height); None if there is no file.
+      file_bytes: size of the whole file.
+      setting: the codec's setting, as the codec itself states it.
       encode_s, decode_s: wall time of one call, under the load of the sweep.
-      values: metric to number.
+      values: metric to its value.
       gaps: "file" or metric to the reason why there is none.
     """
 
@@ -108,10 +109,10 @@ class SetRow:
 
     Attributes:
       codec, target_bpp: as in `Row`.
-      bpp: mean over the images that are compared, which hold a patch; None where one
+      bpp: mean over the images that are compared, those that hold a patch; None if one
         of them has no file, or none is compared.
-      values: metric of the set to number.
-      patches: on each side of the comparison.
+      values: metric of the set to its value.
+      patches: number of patches on each side of the comparison.
       gaps: metric to the reason why there is none.
     """
 
@@ -134,7 +135,7 @@ class Results:
       image_metrics, set_metrics: name to facts, in the order of tables.
       rows: see `Row`; ordered by image, codec, rate.
       set_rows: see `SetRow`.
-      notes: sentences that a reader of the numbers must know.
+      notes: sentences that a reader of the numbers should know.
     """
 
     images: tuple[ImageFacts, ...]
@@ -148,23 +149,23 @@ class Results:
 
     @property
     def metrics(self) -> dict[str, MetricFacts]:
-        """Of images and of the set."""
+        """The metrics of images and of the set."""
         return {**self.image_metrics, **self.set_metrics}
 
     def targets(self) -> list[float]:
-        """Rates that were asked for, ascending."""
+        """The rates that were asked for, ascending."""
         return sorted({row.target_bpp for row in self.rows})
 
     def set_sha256(self) -> str:
-        """Names the set of images: the same for the same pixels in any order."""
+        """Hash of the set of images: the same for the same pixels in any order."""
         return set_sha256(image.sha256 for image in self.images)
 
     def to_json(self) -> str:
-        """Everything; `read_results` reads it back."""
+        """Everything as JSON; `read_results` reads it back."""
         return json.dumps({"version": RESULTS_VERSION, **asdict(self)}, indent=1)
 
     def to_csv(self) -> str:
-        """One line per row; gaps in the last column."""
+        """The rows as CSV, one line each, with gaps in the last column."""
         names = list(self.image_metrics)
         sizes = {image.name: image for image in self.images}
         stream = io.StringIO()
@@ -183,7 +184,7 @@ class Results:
         return stream.getvalue()
 
     def set_csv(self) -> str:
-        """One line per codec and rate: the metrics of the set."""
+        """The metrics of the set as CSV, one line per codec and rate."""
         names = list(self.set_metrics)
         stream = io.StringIO()
         table = csv.writer(stream, lineterminator="\n")
@@ -203,16 +204,16 @@ class Results:
 
 
 def set_sha256(images: Iterable[str]) -> str:
-    """Names a set of images by the hashes of its members, in any order."""
+    """Hash of a set of images, from the hashes of its members in any order."""
     return hashlib.sha256("\n".join(sorted(images)).encode()).hexdigest()
 
 
 def read_results(path: str | Path) -> Results:
-    """Reads the `results.json` of a sweep, or of the folder that holds it.
+    """Read the `results.json` of a sweep, given its path or that of its folder.
 
     Raises:
-      ValueError: it is not one, or was written by another version.
-      OSError: it cannot be read.
+      ValueError: the file is not one, or was written by another version.
+      OSError: the file cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -246,10 +247,10 @@ def _tuple_of(kind: Any, records: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
 
 
 def merge(parts: Sequence[Results]) -> Results:
-    """Results of several sweeps over one set of images, as one.
+    """Merge the results of several sweeps over the same set of images.
 
     Raises:
-      ValueError: the sets of images differ, or a codec is in two of them.
+      ValueError: the sets of images differ, or a codec is in two of the results.
     """
     if not parts:
         raise ValueError("expected results to merge, found none")
@@ -261,7 +262,7 @@ def merge(parts: Sequence[Results]) -> Results:
         if twice:
             raise ValueError(f"the codec {twice[0]} is in more than one of the results")
         codecs.update(part.codecs)
-    # Images may have other names in another folder: rows follow the first one's.
+    # Images may have other names in another folder: rows take those of the first part.
     names = {image.sha256: image.name for image in first.images}
     rows: list[Row] = []
     for part in parts:
@@ -280,7 +281,7 @@ def merge(parts: Sequence[Results]) -> Results:
 
 
 def require_same_images(a: Results, b: Results) -> None:
-    """Refuses to compare results over different sets of images."""
+    """Raise ValueError if two results are over different sets of images."""
     odd = {i.sha256: i.name for i in a.images}
     for image in b.images:
         if odd.pop(image.sha256, None) is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the programs that make tables and figures share: arguments, CSV, the frame."""
+"""What the programs that make tables and figures share: arguments, CSV, main part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Progress = Callable[[str], None]
 
 
 def preset_or_steps(text: str) -> str | int:
-    """What `--refine` takes."""
+    """Parse the value of `--refine`: a preset or a number of steps."""
     return text if text.isalpha() else int(text)
 
 
@@ -25,7 +25,7 @@ def numbers(text: str) -> list[float]:
 
 
 def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """A CSV file of a header and rows."""
+    """Bytes of a CSV file with a header and rows."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(header)
@@ -36,12 +36,13 @@ def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 def run_study(
     name: str, work: Callable[[Progress], Sequence[Path]], *, shown: Sequence[str] = ()
 ) -> int:
-    """Runs a study from its command line.
+    """Run a study from its command line.
 
     Args:
-      name: of the program, for refusals.
-      work: is given what to tell its progress to; returns the files that it made.
-      shown: names of files that are also printed.
+      name: name of the program, for refusals.
+      work: called with a function that takes texts about its progress; returns the
+        files that it made.
+      shown: names of those files whose content is also printed.
 
     Returns:
       the exit status, 1 for a refusal.

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep says: means over images, BD-rates with confidence intervals, gaps.
+"""Summary of a sweep: means over images, BD-rates with confidence intervals, gaps.
 
-A point of a curve is the mean over *all* images of the set, rate and metric alike; a
-codec that misses a rate on one image has no point there, since a mean over fewer images
-would be a mean over another set. (Under a metric of the set, the images are those that
-hold a patch, for every codec.) BD-rates are those of `objectives.bd_rates` between
-such curves; their intervals come from resampling the images with replacement (Efron's
-percentile bootstrap, with wider tails for few images), both curves on the same sample.
+A point of a curve is the mean over *all* images of the set, of the rate as of the
+metric; a codec that misses a rate on one image has no point there, since a mean over
+fewer images would be a mean over another set. (Under a metric of the set, the images
+are those that hold a patch, for every codec.) BD-rates are those of
+`objectives.bd_rates` between such curves; their intervals come from resampling the
+images with replacement (Efron's percentile bootstrap, with wider tails for few images),
+with both curves on the same sample.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One codec under one metric.
+    """The curve of one codec under one metric.
 
     Attributes:
       codec, metric: keys of `Results`.
@@ -60,12 +61,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class BdRate:
-    """Bits of a codec against those of an anchor at equal metric, in percent.
+    """Bits of a codec relative to those of an anchor at equal metric, in percent.
 
     Attributes:
-      anchor, codec, metric: of the two curves.
-      percent: negative where the codec needs fewer bits; None with a `gap`.
-      low, high: the confidence interval, or None where there is none.
+      anchor, codec, metric: those of the two curves.
+      percent: negative if the codec needs fewer bits; None with a `gap`.
+      low, high: the confidence interval, or None if there is none.
       gap: why there is no number, or no interval.
     """
 
@@ -118,7 +119,7 @@ def curve(results: Results, codec: str, metric: str) -> Curve:
 
 
 def _reason(rows: Sequence[Row | None], metric: str) -> str:
-    """Why a rate has no point: in how many images, and the first one's reason."""
+    """Why a rate has no point: how many images lack it, and the first one's reason."""
     lacking = [
         (row, "it is not in the results" if row is None else _gap_of(row, metric))
         for row in rows
@@ -161,12 +162,12 @@ def bd_rate_of(
     """BD-rate of a codec against an anchor, with its interval.
 
     Args:
-      results: of the codec, and of the anchor unless it has its own.
+      results: results of the codec, and of the anchor unless it has its own.
       codec, anchor: keys of codecs.
-      metric: of images or of the set; for those of the set there is no interval.
-      anchor_results: where the anchor is from another sweep.
-      resamples: of the images.
-      seed: of the resampling.
+      metric: name of a metric of images, or of the set, which has no interval.
+      anchor_results: results of the anchor, if it is from another sweep.
+      resamples: number of resamples of the images.
+      seed: seed of the resampling.
 
     Raises:
       ValueError: the two are over different images, or a name is unknown.
@@ -184,7 +185,7 @@ def bd_rate_of(
     count = test.samples.shape[1]
     if count < _FEWEST_IMAGES:
         return BdRate(*where, percent, gap=f"no interval from {count} images")
-    # The same image has another place in another sweep.
+    # The same image may have another place in another sweep.
     order = [image.sha256 for image in theirs.images]
     places = [order.index(image.sha256) for image in results.images]
     base_samples = base.samples[:, places]
@@ -213,12 +214,12 @@ def bd_rate_of(
 
 
 def _tail(count: int) -> float:
-    """Share of resampled values to leave out on either side, for so many images.
+    """Share of resampled values to leave out on either side, for `count` images.
 
     The plain percentiles of few images are too narrow: resampled means of n images
-    spread by sqrt((n - 1) / n) too little, and have the tails of a normal distribution
-    where Student's is due. This is the correction of Hesterberg 2015 ("What teachers
-    should know about the bootstrap", arXiv:1411.5279).
+    spread too little, by a factor of sqrt((n - 1) / n), and have the tails of a normal
+    distribution where those of Student's are right. This is the correction of
+    Hesterberg 2015 ("What teachers should know about the bootstrap", arXiv:1411.5279).
     """
     student = stdtrit(count - 1, (1 - CONFIDENCE) / 2)
     return float(ndtr(np.sqrt(count / (count - 1)) * student))
@@ -236,7 +237,7 @@ def _rate_curve(
 
 
 def _with_gaps(text: str, *curves: Curve) -> str:
-    """Add the missing rates, if there are any, to a refusal."""
+    """Add the rates without a point, if there are any, to a refusal."""
     for each in curves:
         if each.gaps:
             rates = ", ".join(f"{rate:g}" for rate in sorted(each.gaps))
@@ -249,7 +250,7 @@ def bd_rate_to_published(
 ) -> BdRate:
     """BD-rate of a codec against a published curve over the same images.
 
-    There is no interval: others publish means.
+    There is no interval, since others publish only means.
 
     Raises:
       ValueError: the results have no such codec or metric.
@@ -272,7 +273,7 @@ def bd_rate_to_published(
 class Timing:
     """Median wall times of one call of a codec over images and rates, in seconds.
 
-    Medians, since the first call of a shape compiles.
+    They are medians because the first call of each shape compiles.
     """
 
     codec: str
@@ -282,15 +283,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that is said of a sweep: to programs by `facts`, see also `tables`.
+    """Everything that is reported of a sweep: by `facts` to programs, else by `tables`.
 
     Attributes:
-      results: of the sweep.
-      anchor: codec that BD-rates are against.
-      curves: of every codec under every metric.
-      bd_rates: of every other codec under every metric.
-      to_published: BD-rates against curves that others have published.
-      timing: of every codec.
+      results: results of the sweep.
+      anchor: codec that BD-rates are relative to.
+      curves: curve of every codec under every metric.
+      bd_rates: BD-rate of every other codec under every metric.
+      to_published: BD-rates relative to curves that others have published.
+      timing: times of every codec.
     """
 
     results: Results
@@ -333,11 +334,11 @@ def summarise(
     """Means, BD-rates and median times of a sweep.
 
     Args:
-      results: of the sweep.
-      anchor: codec that BD-rates are against; None: AVIF, else the first that is not
-        of this package, else the first.
+      results: results of the sweep.
+      anchor: codec that BD-rates are relative to; None: AVIF, else the first that is
+        not of this package, else the first.
       published: curves over the same images; see `published.curves_beside`.
-      resamples: of the images, for intervals.
+      resamples: number of resamples of the images, for intervals.
 
     Raises:
       ValueError: the results do not have the anchor.

@@ -9,8 +9,8 @@ The folder of a sweep:
     journal.jsonl               what was done, line by line
 
 Running the same command again goes on where it stopped: a file is encoded once and a
-metric measured once, as long as the image, the codec and the metric stay what they
-were. Files are encoded by threads while the metrics of earlier ones are measured.
+metric measured once, as long as the image, the codec and the metric stay the same.
+Threads encode files while the metrics of earlier ones are measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from semlic_jax.evaluation.results import (
 )
 from semlic_jax.images import write_file
 
-# Images whose files may be ready and wait for their metrics: bounds the memory.
+# How many images' files may be ready and wait for their metrics; this bounds memory.
 _IMAGES_AHEAD = 2
 
 
@@ -56,10 +56,10 @@ class _File:
 
 
 def check_rates(rates: Sequence[float]) -> list[float]:
-    """Rates in bits per pixel, ascending.
+    """Check rates in bits per pixel, and sort them in ascending order.
 
     Raises:
-      ValueError: none, one twice, or one that is no rate.
+      ValueError: there are no rates, one is given twice, or one is out of range.
     """
     if not rates:
         raise ValueError("expected rates in bits per pixel, found none")
@@ -84,7 +84,7 @@ def run_sweep(
     notes: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """Encodes, decodes and measures; writes the results into a folder.
+    """Encode, decode and measure; write the results into a folder and return them.
 
     Args:
       paths: image files; see `list_images`.
@@ -96,9 +96,9 @@ def run_sweep(
         a file is encoded.
       background: RGB that transparent pixels are laid on; None: such images are
         skipped.
-      remeasure: measures again what was measured already.
+      remeasure: whether to measure again what was already measured.
       notes: sentences for a reader of the results.
-      progress: is told what is being done.
+      progress: called with a text about what is being done.
 
     Raises:
       ValueError: no image could be read, or the folder holds something else.
@@ -177,7 +177,7 @@ def _left_out(images: Sequence[ImageFacts], measures: Measures) -> list[str]:
 
 
 def write_results(results: Results, out: Path) -> None:
-    """Writes `results.json`, `results.csv` and `sets.csv`, replacing older ones."""
+    """Write `results.json`, `results.csv` and `sets.csv`, replacing older ones."""
     texts = {
         "results.json": results.to_json(),
         "results.csv": results.to_csv(),
@@ -189,7 +189,7 @@ def write_results(results: Results, out: Path) -> None:
 
 
 class _Clock:
-    """Progress, with the time left from the images done in this run."""
+    """Progress, with the time left as estimated from the images done in this run."""
 
     def __init__(self, count: int, progress: Callable[[str], None]) -> None:
         self._count, self._done, self._progress = count, 0, progress
@@ -208,7 +208,7 @@ class _Clock:
 
 
 class _Sweep:
-    """The two steps of a sweep and the files they leave."""
+    """The two steps of a sweep and the files that they leave."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class _Sweep:
         self._journal.put("sweep", {"started": time.strftime("%Y-%m-%dT%H:%M:%S")})
         self._remeasure = remeasure
         self._remeasured: set[str] = set()
-        # (codec, rate) to image to trunk to the file of its features, or a reason.
+        # By (codec, rate) and image: each trunk's file of features, or a reason.
         self._features: dict[tuple[str, float], dict[str, dict[str, Path] | str]] = {}
         self._bpps: dict[tuple[str, float], dict[str, float]] = {}
         self._originals: dict[str, dict[str, Path] | str] = {}
@@ -233,7 +233,7 @@ class _Sweep:
     def encode(
         self, image: ImageFacts, pixels: np.ndarray, entrant: Entrant
     ) -> list[_File]:
-        """The files of one image by one codec, from the cache where they are there."""
+        """The files of one image by one codec, from the cache if they are there."""
         fit: Callable[[float], Any] | None = None
         files = []
         for rate in self._rates:
@@ -267,7 +267,7 @@ class _Sweep:
             encoded = fit(rate)
         except FAILURES as error:
             known["reason"] = reason_of(error)
-            # The rest may be of this machine or this moment: the next run tries again.
+            # Others may be due to this machine or moment: the next run tries again.
             if isinstance(error, ValueError):
                 self._journal.put(key, known)
             return known
@@ -294,14 +294,14 @@ class _Sweep:
         rate: float,
         file: _File,
     ) -> Row:
-        """One row: decodes the file where something about it is not known yet."""
+        """Make one row; decode the file if something about it is not known yet."""
         at = (entrant.key, rate)
         features = self._features.setdefault(at, {})
         if file.path is None:
             reason = str(file.facts["reason"])
             features[image.sha256] = f"{image.name}: {reason}"
             return Row(image.name, entrant.key, rate, gaps={"file": reason})
-        # The same bytes are another picture under another decoder.
+        # The same bytes become another picture under another decoder.
         sha256 = _sha256(f"{entrant.identity} {file.facts['sha256']}".encode())
         key = f"measure {image.sha256} {sha256}"
         record = dict(self._journal.get(key) or {"values": {}, "gaps": {}})
@@ -337,7 +337,7 @@ class _Sweep:
             setting=file.facts["setting"],
             encode_s=file.facts["encode_s"],
             decode_s=record.get("decode_s"),
-            # What was kept of a metric that failed now is of other weights.
+            # A value that was kept of a metric that failed now is of other weights.
             values={
                 n: record["values"][n][1]
                 for n in names
@@ -348,7 +348,7 @@ class _Sweep:
         )
 
     def _missing(self, record: dict[str, Any]) -> list[str]:
-        """Metrics that were not measured, or not as they are measured now."""
+        """Metrics that were not measured, or were measured in another way than now."""
         known = {**record["values"], **record["gaps"]}
         return [
             name
@@ -363,7 +363,7 @@ class _Sweep:
         decoded: np.ndarray,
         names: Sequence[str],
     ) -> dict[str, str]:
-        """Keeps what was measured; metrics that failed, and why, are returned."""
+        """Keep what was measured; return the metrics that failed, and why."""
         values, gaps, failed = self._measures.measure(pixels, decoded, names)
         for kind, found in (("values", values), ("gaps", gaps)):
             kept = {k: v for k, v in record[kind].items() if k not in names}
@@ -404,7 +404,7 @@ class _Sweep:
         return paths
 
     def measure_sets(self, images: Sequence[ImageFacts]) -> Iterator[SetRow]:
-        """One row per codec and rate, over the images that are large enough."""
+        """Yield one row per codec and rate, over the images that are large enough."""
         names = list(self._measures.set_metrics)
         side = self._measures.patch_side
         used = [i.sha256 for i in images if min(i.width, i.height) >= side]
@@ -441,7 +441,7 @@ class _Sweep:
 def _decoded(
     entrant: Entrant, file: _File, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, float]:
-    """The image in a file, which has this shape, and the seconds that it took."""
+    """Decode a file to an image of this shape; return it and the seconds it took."""
     path = file.path
     assert path is not None
     data = path.read_bytes()
@@ -467,7 +467,7 @@ def _by_trunk(images: Sequence[dict[str, np.ndarray]]) -> dict[str, list[np.ndar
 
 
 def _slug(text: str) -> str:
-    """A name for a file or folder; other texts have other names."""
+    """A name for a file or folder; different texts have different names."""
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "_", text)[:80]
     return slug if slug == text else f"{slug}-{_sha256(os.fsencode(text))[:8]}"
 

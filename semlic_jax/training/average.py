@@ -4,8 +4,9 @@
     python -m semlic_jax.training.average MEAN.npz LATE.npz LAST.npz BEFORE.npz \
         --weights 0.4,0.4,0.2
 
-The models have to be one but for g_s, as `training.export --decoder-for` makes them of
-the checkpoints of one stage. Files of the one are files of the other.
+The models must be identical but for g_s: `training.export --decoder-for` makes such
+models from the checkpoints of one stage. Each of them, and their mean, reads the files
+of the others.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a training step is: against PyTorch, against the device, against the input.
+"""Measure the speed of a training step against PyTorch, the device and the input.
 
 python -m semlic_jax.training.benchmark --size small --batch 8 --crop 128 [--torch]
 
-The step is that of the stage `rate_distortion` with Charbonnier and perceptual terms:
-forward, backward, clipping, Adam, averages. `--torch` runs the same networks with the
-same parameters in eager PyTorch (`training.torch_twin`), `--dtype bfloat16` under its
-autocast. On a GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false so that both fit.
+The step is that of a `rate_distortion` stage with Charbonnier and perceptual terms:
+forward and backward pass, clipping, Adam and averaging. `--torch` also runs the same
+networks with the same parameters in eager PyTorch (`training.torch_twin`), under its
+autocast with `--dtype bfloat16`. On a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false so
+that both fit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def matrix_peak(dtype: Any, repeats: int) -> float:
-    """FLOP/s of one large matrix product, measured here and now."""
+    """FLOP/s of one large matrix product, measured on this device."""
     side = _PEAK_SIDE.get(jax.default_backend(), 4096)
     a = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -61,7 +62,10 @@ def matrix_peak(dtype: Any, repeats: int) -> float:
 def jax_step(
     size: str, images: np.ndarray, dtype: Any
 ) -> tuple[Callable[[], Any], float, Any, Any]:
-    """A closure that does one step, its FLOP, and the parameters of codec and trunk."""
+    """Return a closure that runs one step, its FLOP, and the networks' parameters.
+
+    These are the initial parameters of the codec and those of the trunk.
+    """
     config = SIZES[size]
     model = CompressionModel(config, dtype=dtype)
     key = jax.random.key(0)
@@ -96,7 +100,7 @@ def jax_step(
 def torch_step(
     size: str, images: np.ndarray, params: Any, trunk_params: Any, dtype: str
 ) -> Callable[[], Any]:
-    """A closure that does one step in PyTorch."""
+    """Return a closure that runs one step in PyTorch."""
     import torch
 
     from semlic_jax.training.torch_twin import Twin, convert, make_step
@@ -117,7 +121,7 @@ def torch_step(
 
 
 def input_seconds(train: Sequence[str], batch: int, crop: int, repeats: int) -> float:
-    """Seconds per batch of the input pipeline alone, its cache warm."""
+    """Seconds per batch of the input pipeline alone, with a warm cache."""
     data = Photographs(open_sources(train), crop=crop)
     for index in range(len(data)):
         data.image(index)
@@ -130,7 +134,7 @@ def input_seconds(train: Sequence[str], batch: int, crop: int, repeats: int) -> 
 
 
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements of one configuration, seconds and FLOP/s."""
+    """All measurements of one configuration, in seconds and FLOP/s."""
     dtype = jnp.dtype(options.dtype)
     rng = np.random.default_rng(0)
     shape = (options.batch, options.crop, options.crop, 3)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a stage: everything that changes, and what a later stage starts from.
+"""Checkpoints of a stage: all that its updates change, and the next stage's start.
 
 A checkpoint is one tree: `params`, `average` and `optimizer` of the network that the
-stage trains, and beside them what else its updates change. Orbax writes it in the
-background into a folder per step, which appears under its number when it is complete,
-so a run that dies while writing leaves the checkpoint before it as the last one.
-Folders may be in a bucket (`gs://...`), where a file of orbax marks complete ones.
+stage trains, and whatever else its updates change. Orbax writes it in the background
+into a folder for each step, which is named by its number only once it is complete, so
+a run that dies while writing still has the checkpoint before it as the last one.
+Folders may be in a bucket (`gs://...`), where orbax marks complete ones with a file.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ITEM = "default"  # orbax's name for the tree of a checkpoint
 
 
 class Checkpoints:
-    """The checkpoints of one stage; a context manager that waits for the last."""
+    """The checkpoints of one stage; a context manager that waits for the last write."""
 
     def __init__(self, folder: epath.PathLike, keep: int) -> None:
-        """Makes the folder.
+        """Create the folder.
 
         Args:
-            folder: of the stage.
-            keep: how many are kept.
+            folder: the stage's folder.
+            keep: how many checkpoints are kept, the latest ones.
 
         Raises:
-            ValueError: the folder cannot be written.
+            ValueError: the folder cannot be written to.
         """
         self.folder = _absolute(folder)
         try:
@@ -42,7 +42,7 @@ class Checkpoints:
             probe = self.folder / f".writable_{jax.process_index()}"
             probe.write_bytes(b"0")
             probe.unlink()
-        except Exception as error:  # the libraries of buckets have errors of their own
+        except Exception as error:  # bucket libraries raise errors of their own
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise ValueError(
                 f"checkpoints need a folder that can be written, found {folder}: "
@@ -63,23 +63,23 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None and jax.process_count() > 1:
-            # Another process may be gone, and a checkpoint is finished together.
+            # It takes all processes to finish a checkpoint, and one may be gone.
             return
         try:
             self._guarded(self._manager.wait_until_finished)
         except ValueError:
-            # What went wrong first is the error to report.
+            # An earlier error is the one to report.
             if kind is None:
                 raise
         finally:
             self._manager.close()
 
     def restore(self, shapes: Tree) -> tuple[Tree, int] | None:
-        """The last checkpoint and its step, or None where there is none.
+        """The last checkpoint and its step, or None if there is none.
 
         Args:
-            shapes: the state's leaves as `jax.ShapeDtypeStruct` with shardings; these
-                need not be those that it was saved with.
+            shapes: the state's leaves as `jax.ShapeDtypeStruct` with shardings, which
+                may differ from those that it was saved with.
 
         Raises:
             ValueError: the checkpoint is of another model; names the first difference.
@@ -87,16 +87,16 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        # No more either: orbax's own refusal is a list of both trees.
+        # Extra leaves are refused here too: orbax's own error would list both trees.
         found = self._manager.item_metadata(step)
         check_fits(found, shapes, self.folder, exactly=True)
         return self._manager.restore(step, args=ocp.args.StandardRestore(shapes)), step
 
     def save(self, step: int, state: Tree) -> None:
-        """Starts to write a checkpoint; the state may be used up right after.
+        """Start writing a checkpoint; the state may be donated right after.
 
         Raises:
-            ValueError: this one or the one before cannot be written.
+            ValueError: this checkpoint or the one before it cannot be written.
         """
         self._guarded(
             lambda: self._manager.save(
@@ -119,15 +119,15 @@ class Checkpoints:
 def check_fits(
     found: Any, wanted: Tree, where: epath.PathLike, *, exactly: bool = False
 ) -> None:
-    """Compares the shapes of a checkpoint with those of a state.
+    """Check that a checkpoint has the shapes of a state.
 
     Args:
-        found, wanted: trees of what has a shape.
-        where: for the message.
-        exactly: `found` may have no other leaves.
+        found, wanted: trees whose leaves have a shape.
+        where: the checkpoint's folder, for the message.
+        exactly: whether `found` must have no further leaves.
 
     Raises:
-        ValueError: the first leaf that differs.
+        ValueError: a leaf differs; names the first one.
     """
     shapes = {
         _name(path): tuple(leaf.shape)
@@ -155,23 +155,23 @@ def _name(path: Any) -> str:
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
     path = epath.Path(folder)
-    # The absolute path that pathlib makes of gs://bucket is one of this machine.
+    # pathlib would resolve gs://bucket to a path on this machine.
     return path if path.is_absolute() else path.resolve()
 
 
 def _complete_steps(folder: epath.Path) -> list[int]:
-    # Of orbax, because one in a bucket has its name before it is complete.
+    # Orbax knows which are complete; in a bucket, unfinished ones have a number too.
     return sorted(ocp.path.step.checkpoint_steps(folder))
 
 
 def read_params(
     folder: epath.PathLike, step: int | None = None, which: str = "average"
 ) -> Tree:
-    """Parameters in a stage's checkpoint, as NumPy arrays.
+    """Parameters from a stage's checkpoint, as NumPy arrays.
 
     Args:
-        folder: of the stage, such as `runs/small/rate_distortion`.
-        step: None for the last one.
+        folder: the stage's folder, such as `runs/small/rate_distortion`.
+        step: the checkpoint's step; None for the last one.
         which: `average`, `params`, or another part of the state.
 
     Raises:

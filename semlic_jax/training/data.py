@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random crops of photographs, as a pure function of the step.
 
-Example `e` of batch `s` depends on (seed, s, e) and on the source alone, so a resumed
+Example `e` of batch `s` depends only on (seed, s, e) and on the source. So a resumed
 run sees exactly the batches that an unbroken one would have seen, there is no iterator
 to save, and each process makes its own share of a batch without talking to the
 others.
@@ -27,11 +27,11 @@ _MOST_NAMED = 5
 
 
 class Photographs:
-    """Crops of a source.
+    """Random crops of the photographs of a source.
 
     Attributes:
-        skipped: what was left out so far: the name of each image and the reason.
-        padded: how many images were padded so far.
+        skipped: the images left out so far: index to name and reason.
+        padded: indices of the images that were padded so far.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class Photographs:
         largest_scale: float = 2.0,
         cache_bytes: int = 2**31,
     ) -> None:
-        """Reads nothing yet.
+        """Check the arguments; no image is read yet.
 
         Args:
             source: the images.
-            crop: side of the crops.
-            small_images: images with a side under `crop` are left out (`skip`) or
-                padded by reflection (`reflect`).
-            smallest_scale: up to 1; below it images are also scaled up, by up to
-                its inverse: small photographs then teach the smoothness of large ones.
-            largest_scale: images are scaled down by a random factor of up to this,
-                which takes their JPEG artefacts away, as far as a crop still fits.
-            cache_bytes: decoded images kept in memory.
+            crop: side of the crops in pixels.
+            small_images: whether images with a side under `crop` are left out (`skip`)
+                or padded by reflection (`reflect`).
+            smallest_scale: at most 1; if below, images are also scaled up, by up to its
+                inverse, so that small photographs teach the smoothness of large ones.
+            largest_scale: images are scaled down by a random factor of up to this, as
+                far as a crop still fits, which removes their JPEG artefacts.
+            cache_bytes: memory for decoded images.
 
         Raises:
-            ValueError: the source is empty.
+            ValueError: the source is empty, or another argument is out of range.
         """
         if not len(source):
             raise ValueError("expected photographs to train on, found none")
@@ -87,7 +87,7 @@ class Photographs:
         return len(self._source)
 
     def image(self, index: int) -> np.ndarray | None:
-        """uint8 [H, W, 3], no side under the crop; None if it is left out."""
+        """Image uint8 [H, W, 3], no side under the crop; None if it is left out."""
         image = self._cache.get(index)
         if image is not None or index in self.skipped:
             return image
@@ -115,29 +115,29 @@ class Photographs:
                 f"image {index} ({width}x{height}, smaller than the crop)"
             )
         self.padded.add(index)
-        # "symmetric" repeats the edge, so it also serves an image of one pixel.
+        # "symmetric" repeats the edge, so it works even for an image of one pixel.
         mode = "reflect" if min(height, width) > max(missing) else "symmetric"
         return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode)
 
     def _tell(self) -> None:
-        # Every one of the first few, then at each doubling of the count.
+        # Report each of the first few, then only when the count has doubled.
         count = len(self.skipped)
         if count <= _MOST_NAMED or count & (count - 1) == 0:
             last = next(reversed(self.skipped.values()))
             logging.warning("left out %d images so far; the last: %s", count, last)
 
     def sample(self, count: int) -> Iterator[np.ndarray]:
-        """Up to `count` usable images, evenly spread over the source."""
+        """Yield up to `count` usable images, evenly spread over the source."""
         for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)):
             image = self.image(int(index))
             if image is not None:
                 yield image
 
     def example(self, step: int, index: int, *, seed: int) -> np.ndarray:
-        """float32 [crop, crop, 3] in [0, 1]: a function of (seed, step, index).
+        """A crop, float32 [crop, crop, 3] in [0, 1]; a function of (seed, step, index).
 
         Raises:
-            ValueError: of many images drawn none was usable.
+            ValueError: none of many images drawn was usable.
         """
         rng = np.random.default_rng((seed, step, index))
         for _ in range(_MOST_DRAWS):
@@ -154,7 +154,7 @@ class Photographs:
         height, width = image.shape[:2]
         crop = self.crop
         largest = min(min(height, width) / crop, self._largest_scale)
-        # Scales are ratios: as often by 1.2 as by 1 / 1.2.
+        # Scales are ratios, so 1.2 is as likely as 1 / 1.2.
         factor = np.exp(rng.uniform(np.log(self._smallest_scale), np.log(largest)))
         side = crop * factor
         left = rng.uniform(0, width - side)
@@ -192,13 +192,13 @@ class Photographs:
         examples: range,
         threads: int = 0,
     ) -> Iterator[np.ndarray]:
-        """Batches start..stop-1 in order, made ahead of time on other threads.
+        """Yield batches start..stop-1 in order, made ahead of time on other threads.
 
         Args:
-            start, stop: steps.
+            start, stop: the first step and the one after the last.
             seed: see `example`.
             examples: this process's part of each batch.
-            threads: 0 for one per CPU, at most 16.
+            threads: number of threads; 0 for one per CPU, at most 16.
 
         Yields:
             float32 [len(examples), crop, crop, 3].

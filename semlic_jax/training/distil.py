@@ -3,20 +3,20 @@
 
     python -m semlic_jax.training.distil --data PHOTOS... --features DIR --out DIR
 
-1. Pairs: tiles of photographs and what distortions make of them (`distortions.py`), one
+1. Pairs: tiles of photographs and distorted versions of them (`distortions.py`), one
    file for each tile in `OUT/pairs`.
-2. Projections: for each tap of the teacher, the directions of its unit-length features
-   that hold most of their differences, as many as the student's tap has channels.
-3. Training: the student's taps, at unit length, stand for the teacher's on those
-   directions, cell by cell. Along with the features, their differences within pairs
-   are matched at their own scale, however small, so that the gradient of the distance
-   points where the teacher's does; so are the distances. Some images of each batch are
-   moved along the student's own gradient, the directions in which a network that only
-   ranks images is fooled first.
+2. Projections: for each tap of the teacher, the leading directions of its unit-length
+   features and of their differences, as many as the student's tap has channels.
+3. Training: the student's unit-length taps learn to match the teacher's, projected onto
+   those directions, cell by cell. The differences of the features within each pair are
+   matched too, each relative to its own size, however small, so that the gradient of
+   the distance points where the teacher's does; so are the distances. One version of
+   each photograph in a batch is moved along the student's own gradient, the direction
+   in which a network that only ranks images is fooled first.
 4. `OUT/compact.npz`: the weights in float16, for `load_features`.
 
-The same command goes on where it stopped. `--evaluate REPORT.json` measures a finished
-network against its teacher instead (`distil_report.py`).
+Running the same command again goes on where it stopped. `--evaluate REPORT.json`
+measures a finished network against its teacher instead (`distil_report.py`).
 """
 
 from __future__ import annotations
@@ -59,30 +59,31 @@ Array = jax.Array
 Tree = Any
 
 TEACHER = "squeezenet1_0"
-# What is made of each tile.
+# The distorted versions of each tile.
 _DISTORTED = ("jpeg", "jpeg", "webp", "avif", "avif", "blur", "noise", "colour")
 _DISTORTED += ("resample", OWN_CODEC, OWN_CODEC)
-# Of the terms of the loss.
+# Weights of the terms of the loss.
 WEIGHTS = {"value": 1.0, "difference": 1.0, "cell": 1.0, "distance": 0.5}
 _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-_LOG_EPS = 1e-4  # of distances; the slightest distortion in use has about 1e-2
+_LOG_EPS = 1e-4  # added to distances, which are about 1e-2 for the slightest distortion
 _PREFETCH_BATCHES = 3
 _PROJECTION_BATCHES = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Of a distillation.
+    """The recipe of a distillation.
 
     Attributes:
-        tiles: photographs in the pairs, drawn with replacement.
-        tile: their side in pixels.
-        steps: of the optimiser.
-        photographs: of a batch.
-        versions: distorted versions of each of them in the batch.
+        tiles: number of tiles, from photographs drawn with replacement.
+        tile: side of a tile in pixels.
+        steps: number of optimiser steps.
+        photographs: photographs in a batch.
+        versions: distorted versions of each photograph in a batch.
         crop: side of the crops in pixels.
-        lr: of Adam, at its highest: after a rise over 100 steps, before a cosine.
-        seed: of everything random.
+        lr: peak learning rate of Adam, after a warm-up of up to 100 steps and before a
+            cosine decay.
+        seed: seed of everything random.
     """
 
     tiles: int = 2000
@@ -95,7 +96,7 @@ class Recipe:
     seed: int = 0
 
     def learning_rate(self, step: int) -> float:
-        """Of a step, falling to a hundredth of `lr`."""
+        """Learning rate of a step; it falls to a hundredth of `lr`."""
         warmup = min(100, self.steps // 10)
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -104,11 +105,13 @@ class Recipe:
 
 
 def make_pairs(folder: Path, patterns: Sequence[str], recipe: Recipe) -> list[Path]:
-    """Writes the tiles that are not there yet: uint8 [1 + D, side, side, 3] each.
+    """Write the tiles that are missing; return the files of all, in order.
+
+    Each file is an array uint8 [1 + D, side, side, 3], with the original first.
 
     Raises:
-        ValueError: no photographs, or the folder has tiles of other ones, of another
-            side or seed.
+        ValueError: there are no photographs, or the folder has tiles of other
+            photographs or with another side or seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made_of = {"data": list(patterns), "tile": recipe.tile, "seed": recipe.seed}
@@ -132,7 +135,7 @@ def make_pairs(folder: Path, patterns: Sequence[str], recipe: Recipe) -> list[Pa
         versions = [original]
         for name in _DISTORTED:
             image = distortions[name](original, float(rng.random()), rng)
-            if rng.random() < 0.2:  # one after the other
+            if rng.random() < 0.2:  # two distortions, one after the other
                 second = str(rng.choice(_DISTORTED))
                 image = distortions[second](image, float(rng.random()), rng)
             versions.append(image)
@@ -145,7 +148,7 @@ def make_pairs(folder: Path, patterns: Sequence[str], recipe: Recipe) -> list[Pa
 
 
 def example(paths: Sequence[Path], recipe: Recipe, step: int, index: int) -> np.ndarray:
-    """uint8 [1 + versions, crop, crop, 3]: a function of (seed, step, index)."""
+    """A tile's crops, uint8 [1 + versions, crop, crop, 3], by (seed, step, index)."""
     rng = np.random.default_rng((recipe.seed, 1, step, index))
     tile = np.load(paths[rng.integers(len(paths))], mmap_mode="r")
     chosen = rng.permutation(len(tile) - 1)[: recipe.versions] + 1
@@ -158,7 +161,7 @@ def example(paths: Sequence[Path], recipe: Recipe, step: int, index: int) -> np.
 def batches(
     paths: Sequence[Path], recipe: Recipe, start: int, stop: int
 ) -> Iterator[np.ndarray]:
-    """uint8 [photographs, 1 + versions, crop, crop, 3] of each step."""
+    """Yield each step's batch, uint8 [photographs, 1 + versions, crop, crop, 3]."""
     with ThreadPoolExecutor(1) as pool:
 
         def submit(step: int) -> list:
@@ -183,13 +186,14 @@ def _unit_taps(network: FeatureNetwork, images: Array) -> list[Array]:
 
 
 def _pair_distances(taps: Array) -> tuple[Array, Array]:
-    """Differences of the versions to the original, and the mean of their squares.
+    """Differences of the versions from the original, and their mean square.
 
     Args:
         taps: [B, 1 + V, h, w, C].
 
     Returns:
-        [B, V, h, w, C], and [B, V].
+        The differences [B, V, h, w, C], and over cells the mean of their squared
+        lengths [B, V].
     """
     difference = taps[:, 1:] - taps[:, :1]
     square = jnp.sum(jnp.square(difference), axis=-1)
@@ -198,7 +202,10 @@ def _pair_distances(taps: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def _second_moments(teacher: FeatureNetwork, images: Array) -> list[Array]:
-    """Of features and of differences, each difference's pair at a mean square of 1."""
+    """Second moments [C, C] of each tap: of features plus those of differences.
+
+    The differences of each pair are scaled to a mean square of 1.
+    """
     moments = []
     for tap in _unit_taps(teacher, images.astype(jnp.float32) / 255):
         difference, distance = _pair_distances(tap)
@@ -211,7 +218,7 @@ def _second_moments(teacher: FeatureNetwork, images: Array) -> list[Array]:
 def make_projections(
     teacher: FeatureNetwork, batch_source: Iterator[np.ndarray]
 ) -> list[np.ndarray]:
-    """Per tap the leading directions, orthonormal columns [C, channels of the tap]."""
+    """Leading directions of each tap: orthonormal columns [C, student's channels]."""
     rows = [_second_moments(teacher, images) for images in batch_source]
     projections = []
     for moments, (channels, _) in zip(
@@ -223,7 +230,7 @@ def make_projections(
 
 
 def _blend(images: Array, rng: Array) -> Array:
-    """Weakens or exaggerates half of the versions: x + a (x_hat - x), a in 0.2 ... 1.3.
+    """Weaken or exaggerate half of the versions: x + a (x_hat - x), a in 0.2 ... 1.3.
 
     Args:
         images: float [B, 1 + V, H, W, 3].
@@ -237,9 +244,9 @@ def _blend(images: Array, rng: Array) -> Array:
 
 
 def _along_gradient(student: FeatureNetwork, images: Array, rng: Array) -> Array:
-    """Moves the last version of each photograph along the student's own gradient.
+    """Move the last version of each photograph along the student's own gradient.
 
-    By 0.2 to 4 levels of root mean square, up or down.
+    The root mean square of the move is 0.2 to 4 grey levels, up or down the gradient.
     """
     original, moved = images[:, 0], images[:, -1]
 
@@ -265,11 +272,11 @@ def terms(
     projections: Sequence[Array],
     images: Array,
 ) -> dict[str, Array]:
-    """What is minimised, times WEIGHTS and summed over taps; float32 scalars.
+    """Terms of the loss, weighted by WEIGHTS and summed over taps; float32 scalars.
 
-    With the student's unit-length taps s, the teacher's t and their projection p, d the
-    difference of a version to its original, and D the mean of the teacher's |d t|^2
-    over a pair's cells:
+    Let s be the student's unit-length taps, t the teacher's, p the projection of t, d
+    the difference of a version from its original, and D the mean of the teacher's
+    |d t|^2 over a pair's cells:
 
         value       mean |s - p / |p||^2
         difference  mean |d s - d p|^2 / D
@@ -309,7 +316,7 @@ def initial_state(seed: int) -> Tree:
 
 
 def step_key(recipe: Recipe, step: int) -> Array:
-    """What a step draws from; that of seed 0 made the packaged weights."""
+    """Random key of a step; the packaged weights were made with those of seed 0."""
     return jax.random.fold_in(jax.random.key(recipe.seed + 7), step)
 
 
@@ -322,7 +329,7 @@ def update(
     rng: Array,
     learning_rate: Array,
 ) -> tuple[Tree, dict[str, Array]]:
-    """One step on uint8 images [B, 1 + V, H, W, 3]; the new state and its terms."""
+    """Take a step on uint8 images [B, 1 + V, H, W, 3]; return new state and terms."""
     blend, move = jax.random.split(rng)
     module = CompactTrunk()
     images = _blend(images.astype(jnp.float32) / 255, blend)
@@ -351,19 +358,19 @@ def distil(
     log_steps: int = 50,
     checkpoint_steps: int = 250,
 ) -> Path:
-    """Runs a distillation to its end; returns the file of weights.
+    """Run a distillation to its end; return the path of the weights.
 
     Args:
-        out: of the run.
+        out: folder of the run.
         patterns: folders or globs of photographs.
         features: the teacher's weights.
-        recipe: see there.
+        recipe: see `Recipe`.
         start_from: weights to start from; None: random ones.
-        log_steps, checkpoint_steps: every so many.
+        log_steps, checkpoint_steps: steps between log rows and between checkpoints.
 
     Raises:
-        ValueError: no photographs, no weights of the teacher, or a term of the loss
-            that is not finite.
+        ValueError: there are no photographs or no teacher's weights, or a term of the
+            loss is not finite.
     """
     teacher = load_features(features, TEACHER)
     paths = make_pairs(out / "pairs", patterns, recipe)
@@ -429,7 +436,7 @@ def _log(
 
 
 def packed(params: Tree) -> bytes:
-    """Weights in the form of `objectives.feature_weights`, in float16."""
+    """Bytes of a weight file as `objectives.feature_weights` reads it, in float16."""
     arrays: dict[str, np.ndarray] = {
         "network": np.asarray(PACKAGED),
         "preprocessing": np.asarray(CompactTrunk().preprocessing),

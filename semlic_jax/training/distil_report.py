@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a distilled feature network stands for its teacher, on held-out photographs.
+"""How well a distilled feature network replaces its teacher, on held-out photographs.
 
-In: distances of both networks between photographs and their distortions, their rank
-correlations, the directions of their gradients, what descending one does to the other,
-and their speed. Out: the distillation (`distil.py`), which has the command.
+In: the distances of both networks between photographs and their distortions, the rank
+correlations of those distances, the directions of their gradients, what descending one
+distance does to the other, and the speed of both. Out: the distillation and the command
+for both (`distil.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from semlic_jax.training.sources import open_sources
 
 Array = jax.Array
 
-_SIDE = 256  # of the middle of each photograph
+_SIDE = 256  # of the central square of each photograph that is used
 _STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _CODECS = ("jpeg", "webp", "avif", OWN_CODEC)
 _GRADIENT_IMAGES, _GRADIENT_SIDE, _GRADIENT_STRENGTH = 8, 128, 0.6
@@ -39,7 +40,7 @@ _SPEED_SHAPE, _SPEED_RUNS = (1, 512, 768, 3), 5
 
 @jax.jit
 def _distances(network: FeatureNetwork, original: Array, versions: Array) -> Array:
-    """Of uint8 versions [V, H, W, 3] to an original [H, W, 3], float32 [V]."""
+    """Distances of uint8 versions [V, H, W, 3] to their original, float32 [V]."""
     x, x_hat = (a.astype(jnp.float32) / 255 for a in (original[None], versions))
     taps = [jnp.repeat(tap, len(versions), axis=0) for tap in network.apply(x)]
     return feature_distance(taps, network.apply(x_hat))
@@ -47,13 +48,13 @@ def _distances(network: FeatureNetwork, original: Array, versions: Array) -> Arr
 
 @jax.jit
 def _paired_distances(network: FeatureNetwork, x: Array, x_hat: Array) -> Array:
-    """Of float images, one with one, float32 [B]."""
+    """Distance of each pair of float images [B, H, W, 3], float32 [B]."""
     return feature_distance(network.apply(x), network.apply(x_hat))
 
 
 @jax.jit
 def gradients(network: FeatureNetwork, x: Array, x_hat: Array) -> Array:
-    """Of the distance of each pair, by x_hat; all float32 [B, H, W, 3]."""
+    """Gradient of each pair's distance with respect to x_hat, float32 [B, H, W, 3]."""
     taps = network.apply(x)
     return jax.grad(
         lambda moved: jnp.sum(feature_distance(taps, network.apply(moved)))
@@ -61,7 +62,7 @@ def gradients(network: FeatureNetwork, x: Array, x_hat: Array) -> Array:
 
 
 def _descend(network: FeatureNetwork, x: Array, x_hat: Array) -> Array:
-    """Pixels after Adam's steps down a network's distance to x."""
+    """Pixels x_hat after descending a network's distance to x with Adam."""
     optimizer = optax.adam(_DESCENT_LEVELS / 255)
     state = optimizer.init(x_hat)
     for _ in range(_DESCENT_STEPS):
@@ -82,17 +83,17 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def rank_correlations(
     measured: Mapping[str, np.ndarray], kinds: Sequence[str]
 ) -> dict[str, Any]:
-    """Spearman's correlations of measured values.
+    """Spearman's rank correlations of measured values.
 
     Args:
         measured: "teacher", "student" and "ms_ssim", each [images, kinds, strengths].
         kinds: names along the second axis.
 
     Returns:
-        Of the student with the teacher: over all pairs (`pooled`), within each image
-        (`within_image_mean`, `within_image_least`), within each kind of distortion
-        (`kinds`), among codecs alone (`codecs_pooled`, `codecs_within_image_mean`);
-        and of both with MS-SSIM over all pairs.
+        Correlations of the student with the teacher over all pairs (`pooled`), within
+        each image (`within_image_mean`, `within_image_least`), within each kind of
+        distortion (`kinds`) and among codecs alone (`codecs_pooled`,
+        `codecs_within_image_mean`); and of each of the two with MS-SSIM over all pairs.
     """
     student, teacher = measured["student"], measured["teacher"]
 
@@ -126,18 +127,19 @@ def report(
     *,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Everything that a card says of a distilled network.
+    """Everything that a model card says about a distilled network.
 
     The student's architecture with random weights is measured too: nearly any network
-    ranks distortions, so a rank correlation says little without its own.
+    ranks distortions, so a rank correlation says little unless it is compared with that
+    of random weights.
 
     Args:
         teacher, student: the networks.
-        patterns: folders or globs of photographs that neither was made with.
-        limit: the first so many of the photographs; None: all.
+        patterns: folders or globs of photographs that neither was trained on.
+        limit: how many of the photographs to use, from the first; None: all.
 
     Raises:
-        ValueError: no photographs of at least 256 pixels a side.
+        ValueError: there are no photographs of at least 256 pixels a side.
     """
     source = open_sources(patterns)
     images = [source[index] for index in range(min(len(source), limit or len(source)))]
@@ -207,10 +209,10 @@ def _compare_gradients(
     networks: Mapping[str, FeatureNetwork],
     pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],
 ) -> dict[str, Any]:
-    """Cosines of gradients with the teacher's, and what descending each network leaves.
+    """Cosines with the teacher's gradients, and what is left after descending each.
 
-    That is a share of the teacher's distance; descending the teacher is the best there
-    is.
+    The latter is the share of the teacher's distance that is left; descending the
+    teacher itself gives the best value possible.
     """
 
     def of(kinds: Sequence[str]) -> tuple[Array, Array]:
@@ -256,12 +258,12 @@ def _speed(teacher: FeatureNetwork, student: FeatureNetwork) -> dict[str, float]
                 begun = time.perf_counter()
                 program(network, x, x_hat).block_until_ready()
                 times.append(time.perf_counter() - begun)
-            found[f"{name}_{kind}"] = float(np.median(times[1:]))  # first: compiles
+            found[f"{name}_{kind}"] = float(np.median(times[1:]))  # the first compiles
     return found
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables of a card from a `report`."""
+    """The tables of a model card, made from a `report`."""
     ranks = [found["rank_correlation"], found["rank_correlation_untrained"]]
     lines = [
         "| rank correlation with the teacher | trained | random weights |",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to photographs: codecs, blur, noise, colours, lost resolution.
+"""Distortions of photographs: codecs, blur, noise, colours, lost resolution.
 
-In: distortions of 8-bit images, each of a strength from 0 (slight) to 1 (strong), for
-pairs on which a feature network is distilled and its distances are compared. Out: the
-distillation (`distil.py`). Runs on the host: NumPy, Pillow and this package's codec.
+In: distortions of 8-bit images with a strength from 0 (slight) to 1 (strong). They make
+the pairs on which a feature network is distilled and its distances are compared. Out:
+the distillation (`distil.py`). All run on the host: NumPy, Pillow and this package's
+codec.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Quality 95 to 3, colour at full or half resolution."""
+    """JPEG of quality 95 to 3, with colour at full or half resolution."""
     quality = round(95 - 92 * strength**0.5)
     return _coded(
         image, format="JPEG", quality=quality, subsampling=int(2 * rng.integers(2))
@@ -51,12 +52,12 @@ def jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 
 def webp(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Quality 95 to 0."""
+    """WebP of quality 95 to 0."""
     return _coded(image, format="WEBP", quality=round(95 * (1 - strength)))
 
 
 def avif(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Quality 90 to 5, at a fast speed: the artefacts are those of the slow ones."""
+    """AVIF of quality 90 to 5; its fast speed has the artefacts of the slow ones."""
     return _coded(image, format="AVIF", quality=round(90 - 85 * strength), speed=8)
 
 
@@ -67,7 +68,7 @@ def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 
 def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of 1 to 40 levels: of colours or of grey, white or coarse."""
+    """Gaussian noise of 1 to 40 grey levels: coloured or grey, white or coarse."""
     height, width = image.shape[:2]
     cell = int(rng.choice([1, 1, 2, 3]))
     shape = (-(-height // cell), -(-width // cell), int(rng.choice([1, 3])))
@@ -76,7 +77,7 @@ def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nd
 
 
 def colour(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Gains and offsets of channels, saturation, gamma."""
+    """Random gains and offsets of channels, saturation and gamma."""
     saturation = 1 + strength * rng.uniform(-0.9, 0.9)
     shifted = ImageEnhance.Color(Image.fromarray(image)).enhance(saturation)
     pixels = (np.asarray(shifted, np.float32) / 255) ** (
@@ -90,7 +91,7 @@ def colour(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.n
 def resample(
     image: np.ndarray, strength: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Scaled down by 1.2 to 6 and up again."""
+    """Down-scaling by 1.2 to 6 and up-scaling back, with random filters."""
     height, width = image.shape[:2]
     factor = _geometric(1.2, 6.0, strength)
     small = (max(1, round(width / factor)), max(1, round(height / factor)))
@@ -100,7 +101,7 @@ def resample(
 
 
 def codec_distortion(codec: Codec) -> Distortion:
-    """What a codec of this package makes of images, quality 1 to 0."""
+    """Return the distortion by a codec of this package, of quality 1 to 0."""
 
     def distort(
         image: np.ndarray, strength: float, rng: np.random.Generator
@@ -110,7 +111,7 @@ def codec_distortion(codec: Codec) -> Distortion:
     return distort
 
 
-# Without this package's own codec, which must be loaded first.
+# All but this package's own codec, whose model must be loaded first.
 DISTORTIONS: dict[str, Distortion] = {
     "jpeg": jpeg,
     "webp": webp,
@@ -124,5 +125,5 @@ OWN_CODEC = "semlic"
 
 
 def all_distortions(codec: Codec) -> dict[str, Distortion]:
-    """Every distortion by name, `OWN_CODEC` among them."""
+    """Every distortion by name, including `OWN_CODEC`."""
     return DISTORTIONS | {OWN_CODEC: codec_distortion(codec)}

@@ -3,11 +3,11 @@
 
     python -m semlic_jax.training.export RUN/STAGE MODEL.npz --fit-tables photos/train
 
-The stage is the last one: `integer`, or the one after it. The architecture is that of
-RUN/config.json, or a size that `--size` names. Without photographs the tables of y are
-those of the model's Gaussians, and files are about two percent larger.
-`--decoder-for small.npz`, in place of photographs, takes g_s alone from a stage that
-started from that model: files of the one are files of the other.
+STAGE is the last stage that was trained: `integer`, or the one after it. The
+architecture is that of RUN/config.json, or the size that `--size` names. Without
+photographs the tables of y are those of the model's Gaussians, and files are about two
+percent larger. `--decoder-for small.npz`, in place of photographs, takes only g_s from
+a stage that started from that model: each of the two models reads the other's files.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from semlic_jax.weights import ModelFile, export_model, load_model, save_model
 
 
 def trained_config(stage: epath.Path) -> ModelConfig:
-    """The architecture of a run, from the configuration that it keeps.
+    """The architecture of a run, from the configuration that it saved.
 
     Args:
         stage: folder of a stage's checkpoints; `config.json` is beside it.
 
     Raises:
-        ValueError: there is no such file, or it names no model.
+        ValueError: there is no such file, or no architecture can be read from it.
     """
     path = stage.parent / "config.json"
     try:

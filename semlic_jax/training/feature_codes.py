@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes for the non-binary adversary without a network that learns them.
+"""Classes for the non-binary adversary, without training a network for them.
 
-MS-ILLM's classes are the codes of a VQ-VAE (arXiv:2301.11189), which takes a training
-of its own. Groups of the features that a trained network has for each place of the
-originals do the same: what is where, on a grid of 8 pixels.
+MS-ILLM's classes are the codes of a VQ-VAE (arXiv:2301.11189), which has to be trained
+first. Clusters of the features that a trained network has at each place of the
+originals serve as well: they say what is where, on a grid of 8 pixels.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def feature_codes(
     *,
     seed: int,
 ) -> np.ndarray:
-    """Centres of features of photographs, by k-means.
+    """Cluster centres of the features of photographs, by k-means.
 
     Args:
         network: the frozen network, of any dtype.
-        tap: which of its taps.
-        photographs: of the training; the same ones and seed give the same codes.
-        count: C.
+        tap: index of the tap whose features are clustered.
+        photographs: those of the training; the same photographs and seed give the same
+            codes.
+        count: number of codes, C.
+        seed: seed of the crops, of the features taken from them and of k-means.
 
     Returns:
         float32 [C, D], unit vectors.
@@ -74,14 +76,14 @@ def kept_codes(
     *,
     seed: int,
 ) -> np.ndarray:
-    """`feature_codes`, made once: from a file where it is there, for all processes.
+    """`feature_codes`, made once and kept in a file, the same for all processes.
 
     Args:
-        path: of the file, which the first process writes.
+        path: the file, which the first process writes if it is not there.
         network, tap, photographs, count, seed: as in `feature_codes`.
 
     Raises:
-        ValueError: the file is of other codes, or cannot be read or written.
+        ValueError: the file has codes of another shape, or cannot be read or written.
     """
     image = np.zeros((1, 64, 64, 3), np.float32)
     width = jax.eval_shape(network.apply, image)[tap].shape[-1]
@@ -118,7 +120,7 @@ def _read_codes(path: epath.Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _write_codes(path: epath.Path, codes: np.ndarray) -> str:
-    """What was in the way; empty where nothing was."""
+    """Write the codes; return what went wrong, or "" if nothing did."""
     buffer = io.BytesIO()
     np.save(buffer, codes)
     unfinished = path.with_name(f".{path.name}")
@@ -126,18 +128,18 @@ def _write_codes(path: epath.Path, codes: np.ndarray) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(buffer.getvalue())
         unfinished.replace(path)
-    except Exception as error:  # the libraries of buckets have errors of their own
+    except Exception as error:  # bucket libraries raise errors of their own
         return f"cannot write {path}: {' '.join(str(error).split())[:300]}"
     return ""
 
 
 def nearest_codes(codes: Array, features: Array, grid: tuple[int, int]) -> Array:
-    """The code of each cell: the largest cosine.
+    """The code of each cell: the one with the largest cosine to its features.
 
     Args:
         codes: float [C, D], see `feature_codes`.
         features: float [B, h, w, D] of originals.
-        grid: height and width of the cells.
+        grid: number of rows and of columns of cells.
 
     Returns:
         int32 [B, *grid].

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frequencies of y from photographs, in place of those of the model's Gaussians.
+"""Tables of y fitted to photographs, in place of those of the model's Gaussians.
 
 Latents have heavier tails than the Gaussians that their scales stand for, and rare
-symbols are dear: 24 bits and more. So the tables of an exported model are counted:
+symbols are expensive: 24 bits and more. So the tables of an exported model are fitted
+to counts:
 
-1. The symbols of all photographs at a spread of qualities, for each table. The
-   histogram of a quality is divided by the bits of that quality, so that a percent
-   saved at one is worth a percent saved at another.
-2. A mixture of Gaussians of mean zero, fitted to the symmetric histogram of each table
-   by expectation maximisation: smooth, falling and with a tail as heavy as the
+1. Count the symbols of all photographs at a range of qualities, for each table. The
+   histogram of each quality is divided by the bits of that quality, so that a percent
+   saved at one quality is worth as much as a percent saved at another.
+2. Fit a mixture of zero-mean Gaussians to the symmetric histogram of each table by
+   expectation maximisation: it is smooth and falling, with a tail as heavy as the
    symbols' own.
-3. The histogram and `_PRIOR_SYMBOLS` symbols spread like the mixture, together. Where
-   there are many symbols the histogram decides, where there are none the mixture.
+3. Add to the histogram `_PRIOR_SYMBOLS` symbols distributed like the mixture. Where
+   there are many symbols the histogram decides; where there are none, the mixture.
 
-A table ends where less than `_TAIL` is left beyond both ends for the escape.
+A table ends where less than `_TAIL` is left beyond both ends together, for the escape.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ from semlic_jax.training.sources import Source, UnusableImage
 from semlic_jax.weights import ModelFile
 
 LEVELS = (0, 32, 64, 96, 128, 160, 191, 223, 255)
-RADIUS = 1024  # symbols beyond are left to the escape
-_MAX_SIDE = 512  # of what is used of a photograph, in pixels
+RADIUS = 1024  # symbols beyond it are left to the escape
+_MAX_SIDE = 512  # of the part of a photograph that is used, in pixels
 _PRIOR_SYMBOLS = 1000
 _TAIL = 2.0**-16
 _ITERATIONS = 100
-# The mixture's scales go on beyond those of the tables by the same steps: down to about
-# half of the least and up to four times the largest.
+# The mixture's scales continue those of the tables in the same steps: down to about
+# half of the smallest and up to four times the largest.
 _STEPS_BELOW, _STEPS_ABOVE = 7, 14
 
 
 class Histogram(NamedTuple):
-    """Symbols of photographs by quality level and table.
+    """How often each symbol occurs in photographs, by quality level and table.
 
     Attributes:
-        counts: int64 [L, T, 2 * RADIUS + 1], of the symbols from -RADIUS to RADIUS.
-        bits: float64 [L], of the symbols of y under the codec's own tables.
-        photographs: how many were used.
-        left_out: why others were not.
+        counts: int64 [L, T, 2 * RADIUS + 1], for the symbols from -RADIUS to RADIUS.
+        bits: float64 [L], bits of the symbols of y under the codec's own tables.
+        photographs: how many photographs were used.
+        left_out: why others were not used.
     """
 
     counts: NDArray[np.int64]
@@ -62,12 +63,12 @@ class Histogram(NamedTuple):
 
 
 def count_symbols(codec: Codec, source: Source) -> Histogram:
-    """The symbols of y of photographs at each of LEVELS.
+    """Count the symbols of y of photographs at each of LEVELS.
 
     Args:
         codec: the model.
-        source: photographs; of each the middle is used, in multiples of 64 pixels so
-            that nothing is padded and at most 512.
+        source: photographs; only the middle of each is used: at most 512 pixels a side,
+            in multiples of 64 so that nothing is padded.
 
     Raises:
         ValueError: there is no photograph that can be used.
@@ -102,22 +103,22 @@ def count_symbols(codec: Codec, source: Source) -> Histogram:
 
 
 def fit_tables(counts: NDArray[np.floating]) -> SymbolTables:
-    """Tables from how often each symbol occurs in each.
+    """Fit the tables to the number of times that each symbol occurs in each of them.
 
     Args:
-        counts: float64 [64, 2 * RADIUS + 1], >= 0, of the symbols from -RADIUS to
-            RADIUS. A table without any gets its Gaussian.
+        counts: float64 [64, 2 * RADIUS + 1], at least 0, for the symbols from -RADIUS
+            to RADIUS. A table without any symbol gets its Gaussian.
     """
     steps = np.arange(-_STEPS_BELOW, len(scale_table()) + _STEPS_ABOVE)
     first, second = scale_table()[:2]
     parts = _gaussians(first * (second / first) ** steps)
     pmfs, offsets = [], []
     for own, found in zip(_gaussians(scale_table()), counts, strict=True):
-        # Few symbols must not make a mixture far from the table's own Gaussian.
+        # With few symbols, the mixture must stay close to the table's own Gaussian.
         symmetric = (found + found[::-1]) / 2 + _PRIOR_SYMBOLS * own
         pmf = found + _PRIOR_SYMBOLS * _mixture(symmetric, parts)
         pmf /= pmf.sum()
-        # beyond[k]: what lies outside of +-k.
+        # beyond[k]: the probability outside of -k to k.
         beyond = np.cumsum((pmf[RADIUS:] + pmf[RADIUS::-1])[::-1])[::-1]
         beyond = np.append(beyond[1:], 0.0)
         reach = max(1, int(np.argmax(beyond < _TAIL)))
@@ -129,28 +130,28 @@ def fit_tables(counts: NDArray[np.floating]) -> SymbolTables:
 def with_fitted_tables(
     model: ModelFile, source: Source
 ) -> tuple[ModelFile, Histogram, NDArray[np.float64]]:
-    """A model with tables of y that are fitted to photographs: another fingerprint.
+    """The model with tables of y fitted to photographs, and so another fingerprint.
 
     Args:
-        model: a model, its own tables are used to weigh the qualities.
-        source: photographs of the kind that the model was trained on. What is
-            evaluated on must not be among them.
+        model: the model; its own tables are used to weight the qualities.
+        source: photographs of the kind that the model was trained on, none of which
+            must be used for evaluation.
 
     Returns:
-        the model, what was counted, and by how many percent fewer bits the symbols of
-        y take at each of LEVELS, float64 [L]. On the photographs themselves: with a
-        few hundred of them, hardly more than on others.
+        the model, what was counted, and the percentage of the bits of y that is saved
+        at each of LEVELS, float64 [L]. The savings are those on the photographs
+        themselves: with a few hundred of them, hardly more than on others.
 
     Raises:
         ValueError: there is no photograph that can be used.
     """
     found = count_symbols(Codec(model), source)
-    # In the unit of symbols, whatever the weights: the prior is counted in them.
+    # Weighting keeps the total number of symbols, since the prior is in symbols too.
     weights = 1 / found.bits
     weights *= found.counts.sum() / (weights @ found.counts.sum((1, 2)))
     tables = fit_tables(np.tensordot(weights, found.counts, 1))
     bits, radius = tables.bits_lookup()
-    # Symbols beyond the longest table are the escape's, of a few bits each.
+    # Symbols beyond the longest table count as those at its end, a few bits too little.
     reach = np.clip(np.arange(-RADIUS, RADIUS + 1), -radius, radius) + radius
     fitted_bits = np.sum(found.counts * bits.astype(np.float64)[:, reach], (1, 2))
     saved_percent = 100 * (1 - fitted_bits / found.bits)
@@ -158,7 +159,7 @@ def with_fitted_tables(
 
 
 def report(found: Histogram, saved_percent: Sequence[float]) -> str:
-    """What was fitted and what it saves, for people."""
+    """Text that says what was fitted and what it saves."""
     lines = [f"left out: {reason}" for reason in found.left_out]
     savings = ", ".join(
         f"{percent:.2f} at {level}"
@@ -185,7 +186,7 @@ def _middle(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
 def _gaussians(scales: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gaussians over unit bins, [len(scales), 2 * RADIUS + 1]; each sums to 1."""
     distance = np.abs(np.arange(-RADIUS, RADIUS + 1))
-    # On the tail below zero, where small differences keep their precision.
+    # Use the tail below zero, where small differences keep their precision.
     upper = ndtr((0.5 - distance) / scales[:, None])
     mass = upper - ndtr((-0.5 - distance) / scales[:, None])
     return mass / mass.sum(1, keepdims=True)
@@ -194,7 +195,7 @@ def _gaussians(scales: NDArray[np.float64]) -> NDArray[np.float64]:
 def _mixture(
     counts: NDArray[np.float64], parts: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The mixture of `parts` that makes the counts likely, by EM from equal shares."""
+    """The mixture of `parts` fitted to the counts, by EM starting from equal shares."""
     seen = np.flatnonzero(counts)
     share = counts[seen] / math.fsum(counts)
     likelihood = parts[:, seen]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What going to integers costs: bits of the coded tables against the float networks.
+"""Measure what the integers cost: bits of the coded tables against the float networks.
 
     python -m semlic_jax.training.integer_cost RUN/integer MODEL.npz IMAGES...
 
-The float side has everything that the coder does not: unrounded weights, activations
-and means, a continuous scale for each latent, the density of z instead of its tables.
-Both sides code the same latents. Tables that were fitted at export know more than the
-Gaussians of the float side and can make the cost negative: export without
+The float side has everything that the coder lacks: unrounded weights, activations and
+means, a continuous scale for each latent, and the density of z instead of its tables.
+Both sides code the same latents. Tables that were fitted at export are more accurate
+than the Gaussians of the float side and can make the cost negative: export without
 `--fit-tables` to see what the integers alone cost.
 """
 
@@ -46,9 +46,10 @@ def float_bits(
     """Bits of one image's rounded latents under the float networks.
 
     Args:
-        config: of the model.
+        config: the model's architecture.
         params: float parameters of `CompressionModel`.
-        y_scaled: float32 [h, w, M]; z: float32 [h/4, w/4, N].
+        y_scaled: float32 [h, w, M].
+        z: float32 [h/4, w/4, N].
         quality: in [0, 1].
         size: int [2], height and width of the image in pixels.
     """
@@ -82,7 +83,7 @@ def float_bits(
 def integer_cost(
     codec: Codec, params: Any, images: Sequence[Path], qualities: Sequence[float]
 ) -> dict[str, float]:
-    """Total bits on both sides, and the cost of the integers in percent."""
+    """Total bits of both sides, and the cost of the integers in percent."""
     exact, free = 0.0, 0.0
     for path in images:
         latents = codec.analyse(read_photograph(path).pixels)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A working codec to start from: the Karhunen-Loève transform of photographs.
 
-Beside g_a and g_s runs a trainable linear block transform (`linear_skip`). Here it is
-set to the KLT of 16 x 16 blocks, and the entropy model to the deviation of each
-component, so that training starts at a decent transform codec.
+A trainable linear block transform (`linear_skip`) runs beside g_a and g_s. This module
+sets it to the KLT of 16 x 16 blocks, and the scales of the entropy model to the
+standard deviation of each component, so that training starts at a decent transform
+codec.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from semlic_jax.model.compression import ModelConfig
 from semlic_jax.model.priors import index_from_scale
 from semlic_jax.model.transforms import STRIDE, filter_borders, lapping_matrix
 
-# Quantisation step of the coefficients, in image units, where the gain is 1: the
-# coarsest quality, about 200 of 255 grey levels.
+# Quantisation step of the coefficients in image units at a gain of 1, the coarsest
+# quality: about 200 of 255 grey levels.
 BASE_STEP = 0.8
 
 
@@ -34,6 +35,9 @@ def block_covariance(images: Iterable[np.ndarray]) -> np.ndarray:
     Returns:
         float64 [768, 768], in squared image units ([0, 1]); rows in the order of
         `layers.space_to_depth`.
+
+    Raises:
+        ValueError: no image holds a block.
     """
     size = 3 * STRIDE**2
     lapping = lapping_matrix().astype(np.float32)
@@ -63,11 +67,14 @@ def start_from_klt(
 
     Args:
         params: a fresh parameter tree of `CompressionModel`.
-        config: the model's; must have `linear_skip`.
+        config: the model's architecture; must have `linear_skip`.
         covariance: from `block_covariance`.
 
     Returns:
         A new tree of the same shapes.
+
+    Raises:
+        ValueError: the model has no linear skip.
     """
     if not config.linear_skip:
         raise ValueError(
@@ -76,8 +83,8 @@ def start_from_klt(
     values, vectors = np.linalg.eigh(covariance)
     order = np.argsort(values)[::-1][: config.latent_channels]
     basis = vectors[:, order]
-    # Deviations in units of the coarsest step. The mean of the covariance's blocks is
-    # about mid-grey, so second moments serve as variances.
+    # Standard deviations in units of the coarsest step. The mean of the blocks is about
+    # mid-grey, so the second moments about mid-grey serve as variances.
     deviation = np.sqrt(np.maximum(values[order], 1e-8)) / BASE_STEP
     tree = jax.tree.map(np.array, params)
     tree["g_a"]["skip"]["kernel"][:] = basis / BASE_STEP
@@ -87,8 +94,9 @@ def start_from_klt(
     tree["g_s"]["input_scale"][:] = 1 / deviation
     tree["h_a"]["input_scale"][:] = 1 / deviation
     log_gain = np.mean(tree["log_gain"], axis=1)
-    # Table index of the deviation at the lowest quality, and its slope over the
-    # quality byte, which the last layers read as their last input.
+    # Table index of each deviation at the lowest and highest quality: the first becomes
+    # the bias, their difference the slope over the quality byte, which the last layers
+    # read as their last input.
     low = index_from_scale(deviation * math.exp(log_gain[0]))
     high = index_from_scale(deviation * math.exp(log_gain[-1]))
     start = 0

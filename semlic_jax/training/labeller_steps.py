@@ -37,8 +37,9 @@ def labeller_update(
     """The labeller's update, to be jitted.
 
     Returns:
-        `update(learner, usage, step, images, trunk)`, with the running share of
-        each code, float32 [C]. It returns the first two anew, and the metrics.
+        `update(learner, usage, step, images, trunk)`, where `usage` is the running
+        share of each code, float32 [C]. It returns the new learner, the new usage and
+        the metrics.
     """
     labeller = networks.labeller
 

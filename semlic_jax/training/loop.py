@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one stage from its last checkpoint to its end.
 
-What a step does is a function of its number, so a killed run that starts again ends
-with the parameters of an unbroken one.
+What a step does to the state is a function of its number, so a killed run that is
+started again ends with the same parameters as an unbroken one.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def run_program(
     workdir: epath.Path,
     record: str,
 ) -> Tree:
-    """Trains one stage to its end; returns the averaged parameters of its network.
+    """Train one stage to its end; return the averaged parameters of its network.
 
-    The configuration `record` is kept before the first step, not by a run that the
-    checkpoints refuse: theirs is still needed to export them.
+    The configuration `record` is saved before the first step, but not if the stage's
+    checkpoints do not fit this run: their own record is still needed to export them.
 
     Raises:
         NotFiniteError: a term is not finite; names the step and the term.
@@ -103,7 +103,7 @@ def _show(
     stage: str,
     done: int,
 ) -> None:
-    """Originals over their reconstructions, always of the same crops."""
+    """Write originals with their reconstructions below, always of the same crops."""
     originals = np.stack(
         [
             photographs.example(_SHOWN_STEP, index, seed=run.settings.seed)
@@ -124,7 +124,7 @@ class _Meter:
         self._stage, self._batch = stage, batch
         self._waiting: list[dict[str, jax.Array]] = []
         self._rows: list[dict[str, float]] = []
-        # The first step is mostly compilation and does not count.
+        # The first step is mostly compilation, so its time does not count.
         self._begun: float | None = None
         self._first = start + 1
 
@@ -135,7 +135,7 @@ class _Meter:
             self._begun = time.monotonic()
 
     def check(self, done: int) -> None:
-        """Raises NotFiniteError for the first value that is not finite."""
+        """Raise NotFiniteError for the first value that is not finite."""
         rows = jax.device_get(self._waiting)
         for step, row in enumerate(rows, done - len(rows) + 1):
             for name, value in row.items():
@@ -148,7 +148,7 @@ class _Meter:
         self._waiting = []
 
     def row(self, done: int) -> dict[str, float]:
-        """Means up to the step `done`; also logged."""
+        """Return and log the means since the last row, up to the step `done`."""
         self.check(done)
         row = {
             name: float(np.mean([values[name] for values in self._rows]))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training that starts from a model file, and goes back into one.
+"""Training that starts from a model file and ends in one.
 
-Checkpoints are large and stay with who trained; a model file is what everybody has.
+Checkpoints are large and stay with those who trained; a model file is what everybody
+has.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from semlic_jax.weights import ModelFile, check_params, to_dtype
 def with_decoder(
     model: ModelFile, config: ModelConfig, params: Mapping[str, Any]
 ) -> ModelFile:
-    """A model with another g_s: the same files, other pictures.
+    """The model with another g_s, which decodes the same files to other pictures.
 
     Args:
-        model: what to keep: everything but g_s, and so the fingerprint.
-        config: of g_s; no more than `texture_channels` may differ.
-        params: of `CompressionModel`, trained from this model with g_s alone.
+        model: the model that everything but g_s is taken from, and so the fingerprint.
+        config: the architecture of g_s; only `texture_channels` may differ.
+        params: those of `CompressionModel`, trained from this model with g_s alone.
 
     Raises:
-        ValueError: the architectures differ, the gains do (the decoder is for other
+        ValueError: the architectures differ, the gains differ (the decoder is for other
             latents), or a parameter is not finite or beyond float16.
     """
     kept = dataclasses.replace(model.config, texture_channels=config.texture_channels)
@@ -53,18 +54,19 @@ def with_decoder(
 def mean_decoder(
     models: Sequence[ModelFile], weights: Sequence[float] | None = None
 ) -> ModelFile:
-    """The first model with a g_s that is the mean of all of theirs.
+    """The first model, with the mean of the g_s of all models.
 
-    Checkpoints of one training lie in one basin, where the mean of weights is often
-    better than each (Izmailov et al. 2018, arXiv:1803.05407).
+    Checkpoints of one training run lie in one basin, where the mean of the weights is
+    often better than any of them (Izmailov et al. 2018, arXiv:1803.05407).
 
     Args:
-        models: that differ in nothing but g_s.
-        weights: of each, finite and at least 0, in any scale; None: all the same.
+        models: models that differ only in g_s.
+        weights: weight of each model, finite and at least 0, in any scale; None: equal
+            weights.
 
     Raises:
-        ValueError: no models, models of different architectures or latents, or weights
-            that are not such.
+        ValueError: there are no models, they differ in architecture or latents, or the
+            weights are invalid.
     """
     shares = np.ones(len(models)) if weights is None else np.array(weights, np.float64)
     if not models or shares.shape != (len(models),):
@@ -113,8 +115,8 @@ def mean_decoder(
 def training_params(model: ModelFile) -> dict[str, Any]:
     """The parameter tree of `CompressionModel` that a model file holds, in float32.
 
-    What training goes on from where the checkpoints are gone: the transforms to
-    float16's precision, the entropy networks as their integers.
+    Training can go on from it where the checkpoints are gone. The transforms have the
+    precision of float16, the entropy networks the values of their integers.
     """
     entropy = float_twin(model.integers, model.config)
     tree = {**model.transforms, "prior": model.prior, "entropy": entropy}

@@ -3,8 +3,8 @@
 
 semlic pack photos/ photos.array_record --shards 8
 
-A record is an image file as it is, byte for byte. Files that cannot be decoded are left
-out, counted and named. Training reads the result by `--config.data.train`.
+A record is an image file, byte for byte. Files that cannot be decoded are left out,
+counted and named. To train on the result, give it as `--config.data.train`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUFFIX = ".array_record"
 def pack(
     patterns: Sequence[str], output: Path, *, shards: int = 1
 ) -> tuple[int, list[str]]:
-    """Writes the image files of all patterns.
+    """Write the image files of all patterns.
 
     Args:
         patterns: folders or globs of files.
@@ -31,11 +31,12 @@ def pack(
         shards: number of files; image i goes to shard i % shards.
 
     Returns:
-        How many images were written, and what was left out.
+        How many images were written, and which files were left out and why.
 
     Raises:
-        ValueError: no images, a wrong name, or array-record is not installed.
-        FileExistsError: an output is there already.
+        ValueError: there are no images or fewer than shards, the output's name is
+            wrong, or array-record is not installed.
+        FileExistsError: an output exists already.
     """
     try:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -83,7 +84,7 @@ def pack(
 
 
 def _checked(path: str) -> bytes | str:
-    """The file's bytes if it can be decoded, else why not."""
+    """The file's bytes if it can be decoded, else the reason why it cannot."""
     try:
         data = Path(path).read_bytes()
         decode(data, path)

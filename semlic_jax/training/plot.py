@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the log of a run: every term of every stage over the steps.
+"""Plot the log of a run: every term of every stage over the steps.
 
 python -m semlic_jax.training.plot RUN [OUT.png]
 
@@ -19,7 +19,7 @@ _NOT_TERMS = {"stage", "step", "seconds_per_step", "skipped_images", "padded_ima
 
 
 def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of `metrics.jsonl` by stage; a step that was repeated counts once.
+    """Rows of `metrics.jsonl` by stage; only the last row of a repeated step counts.
 
     Raises:
         ValueError: there is no such log, or it has no rows.
@@ -31,7 +31,7 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # a part of a row that a killed run left
+            continue  # part of a row, left by a killed run
         stages.setdefault(row["stage"], {})[row["step"]] = row
     if not stages:
         raise ValueError(f"{path} has no rows")
@@ -41,7 +41,7 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def plot(workdir: Path, output: Path) -> None:
-    """Writes one picture: a row of panels for each stage, a panel for each term."""
+    """Write one picture with a panel for each term of each stage."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,8 +2,8 @@
 """A stage as a program: its first state, its update, and pictures of what it does.
 
 The state of a program is a dict of trees: `params`, `average` and `optimizer` of the
-network that the stage trains (a `Learner`), and what else it changes. It is what a
-checkpoint holds.
+network that the stage trains (a `Learner`), and whatever else the stage changes. It is
+what a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Array = jax.Array
 Tree = Any
 State = dict[str, Tree]
 
-# Qualities of the pictures.
+# Qualities that the pictures show.
 SHOWN_QUALITIES = (0.0, 0.5, 1.0)
 
 
@@ -51,11 +51,12 @@ class Program(NamedTuple):
     """One stage, ready to run.
 
     Attributes:
-        shapes: of the state, with the place of each leaf.
+        shapes: shapes of the state's leaves, with the sharding of each.
         start: () -> state at step 0.
-        update: (state, step, images) -> (state, metrics). The old state is used up.
-        show: (state, images) -> reconstructions under the averaged parameters, one
-            array [B, H, W, 3] for each of several qualities; on every device.
+        update: (state, step, images) -> (state, metrics). The old state is donated.
+        show: (state, images) -> reconstructions under the averaged parameters, each
+            [B, H, W, 3] and on every device: one for each of several qualities of the
+            codec, a single one of the labeller.
     """
 
     shapes: State
@@ -71,7 +72,7 @@ class Run(NamedTuple):
         settings: the configuration.
         mesh: the devices.
         networks: the modules.
-        trunk: the feature network, on the devices; None where no term needs it.
+        trunk: the feature network, on the devices; None if no term needs it.
     """
 
     settings: Settings
@@ -81,7 +82,7 @@ class Run(NamedTuple):
 
 
 def make_run(settings: Settings, mesh: Mesh, trunk: Trunk | None) -> Run:
-    """The modules of a configuration; the trunk goes to the devices."""
+    """Make the modules of a configuration, and put the trunk on the devices."""
     dtype = jnp.dtype(settings.dtype)
     labeller = settings.labeller.clone(dtype=dtype)
     networks = Networks(
@@ -101,15 +102,15 @@ def make_run(settings: Settings, mesh: Mesh, trunk: Trunk | None) -> Run:
 def codec_program(
     run: Run, stage: Stage, params: Callable[[], Tree], labeller: Tree
 ) -> Program:
-    """A stage of the codec, with its discriminator where it has an adversary.
+    """The program of a codec stage, with its discriminator if it has an adversary.
 
     Args:
-        run: what to train with.
-        stage: the record.
-        params: () -> those of the codec to start from; not asked for by a stage that
+        run: what all stages share.
+        stage: the stage's record.
+        params: () -> parameters of the codec to start from; not called if the stage
             goes on from a checkpoint.
-        labeller: its parameters, or `{"codes": ...}` of `feature_codes`, if the
-            adversary needs them.
+        labeller: the labeller's parameters, or `{"codes": ...}` of `feature_codes`, if
+            the adversary needs them; else None.
     """
     classes = {"features": stage.adversary.code_count + 1}.get(stage.adversary.codes)
     classes = 2 if stage.adversary.binary else classes
@@ -178,7 +179,7 @@ def codec_program(
     def reconstruct(params: Tree, images: Array, quality: Array) -> Array:
         model = networks.model.clone(arithmetic=stage.arithmetic)
         quality = jnp.full(images.shape[0], quality)
-        # The key is of the noise in the rate, which is not asked for.
+        # The key only draws the noise of the rate, which is not used here.
         key = jax.random.key(0)
         return model.apply({"params": params}, images, quality, key).x_hat
 
@@ -192,7 +193,7 @@ def codec_program(
 
 
 def labeller_program(run: Run, stage: LabellerStage) -> Program:
-    """The stage of the VQ-VAE labeller."""
+    """The program of the VQ-VAE labeller's stage."""
     networks, trunk = run.networks, run.trunk
     on_all = replicated(run.mesh)
 
@@ -231,14 +232,14 @@ def labeller_program(run: Run, stage: LabellerStage) -> Program:
 
 
 def codec_shapes(model: CompressionModel) -> Tree:
-    """The codec's parameters as shapes; computes nothing."""
+    """Shapes of the codec's parameters, without computing them."""
     key = jax.random.key(0)
     x, quality = jnp.zeros((1, 64, 64, 3)), jnp.zeros(1)
     return jax.eval_shape(model.init, key, x, quality, key)["params"]
 
 
 def _shapes(run: Run, start: Callable[[Tree], State], params: Tree) -> State:
-    """The state's leaves as shapes with shardings; computes nothing."""
+    """Shapes and shardings of the state's leaves, without computing them."""
     shapes = jax.eval_shape(start, params)
     places = state_sharding(run.mesh, shapes, shard_from=run.settings.mesh.shard_from)
     return jax.tree.map(

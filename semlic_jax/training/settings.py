@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a configuration may say, checked before anything is compiled.
+"""The settings of a training run, checked before anything is compiled.
 
-A config is an `ml_collections.ConfigDict`; `base_config` has every key with its
-default and a file in `configs/` changes what it wants. `read_settings` turns it into
-records. Whatever is wrong with it is a ValueError in one sentence.
+A config is an `ml_collections.ConfigDict`: `base_config` has every key with its
+default, and a file in `configs/` changes some of them. `read_settings` turns a config
+into records; whatever is wrong with it raises a ValueError of one sentence.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from semlic_jax.objectives.features import NETWORKS
 from semlic_jax.training.stages import LabellerStage, Stage
 
 LABELLER_STAGE = "labeller"
-# What LPIPS calls its trunks.
+# LPIPS's names of the trunks.
 LPIPS_NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
 _DTYPES = ("float32", "bfloat16")
-# Fields of Linen modules that are not for configs.
+# Fields of Linen modules that configs do not set.
 _MODULE_FIELDS = {"parent", "name", "dtype"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which photographs, and what batches are made of.
+    """The photographs to train on, and how batches are made of them.
 
     Attributes:
         train: folders, globs of files, `tfds:...`, `synthetic:N`; see `sources`.
         batch: images per update, over all processes.
         crop: side of the crops in pixels, a multiple of 64.
-        small_images: `skip` images with a side under the crop, or `reflect`.
-        smallest_scale, largest_scale: images are scaled down at random by a factor
-            between them, up where it is below 1.
-        cache_mb: decoded images kept in memory, MiB.
-        threads: that decode and crop; 0 for one per CPU.
+        small_images: `skip` images with a side under the crop, or `reflect` to pad
+            them.
+        smallest_scale, largest_scale: images are scaled down by a random factor between
+            these; a factor below 1 scales up.
+        cache_mb: memory for decoded images, in MiB.
+        threads: threads that decode and crop; 0 for one per CPU, at most 16.
     """
 
     train: tuple[str, ...] = ("data/train",)
@@ -64,7 +65,7 @@ class MeshSettings:
     Attributes:
         data: devices that batches are split over; 0 for all.
         model: devices that large parameters are split over.
-        shard_from: parameters with so many elements are large.
+        shard_from: number of elements from which a parameter counts as large.
     """
 
     data: int = 0
@@ -77,29 +78,31 @@ class Settings:
     """A whole configuration.
 
     Attributes:
-        model: a name of `SIZES`.
+        model: name of the codec's size, a key of `SIZES`.
         architecture: fields of its `ModelConfig` to change.
-        seed: of initial parameters, and with the name of the stage of batches and
-            noise.
-        dtype: of the transforms, the trunk and the adversary; parameters and the
-            entropy model are float32 always.
+        seed: seed of the initial parameters and, together with a stage's name, of its
+            batches and noise.
+        dtype: type that the transforms, the trunk and the adversary compute in;
+            parameters and the entropy model are always float32.
         remat: recompute residual blocks in the backward pass, which saves memory.
         features: file or folder of the trunk's weights; "" takes SEMLIC_FEATURES.
-        trunk: name of the feature network; "" takes SqueezeNet 1.0 where weights are
-            given, the packaged network where none are.
-        learnt_heads: weigh its channels as LPIPS does; needs `lpips_v0.1_*.npz` beside
-            its weights.
+        trunk: name of the feature network; "" takes SqueezeNet 1.0 if weights are
+            given, else the packaged network.
+        learnt_heads: weight the trunk's channels as LPIPS does; needs
+            `lpips_v0.1_*.npz` beside the trunk's weights.
         init_from: folder of a stage's checkpoints to start the codec from, or a model
             file.
         labeller_from: folder of a stage's checkpoints to take the labeller from.
         data: the input.
-        networks: the adversary's modules, as keyword arguments.
-        stages: names of stages in order; each is a key of the config.
-        records: these stages.
         mesh: the devices.
-        checkpoint_steps, log_steps, image_steps: how often; no pictures at 0.
-        keep_checkpoints: how many of the last ones.
-        tensorboard: write TensorBoard files where clu is installed.
+        labeller, discriminator: the adversary's modules; a config gives their keyword
+            arguments as `networks.labeller` and `networks.discriminator`.
+        stages: names of stages in order; each is a key of the config.
+        records: the records of these stages, in the same order.
+        checkpoint_steps, log_steps, image_steps: steps between checkpoints, log rows
+            and pictures; no pictures if image_steps is 0.
+        keep_checkpoints: how many checkpoints of a stage are kept, the latest ones.
+        tensorboard: write TensorBoard files if clu is installed.
     """
 
     model: str = "small"
@@ -125,7 +128,7 @@ class Settings:
     tensorboard: bool = True
 
     def stage_seed(self, stage: str) -> int:
-        """Of the batches and the noise of a stage: no two see the same crops."""
+        """Seed of a stage's batches and noise; no two stages see the same crops."""
         return zlib.crc32(f"{self.seed} {stage}".encode()) // 2  # a positive int32
 
     @property
@@ -140,7 +143,7 @@ def to_dict(record: Any) -> dict[str, Any]:
 
 
 def base_config() -> ConfigDict:
-    """A config with every key but the stages at its default."""
+    """A config with every key except those of stages, at its default."""
     defaults = {
         field.name: getattr(Settings(), field.name)
         for field in dataclasses.fields(Settings)
@@ -155,7 +158,7 @@ def base_config() -> ConfigDict:
 
 
 def stage_config(name: str, **fields: Any) -> ConfigDict:
-    """The record of a stage with every key; `fields` may be nested dicts."""
+    """The config of a stage with every key; `fields` may be nested dicts."""
     cls = LabellerStage if name == LABELLER_STAGE else Stage
     record = ConfigDict(to_dict(_record(cls, {"name": name, **fields}, name)))
     del record["name"]
@@ -169,14 +172,14 @@ def read_settings(config: Any) -> Settings:
         config: a ConfigDict or nested dicts.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of the wrong
-            type or out of range, a stage without a record.
+        ValueError: there is an unknown key (the message names the nearest known one), a
+            value of the wrong type or out of range, or a stage without a record.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     names = tuple(config.get("stages", ()))
     known = {field.name for field in dataclasses.fields(Settings)}
     known -= {"records", "labeller", "discriminator"}
-    # Every record is checked, also of stages that are not run.
+    # Every record is checked, even those of stages that are not run.
     records = {
         name: config.pop(name)
         for name in list(config)
@@ -184,7 +187,7 @@ def read_settings(config: Any) -> Settings:
     }
     for name in names:
         if names.count(name) > 1:
-            # Their checkpoints are in one folder: the second would end at once.
+            # Both would share a folder of checkpoints: the second would end at once.
             raise ValueError(
                 f"config.stages must name each stage once, found {name!r} "
                 f"{names.count(name)} times"
@@ -297,7 +300,7 @@ def _check_adversary(settings: Settings, stage: Stage) -> None:
 
 
 def _module_defaults(cls: Any) -> dict[str, Any]:
-    # The classes of the discriminator follow from the labeller's codes.
+    # The discriminator's number of classes follows from the number of codes.
     hidden = _MODULE_FIELDS | ({"classes"} if cls is Discriminator else set())
     return {
         field.name: field.default
@@ -319,7 +322,7 @@ def _module(cls: Any, fields: Mapping[str, Any]) -> Any:
 
 
 def _record(cls: Any, fields: Mapping[str, Any], where: str, **ready: Any) -> Any:
-    """An instance of a dataclass from nested dicts, its keys and types checked."""
+    """Make an instance of a dataclass from nested dicts; check their keys and types."""
     hints = typing.get_type_hints(cls)
     _refuse_unknown(fields, set(hints), where)
     values = {

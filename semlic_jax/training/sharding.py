@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices as a mesh of (data, model), and what lies where.
+"""The devices as a (data, model) mesh, and how arrays are placed on it.
 
-Batches are split over `data`. Parameters are replicated, or, where the mesh has more
-than one column, split over `model` by one rule for every leaf of a state: the
-parameters, their averages and Adam's moments of a kernel have one shape and so one
-place. The compiler inserts the collectives.
+Batches are split over `data`. Parameters are replicated or, where the mesh has more
+than one column, split over `model` by one rule for every leaf of a state: a kernel, its
+average and its Adam moments have the same shape and so the same sharding. The compiler
+inserts the collectives.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Tree = Any
 
 DATA, MODEL = "data", "model"
 
-# Exit status of a process whose run was broken by another one: EX_TEMPFAIL.
+# Exit status of a process that lost another one of its run: EX_TEMPFAIL.
 LOST_STATUS = 75
 
 
 def start_processes(
     mode: str, coordinator: str = "", processes: int = 0, process: int = -1
 ) -> None:
-    """Joins the processes of a run; call it before anything else of JAX.
+    """Join the processes of a run; call this before any other use of JAX.
 
     Args:
         mode: `none`; `auto` where the environment says how (TPU pods, SLURM, Open MPI);
             `explicit` with the three other arguments.
         coordinator: `host:port` of process 0.
-        processes: how many there are.
-        process: which one this is.
+        processes: number of processes.
+        process: number of this process, from 0.
 
     Raises:
-        ValueError: the arguments contradict each other, or there is no such cluster.
+        ValueError: an argument is wrong, or the processes cannot be joined.
     """
     if mode == "none":
         return
@@ -74,18 +74,18 @@ def start_processes(
         ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     if jax.default_backend() == "cpu":
-        # Gloo gives the others 30 seconds for the first collective. Now all are here;
-        # later, one may compile for longer than that.
+        # Gloo gives the others 30 seconds to reach the first collective. Now all are
+        # here; later, one of them may compile for longer than that.
         with stops_with_the_others():
             multihost_utils.sync_global_devices("start")
 
 
 @contextmanager
 def stops_with_the_others() -> Iterator[None]:
-    """Ends this process at once, with status `LOST_STATUS`, where a collective failed.
+    """End this process at once, with status `LOST_STATUS`, if a collective fails.
 
-    Nothing runs between saying so and leaving: the usual way out joins threads first,
-    and on a busy machine JAX, missing the others' heartbeats, aborts before its end.
+    Nothing runs between the message and the exit: the usual exit joins threads first,
+    and on a busy machine JAX, missing the others' heartbeats, aborts before it is done.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def stops_with_the_others() -> Iterator[None]:
                 file=sys.stderr,
             )
             _leave(LOST_STATUS)
-        # At its exit JAX waits for the processes that are gone, for minutes.
+        # At exit, JAX waits for minutes for the processes that are gone.
         atexit.register(_leave, 1)
         raise
 
@@ -121,10 +121,11 @@ def _leave(status: int) -> NoReturn:
 
 
 def make_mesh(data: int, model: int) -> Mesh:
-    """The mesh of (data, model) devices; `data` = 0 takes all that there are.
+    """The mesh of (data, model) devices; `data` = 0 uses all that there are.
 
     Raises:
-        ValueError: more shards than devices, or a number that does not divide them.
+        ValueError: there are more shards than devices, `model` does not divide the
+            devices, or a run of several processes would not use all of them.
     """
     devices = jax.devices()
     if model < 1 or data < 0:
@@ -157,15 +158,16 @@ def make_mesh(data: int, model: int) -> Mesh:
 
 
 def state_sharding(mesh: Mesh, tree: Tree, *, shard_from: int) -> Tree:
-    """Where each leaf of a state lies.
+    """The sharding of each leaf of a state.
 
     A leaf of at least `shard_from` elements and two axes is split along its largest
-    axis that the `model` axis divides, output channels first; the rest is replicated.
+    axis that the `model` axis divides, the last of equal ones (output channels); all
+    others are replicated.
 
     Args:
-        mesh: of `make_mesh`.
+        mesh: from `make_mesh`.
         tree: arrays or shapes.
-        shard_from: elements.
+        shard_from: smallest number of elements of a leaf that is split.
     """
     columns = mesh.shape[MODEL]
 
@@ -182,21 +184,21 @@ def state_sharding(mesh: Mesh, tree: Tree, *, shard_from: int) -> Tree:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """The sharding of arrays with a whole copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over the data axis."""
+    """The sharding of batches, which are split over the data axis."""
     return NamedSharding(mesh, P(DATA))
 
 
 def place(tree: Tree, shardings: Tree) -> Tree:
-    """Arrays, the same on every process, as global arrays; typed keys not allowed.
+    """Turn arrays that are the same on every process into global arrays.
 
     Args:
-        tree: NumPy arrays or arrays of this process.
-        shardings: one for all, or a tree of them.
+        tree: NumPy arrays or arrays of this process; no typed keys.
+        shardings: one for all leaves, or a tree of them.
     """
     if isinstance(shardings, NamedSharding):
         one = shardings
@@ -229,7 +231,7 @@ def local_examples(mesh: Mesh, batch: int) -> range:
 
 
 def global_batch(mesh: Mesh, local: np.ndarray, examples: range, batch: int) -> Any:
-    """This process's examples as its part of the global batch."""
+    """The global batch, of which `local` is this process's part."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(batch)

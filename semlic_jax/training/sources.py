@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where photographs come from: folders, array_record files, TFDS, or made up.
+"""Sources of photographs: folders, array_record files, TFDS, or made-up images.
 
-A source has a length and gives image `i` as uint8 [H, W, 3]; an image that cannot be
-read is an `UnusableImage` that names it. Decoding happens on access, on the caller's
-thread. The libraries of each kind are imported when a source of it is opened.
+A source has a length and returns image `i` as uint8 [H, W, 3]; for an image that cannot
+be read it raises an `UnusableImage` that names it. Images are decoded on access, on the
+caller's thread. The libraries of each kind are imported when a source of that kind is
+opened.
 
 =====================  ==============================================================
 pattern                images
@@ -33,7 +34,7 @@ _SYNTHETIC_SIDE = 192
 
 
 class UnusableImage(Exception):
-    """An image that is not to be trained on; the message says which and why."""
+    """An image that cannot be trained on; the message says which one and why."""
 
 
 class Source(Protocol):
@@ -42,7 +43,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3]; raises `UnusableImage`."""
+        """Image `index`, uint8 [H, W, 3]; raises `UnusableImage` if it is unusable."""
         ...
 
 
@@ -50,7 +51,7 @@ def open_sources(patterns: Sequence[str]) -> Source:
     """All images of all patterns as one source.
 
     Raises:
-        ValueError: a pattern without images, or whose library is not installed.
+        ValueError: a pattern has no images, or needs a library that is not installed.
     """
     files: list[str] = []
     parts: list[Source] = []
@@ -73,7 +74,7 @@ def open_sources(patterns: Sequence[str]) -> Source:
 
 
 def image_files(pattern: str) -> list[str]:
-    """Image files of a folder, or that match a glob (`**` goes down)."""
+    """Image files in a folder, or that match a glob (`**` includes subfolders)."""
     return _expand(pattern, _SUFFIXES)
 
 
@@ -85,9 +86,9 @@ def _expand(pattern: str, suffixes: set[str]) -> list[str]:
 
 
 def decode(data: bytes | str, name: str) -> np.ndarray:
-    """An encoded image, given as bytes or as a path, as uint8 [H, W, 3].
+    """Decode an image, given as bytes or as a path, to uint8 [H, W, 3].
 
-    The pixels are those that the codec would take.
+    The pixels are those that the codec would compress.
 
     Raises:
         UnusableImage: it cannot be decoded, or is transparent.
@@ -116,7 +117,7 @@ class RecordSource:
     """Encoded images in array_record files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Raises ValueError where the library is missing."""
+        """Open the files; raises ValueError if the library is missing."""
         try:
             from array_record.python.array_record_data_source import (
                 ArrayRecordDataSource,
@@ -143,7 +144,7 @@ class TfdsSource:
     """
 
     def __init__(self, name: str) -> None:
-        """`name` is `set[/config][:version][/split][?dir=PATH]`.
+        """Open `name`, of the form `set[/config][:version][/split][?dir=PATH]`.
 
         Raises:
             ValueError: the library, the set, the split or the image is missing.
@@ -188,7 +189,7 @@ class TfdsSource:
 
 
 class SyntheticSource:
-    """Made-up images: coloured noise of a photograph's spectrum, with edges."""
+    """Made-up images: coloured noise with the spectrum of a photograph, and edges."""
 
     def __init__(self, count: str) -> None:
         if not count.isdigit() or int(count) < 1:
@@ -220,7 +221,7 @@ class SyntheticSource:
 
 
 class _Chain:
-    """Sources one after the other."""
+    """Several sources as one, one after the other."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self._parts = parts

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of the training, as records, and their optimisers.
+"""The stages of training, as records, and their optimisers.
 
-A stage is a record, not a subclass: which parts of the model learn, in which
-arithmetic the entropy networks run, which weights the terms of the loss have, how
-fast to learn, who the adversary is.
+A stage is a record, not a subclass: it says which parts of the model learn, in which
+arithmetic the entropy networks run, which weights the terms of the loss have, how fast
+to learn and what the adversary is.
 
 ==================  =================================================================
 stage               what it is for
 ==================  =================================================================
 `labeller`          the VQ-VAE whose codes the discriminator tells apart
 `rate_distortion`   the codec under every term but the adversary's
-`perceptual`        all terms; by default the decoder alone learns, so that files of
-                    the model it started from stay readable
+`perceptual`        all terms; in `configs/` the decoder alone learns, so that files
+                    of the model that it started from stay readable
 `integer`           short fine-tuning with the entropy networks in fake quantisation
 ==================  =================================================================
 """
@@ -37,8 +37,9 @@ PARTS = ("entropy", "g_a", "g_s", "h_a", "log_gain", "prior")
 # The parts that the rate depends on: all but the decoder.
 RATE_PARTS = tuple(part for part in PARTS if part != "g_s")
 
-# The linear block transform starts at a good place and its entries are small: it
-# learns this much slower than the rest. Gains and prior live on a log scale: faster.
+# Learning rates of parts relative to the rest. The linear block transform starts at a
+# good place and has small entries, so it learns more slowly. The gains and the prior
+# live on a log scale, so they learn faster.
 _RATES = {
     "skip": 0.05,
     "skip_lapping": 0.05,
@@ -53,13 +54,14 @@ class Optimizer:
     """Adam with warm-up, cosine decay at the end, clipped gradients and an average.
 
     Attributes:
-        lr: after the warm-up.
-        warmup_steps: linear from 0.
-        decay_steps: of a cosine to `final_rate * lr` at the end of the stage.
+        lr: learning rate after the warm-up.
+        warmup_steps: steps over which the rate rises linearly from 0.
+        decay_steps: last steps of the stage, over which the rate falls along a cosine
+            to `final_rate * lr`.
         final_rate: see `decay_steps`.
-        beta1, beta2: of Adam.
-        weight_decay: decoupled (AdamW); 0 for none.
-        clip_norm: largest norm of the gradient.
+        beta1, beta2: decay rates of Adam's moments.
+        weight_decay: decoupled weight decay (AdamW); 0 for none.
+        clip_norm: norm that longer gradients are scaled down to.
         ema: decay of the averaged parameters.
     """
 
@@ -99,7 +101,7 @@ class Optimizer:
             )
 
     def rate(self, step: Array, steps: int) -> Array:
-        """Learning rate at a step of a stage of `steps`."""
+        """Learning rate at `step` of a stage of `steps` steps."""
         warm = jnp.minimum(1.0, (step + 1) / max(self.warmup_steps, 1))
         start = steps - self.decay_steps
         done = jnp.clip((step - start) / max(self.decay_steps, 1), 0.0, 1.0)
@@ -113,15 +115,15 @@ class Adversary:
 
     Attributes:
         optimizer: the discriminator's own.
-        binary: real or fake instead of codes (an ablation).
-        codes: what the classes are: codes of the `labeller`, or of the `features` of
-            the perceptual term's network, grouped by k-means over the photographs.
-        code_count: of the latter.
-        code_tap: which of the network's taps they group.
-        split_batch: originals and reconstructions of one update are of different
-            images, half of the batch each (MS-ILLM); otherwise of the same.
-        largest_share: bound of the length of the adversary's gradient to an image,
-            relative to that of the other terms; 0 for none.
+        binary: tell real from fake instead of codes (an ablation).
+        codes: what the classes are: the codes of the `labeller`, or k-means clusters,
+            over the photographs, of the `features` of the perceptual term's network.
+        code_count: number of clusters of features.
+        code_tap: index of the network's tap whose features are clustered.
+        split_batch: whether the originals and the reconstructions of an update come
+            from different images, half of the batch each (MS-ILLM), or from the same.
+        largest_share: upper bound of the norm of the adversary's gradient with respect
+            to an image, relative to that of the other terms; 0 for no bound.
     """
 
     optimizer: Optimizer = Optimizer(lr=4e-4, beta1=0.5, beta2=0.9)
@@ -154,22 +156,23 @@ class Stage:
     """One stage of the codec's training.
 
     Attributes:
-        name: of its folder.
-        steps: length.
-        arithmetic: of the entropy networks, `float` or `fake`.
-        trained: the parts of the model that learn, of `PARTS`.
+        name: name of the stage and of its folder.
+        steps: number of steps.
+        arithmetic: arithmetic of the entropy networks, `float` or `fake` (quantised).
+        trained: the parts of the model that learn, a subset of `PARTS`.
         optimizer: the codec's.
         lmbda_low, lmbda_high: weight of the rate (per bpp) at quality 0 and 1,
             geometric in between.
         balance: an image's loss is divided by its rate weight (relative to the middle
-            of the range) to this power: at 0 low qualities, whose loss is large, have
-            most of the gradient; 0.5 evens it out.
-        rate_target: instead of these, a two-sided switch around one bpp.
-        weights: of the terms of the loss; 0 leaves a term out.
-        zoom: share of the perceptual term that is measured on a quarter of the crop
-            enlarged twice. Trunks start with a stride of 2 and hardly see patterns of
+            of the range) to this power. At 0, low qualities dominate the gradient,
+            since their loss is large; 0.5 evens this out.
+        rate_target: a two-sided switch of the rate weight around one bpp, in place of
+            lmbda_low and lmbda_high.
+        weights: weights of the terms of the loss; 0 leaves a term out.
+        zoom: share of the perceptual term that is measured on a quarter of the crop,
+            enlarged twofold. Trunks start with a stride of 2 and hardly see patterns of
             two pixels, which a decoder then leaves as a fine grid on smooth skin.
-        adversary: needed where `weights.adversarial` is not 0.
+        adversary: used if `weights.adversarial` is not 0.
         quality_low, quality_high: the range of qualities that training draws from.
     """
 
@@ -225,7 +228,7 @@ class Stage:
 
     @property
     def trains_rate(self) -> bool:
-        """Whether any trained part has a say in the rate."""
+        """Whether any trained part affects the rate."""
         return any(part in RATE_PARTS for part in self.trained)
 
 
@@ -233,20 +236,22 @@ class Stage:
 class LabellerStage:
     """The training of the VQ-VAE labeller; the recipe is ours.
 
-    The auto-encoder learns to reconstruct under Charbonnier and feature distance,
-    which makes codes of texture rather than of colour alone. A commitment term ties
-    the embeddings to their codes, codes follow the embeddings by gradient, a diversity
-    term spreads the embeddings over all codes, and codes that fall out of use are moved
-    onto embeddings of the batch, but not in the last steps.
+    The auto-encoder learns to reconstruct images under Charbonnier and feature
+    distances, so that codes describe texture and not only colour. A commitment term
+    ties the embeddings to their codes, the codes follow the embeddings by gradient
+    descent, a diversity term spreads the embeddings over all codes, and codes that fall
+    out of use are moved onto embeddings of the batch, except in the last steps.
 
     Attributes:
         name, steps, optimizer: as in `Stage`.
-        weights: of Charbonnier, perceptual and style terms of the reconstruction.
+        weights: weights of the Charbonnier, perceptual and style terms of the
+            reconstruction.
         commitment, embedding: weights of the two codebook terms.
-        diversity, temperature: weight and softness of the even use of codes.
-        usage_decay: of the running share of each code.
-        reseed_threshold: a code with less than this part of an even share is dead.
-        reseed_until: no re-seeding after this part of the steps.
+        diversity, temperature: weight and softness of the diversity term.
+        usage_decay: decay of the running share of each code.
+        reseed_threshold: a code whose share is below this part of an even share is
+            dead.
+        reseed_until: part of the steps after which dead codes are no longer moved.
     """
 
     name: str = "labeller"
@@ -272,7 +277,7 @@ def _check_steps(stage: str, steps: int, optimizer: Optimizer) -> None:
             "config.stages says which stages are run"
         )
     if optimizer.decay_steps > steps:
-        # The rate would begin somewhere down its decay.
+        # The learning rate would start somewhere in the middle of its decay.
         raise ValueError(
             f"{stage}.optimizer.decay_steps must be at most the {steps} steps of the "
             f"stage, found {optimizer.decay_steps}"
@@ -280,7 +285,7 @@ def _check_steps(stage: str, steps: int, optimizer: Optimizer) -> None:
 
 
 def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a stage of `steps`; for any tree of parameters."""
+    """The optimiser of a stage of `steps` steps, for any tree of parameters."""
 
     def label(tree: Tree) -> Tree:
         def name(path: Any, _: Any) -> str:

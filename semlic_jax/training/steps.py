@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jitted updates: of the codec and of the discriminator.
+"""The jitted updates of the codec and of the discriminator.
 
-Each is a pure function of what it changes, what it reads, a batch and a key, so a run
-can be repeated from any checkpoint. Networks that do not learn are arguments, never
+Each is a pure function of what it changes, what it reads, a batch and the step, so a
+run can be repeated from any checkpoint. Networks that do not learn are arguments, never
 constants of the compiled program. Metrics are float32 scalars on the device.
 """
 
@@ -47,8 +47,8 @@ Array = jax.Array
 Tree = Any
 Metrics = dict[str, Array]
 
-# The trunk's input is shifted by up to this many pixels: its strided first layer is
-# blind to patterns of its own period otherwise.
+# The trunk's input is shifted by up to this many pixels: otherwise its strided first
+# layer would be blind to patterns of its own period.
 _TRUNK_SHIFT = 8
 
 
@@ -70,7 +70,7 @@ class Trunk(NamedTuple):
     """The frozen feature network of the perceptual and style terms.
 
     Attributes:
-        network: with its weights.
+        network: the network with its weights.
         heads: learnt channel weights of the perceptual term, one [C] per tap, or None.
     """
 
@@ -79,7 +79,7 @@ class Trunk(NamedTuple):
 
 
 class Fakes(NamedTuple):
-    """What a codec update leaves for the discriminator's.
+    """What a codec update passes on to the discriminator's update.
 
     Attributes:
         images: float32 [B, H, W, 3], the originals.
@@ -96,7 +96,7 @@ class Fakes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The modules of a run; None where its stages need none."""
+    """The modules of a run; None for those that its stages do not need."""
 
     model: CompressionModel
     discriminator: Discriminator | None = None
@@ -106,7 +106,7 @@ class Networks:
 def new_learner(
     params: Tree, optimizer: Optimizer, steps: int, trained: tuple[str, ...] = ()
 ) -> Learner:
-    """State at step 0 of a stage; `trained` names parts, none means all."""
+    """State at step 0 of a stage; `trained` names the parts that learn, () all."""
     part = {name: params[name] for name in trained or params}
     state = make_optimizer(optimizer, steps).init(part)
     return Learner(params, jax.tree.map(jnp.copy, params), state)
@@ -120,7 +120,7 @@ def norm(tree: Tree) -> Array:
 def apply_gradients(
     learner: Learner, gradients: Tree, optimizer: Optimizer, steps: int
 ) -> Learner:
-    """One optimiser step for the parts that `gradients` has."""
+    """Take one optimiser step for the parts that are in `gradients`."""
     part = {name: learner.params[name] for name in gradients}
     updates, state = make_optimizer(optimizer, steps).update(
         gradients, learner.optimizer, part
@@ -134,7 +134,7 @@ def apply_gradients(
 
 
 def sample_quality(stage: Stage, rng: Array, batch: int) -> Array:
-    """Qualities [B], whole bytes / 255, stratified: each batch covers the range."""
+    """Draw qualities [B], whole bytes / 255, so that each batch covers the range."""
     position = (jnp.arange(batch) + jax.random.uniform(rng, (batch,))) / batch
     span = stage.quality_high - stage.quality_low
     quality = stage.quality_low + span * position
@@ -142,7 +142,7 @@ def sample_quality(stage: Stage, rng: Array, batch: int) -> Array:
 
 
 def _shifted(rng: Array, *images: Array) -> list[Array]:
-    """The same random window of each, `_TRUNK_SHIFT` pixels smaller."""
+    """The same random window of each array, smaller by `_TRUNK_SHIFT` pixels."""
     batch, height, width, channels = images[0].shape
     corner = jax.random.randint(rng, (2,), 0, _TRUNK_SHIFT)
     size = (batch, height - _TRUNK_SHIFT, width - _TRUNK_SHIFT, channels)
@@ -151,7 +151,7 @@ def _shifted(rng: Array, *images: Array) -> list[Array]:
 
 
 def _enlarged(rng: Array, *images: Array) -> list[Array]:
-    """The same random quarter of each, enlarged to the whole size."""
+    """The same random quarter of each array, enlarged to the full size."""
     batch, height, width, channels = images[0].shape
     corner = [
         jax.random.randint(key, (), 0, side - side // 2 + 1)
@@ -174,10 +174,14 @@ def reconstruction_terms(
     rng: Array,
     zoom: float = 0.0,
 ) -> Metrics:
-    """All terms with a weight, [B] each; the trunk's on a shifted window.
+    """All terms that have a weight, [B] each; the trunk's on a shifted window.
 
     Args:
-        zoom: share of the perceptual term that is taken on an enlarged part, see
+        images, x_hat: float [B, H, W, 3], originals and their reconstructions.
+        weights: weights of the terms.
+        trunk: the feature network, if a term needs it.
+        rng: key of the window and of the enlarged part.
+        zoom: share of the perceptual term that is measured on an enlarged part; see
             `Stage`.
     """
     deep = LossWeights(
@@ -216,16 +220,17 @@ def limited_sum(
     x_hat: Array,
     largest_share: float,
 ) -> tuple[Array, Metrics, Array]:
-    """The weighted sum, the pull of the adversary on each image bounded.
+    """The weighted sum of all terms, with the adversary's pull on each image bounded.
 
-    Where its gradient to the image is longer than `largest_share` of that of the other
-    terms it is shortened to that. A discriminator that wins has steep gradients, which
-    drown the other terms under any fixed weight. (Esser et al. 2021, arXiv:2012.09841,
-    equation 7, balances the two at the last layer, in both directions.)
+    Where the adversary's gradient with respect to an image is longer than
+    `largest_share` times that of the other terms, it is shortened to that length. A
+    discriminator that wins has steep gradients, which drown out the other terms under
+    any fixed weight. (Esser et al. 2021, arXiv:2012.09841, equation 7, balance the two
+    at the last layer, in both directions.)
 
     Returns:
-        float32 [B], whose gradient is the limited one; the terms; and the part of the
-        adversary's gradient that was kept, [B].
+        The sum, float32 [B], whose gradient is the limited one; the terms; and the
+        share of the adversary's gradient that was kept, [B].
     """
 
     def gradient(
@@ -257,11 +262,11 @@ def codec_update(
     """The codec's update, to be jitted.
 
     Returns:
-        `update(learner, step, images, trunk, discriminator, labeller)` with the step
-        (int32 scalar), images float32 [B, H, W, 3] in [0, 1], the feature network and
-        the parameters of the others (None where no term needs them). It returns the
-        learner, the metrics and, with an adversary, what the discriminator's update
-        needs.
+        `update(learner, step, images, trunk, discriminator, labeller)` with the step as
+        an int32 scalar, images float32 [B, H, W, 3] in [0, 1], the feature network, and
+        the parameters of the discriminator and the labeller; each network is None if no
+        term needs it. It returns the new learner, the metrics and, with an adversary,
+        what the discriminator's update needs.
     """
     model = networks.model.clone(arithmetic=stage.arithmetic)
     adversarial = bool(stage.weights.adversarial)
@@ -336,7 +341,7 @@ def codec_update(
         fakes = None
         if adversarial:
             # Qualities rise along the batch, and the discriminator sees the latents:
-            # halves of a batch in that order would tell it real from fake.
+            # halves of a batch in that order would give away which is real.
             order = jax.random.permutation(order_rng, batch)
             fakes = Fakes(images, x_hat, y_hat, labels)
             fakes = jax.tree.map(lambda values: values[order], fakes)
@@ -363,7 +368,7 @@ def _balance(stage: Stage, quality: Array) -> Array:
 
 
 def _by_quality(images: Array, forward: Forward) -> Metrics:
-    """bpp and squared error of each third of the range of qualities."""
+    """bpp and squared error of each third of the range of qualities, and bpp of z."""
     batch, height, width, _ = images.shape
     bpp = (forward.rate.y_bits + forward.rate.z_bits) / (height * width)
     clipped = jnp.clip(forward.x_hat, 0.0, 1.0)
@@ -379,7 +384,7 @@ def _by_quality(images: Array, forward: Forward) -> Metrics:
 def seen_taps(
     discriminator: Discriminator, trunk: Trunk | None, images: Array
 ) -> Sequence[Array]:
-    """What a discriminator sees of the trunk's features; no gradient to its weights."""
+    """The trunk's features that a discriminator sees; its weights get no gradient."""
     if not discriminator.feature_channels:
         return ()
     return jax.lax.stop_gradient(trunk.network).apply(images)
@@ -392,7 +397,7 @@ def _labels(
     images: Array,
     trunk: Trunk | None,
 ) -> Array:
-    """Codes of originals on the discriminator's grid; all 0 for a binary one."""
+    """Codes of the originals on the discriminator's grid; all 0 for a binary one."""
     stride = networks.discriminator.stride
     batch, height, width, _ = images.shape
     grid = (height // stride, width // stride)
@@ -410,11 +415,12 @@ def discriminator_update(
     """The discriminator's update, to be jitted.
 
     Returns:
-        `update(learner, fakes, trunk)`: learner of the discriminator, what the codec's
-        update left and the feature network. Metrics: the loss, the share of cells of
-        originals that get their code (`d_code_accuracy`) or any code
-        (`d_real_accuracy`), and of reconstructions that are found to be fake
-        (`d_fake_accuracy`).
+        `update(learner, fakes, trunk)` with the discriminator's learner, what the
+        codec's update passed on, and the feature network. It returns the new learner
+        and the metrics: the loss, the gradient's norm, the share of the originals'
+        cells that are given their own code (`d_code_accuracy`) or any code
+        (`d_real_accuracy`), and the share of the reconstructions' cells that are found
+        to be fake (`d_fake_accuracy`).
     """
     optimizer = stage.adversary.optimizer
 

@@ -3,7 +3,7 @@
 
 The same networks from the same parameters, written as a PyTorch user would: NCHW
 tensors in channels-last memory, autograd, `torch.optim.Adam` over all tensors at once.
-For measurements and tests only; nothing else of the package needs PyTorch.
+For measurements and tests only; nothing else in the package needs PyTorch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Params = Mapping[str, Any]
 
 
 class _LowerBound(torch.autograd.Function):
-    """`model.layers.lower_bound`."""
+    """`model.layers.lower_bound` in PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
@@ -64,7 +64,8 @@ def _round(x: Tensor) -> Tensor:
 def convert(params: Params, device: str) -> dict[str, Any]:
     """The JAX parameter tree as leaf tensors of the same names.
 
-    Kernels become OIHW, those of transposed convolutions IOHW. Dense kernels stay.
+    Convolution kernels become OIHW, those of transposed convolutions IOHW. Dense
+    kernels stay as they are.
     """
 
     def leaf(array: Any) -> Tensor:
@@ -83,7 +84,7 @@ def convert(params: Params, device: str) -> dict[str, Any]:
 
 
 def leaves(tree: Params) -> list[Tensor]:
-    """All tensors, in order."""
+    """All tensors of a tree, in order."""
     found: list[Tensor] = []
     for value in tree.values():
         found += leaves(value) if isinstance(value, Mapping) else [value]
@@ -158,8 +159,8 @@ class Twin:
     """The model with its parameters.
 
     Attributes:
-        params: leaf tensors, see `convert`.
-        autocast: the context that sets the type of g_a and g_s.
+        params: leaf tensors; see `convert`.
+        autocast: the context that sets the dtype that g_a and g_s compute in.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Twin:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`specs` are those of the entropy networks."""
+        """`specs` are those of the entropy networks' layers."""
         self.config = config
         self.params = convert(params, device)
         self.specs = specs
@@ -281,7 +282,7 @@ class Twin:
     def forward(
         self, x: Tensor, quality: Tensor, z_noise: Tensor, y_noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`CompressionModel.__call__` with the noise given, NCHW.
+        """`CompressionModel.__call__` in NCHW, with the noise as arguments.
 
         Returns:
             x_hat, bits of y and bits of z per image.
@@ -351,7 +352,7 @@ class Twin:
 def squeezenet_distance(
     params: Params, x: Tensor, x_hat: Tensor, taps: Sequence[str]
 ) -> Tensor:
-    """`feature_distance` of SqueezeNet 1.0 on images NCHW in [0, 1], [B]."""
+    """`feature_distance` under SqueezeNet 1.0, [B], of NCHW images in [0, 1]."""
     mean = x.new_tensor(IMAGENET_MEAN)[:, None, None]
     deviation = x.new_tensor(IMAGENET_STD)[:, None, None]
 
@@ -393,7 +394,7 @@ def squeezenet_distance(
 def make_step(
     twin: Twin, trunk: Params, taps: Sequence[str], *, lr: float
 ) -> Callable[[Tensor], Tensor]:
-    """A training step like `steps.codec_update`: images NCHW -> loss."""
+    """Return a training step like `steps.codec_update`: NCHW images -> loss."""
     tensors = leaves(twin.params)
     average = [tensor.detach().clone() for tensor in tensors]
     optimizer = torch.optim.Adam(tensors, lr=lr, betas=(0.9, 0.99))

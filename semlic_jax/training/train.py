@@ -2,9 +2,9 @@
 """The training program: `semlic train --config configs/small.py --workdir DIR`.
 
 The stages of a config run one after the other, each from the averaged parameters of
-the one before. Each keeps its checkpoints in `DIR/<stage>`; the same command goes on
-where a killed run stopped. Where one of several processes is lost, the others stop with
-exit status 75: start all of them again.
+the one before. Each keeps its checkpoints in `DIR/<stage>`; running the same command
+again goes on where a killed run stopped. If one of several processes is lost, the
+others stop with exit status 75: start all of them again.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ _KLT_IMAGES = 1000
 
 
 def initial_params(settings: Settings, photographs: Photographs) -> Tree:
-    """The codec's first parameters: of `init_from`, or fresh; NumPy arrays.
+    """The codec's initial parameters, from `init_from` or fresh, as NumPy arrays.
 
-    Fresh ones start at the KLT of the photographs where the model has a linear skip.
+    Fresh parameters start at the KLT of the photographs if the model has a linear skip.
     Texture layers that `init_from` lacks are fresh, which changes no picture yet, and
-    those that the model lacks are left out.
+    those that this model lacks are left out.
 
     Raises:
         ValueError: the checkpoint or the model file is of another model.
@@ -93,7 +93,7 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
             texture = {k: v for k, v in fresh.items() if _is_texture(k)}
             g_s = {**jax.tree.map(np.asarray, texture), **params["g_s"]}
         params = {**params, "g_s": g_s}
-        # No more either: a model file is refused for what its model has not.
+        # Extra parameters are refused too, as they are in a model file.
         checkpoints.check_fits(params, codec_shapes(model), place, exactly=True)
         return params
     params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
@@ -150,7 +150,7 @@ def _trunk(settings: Settings) -> Trunk | None:
 
 
 def _takes_codes(stage: Stage | LabellerStage) -> TypeGuard[Stage]:
-    """Whether it has an adversary whose classes are codes of features."""
+    """Whether the stage has an adversary whose classes are codes of features."""
     if isinstance(stage, LabellerStage) or not stage.weights.adversarial:
         return False
     return not stage.adversary.binary and stage.adversary.codes == "features"
@@ -161,12 +161,12 @@ def _codes(
 ) -> Tree:
     """The codes of an adversary that takes them from features; None otherwise.
 
-    They are as much of a stage's state as its discriminator, and k-means of features
-    that differ in their last bits gives other ones: they are made once.
+    They are as much a part of a stage's state as its discriminator, and k-means gives
+    other codes for features that differ in their last bits, so they are made only once.
     """
     if not _takes_codes(stage):
         return None
-    assert run.trunk is not None  # `_trunk` has seen to it
+    assert run.trunk is not None  # `_trunk` made sure of it
     codes = kept_codes(
         workdir / stage.name / "codes.npy",
         run.trunk.network,
@@ -179,10 +179,10 @@ def _codes(
 
 
 def _labeller_of(run: Run, folder: str) -> Tree:
-    """The parameters in a folder of the labeller's stage.
+    """The labeller's parameters, from the folder of its stage's checkpoints.
 
     Raises:
-        ValueError: they are of another labeller.
+        ValueError: they are those of another labeller.
     """
     params = checkpoints.read_params(folder)
     wanted = jax.eval_shape(partial(initial_labeller, run))
@@ -191,20 +191,21 @@ def _labeller_of(run: Run, folder: str) -> Tree:
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
-    """Runs all stages of an `ml_collections` config.
+    """Run all stages of an `ml_collections` config.
 
-    Everything that can be wrong with the config, the data, the weights and the devices
-    is refused before anything is compiled.
+    Whatever is wrong with the config, the data, the weights or the devices is refused
+    before anything is compiled.
 
     Args:
         config: see `settings`.
-        workdir: of the run; may be in a bucket (`gs://...`).
+        workdir: folder of the run; may be in a bucket (`gs://...`).
 
     Returns:
-        Averaged parameters of what was trained: `codec`, `labeller`.
+        The averaged parameters of the networks that were trained, as `codec` and
+        `labeller`; a labeller that was only read is also among them.
 
     Raises:
-        ValueError: in one sentence, what is wrong.
+        ValueError: something is wrong; the message says what in one sentence.
     """
     workdir = epath.Path(workdir)
     settings = read_settings(config)
@@ -229,10 +230,10 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
         mesh.size,
         dict(mesh.shape),
     )
-    # Fresh ones take a minute, and a stage that goes on does not need them.
+    # Making fresh ones takes a minute, and a stage that resumes does not need them.
     params = functools.cache(partial(initial_params, settings, photographs))
     if settings.init_from:
-        params()  # refuses now what does not fit
+        params()  # to refuse now what does not fit
     writer = Writer(
         workdir, active=jax.process_index() == 0, tensorboard=settings.tensorboard
     )
@@ -259,10 +260,11 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Any:
-    """A config file's ConfigDict, locked, with `--config.key=value` applied.
+    """The locked ConfigDict of a config file, with `--config.key=value` applied.
 
     Raises:
-        ValueError: no such file, an unknown key (names a near one) or a wrong value.
+        ValueError: there is no such file, a key is unknown (the message names a near
+            one) or a value is wrong.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -284,11 +286,11 @@ def load_config(path: str, overrides: Sequence[str]) -> Any:
 
 
 def _one_sentence(text: str, overrides: Sequence[str]) -> str:
-    """What ml_collections means, without its tracebacks and quotations."""
+    """An error of ml_collections in one sentence, without tracebacks and quotations."""
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     if hint:
         return f"the config has no key {hint[2]!r}; did you mean {hint[1]}?"
-    # The traceback of a config file that refuses ends with its own words.
+    # The traceback of a config file that raises an error ends with its message.
     text = " ".join(text.rsplit("Error: ", 1)[-1].split()).strip("'\"")
     if not text.isidentifier():
         return text

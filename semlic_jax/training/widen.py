@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A larger model that starts where a smaller one ended.
+"""Make a larger model that starts where a smaller one ended.
 
     python -m semlic_jax.training.widen small start.npz --size base
 
-The transforms of the larger size are twice as wide, and may have residual blocks at
-their finer levels. They start as the same function: every channel is there twice, what
-reads both copies has its weights shared out between them in unequal parts (with equal
-ones the copies would stay equal for ever), and the last norm of a new block is at zero.
-(Chen et al. 2016, "Net2Net", arXiv:1511.05641; ChannelNorm's unbiased variance of a
-doubled map is smaller by (2C - 2) / (2C - 1), which its gain makes up for.)
+The transforms of the larger size are twice as wide, and may have more residual blocks
+at their finer levels. They start as the same function: every channel is duplicated, the
+weights that read it are split between the two copies in unequal parts (with equal parts
+the copies would stay equal for ever), and the gain of the last norm of a new block is
+zero. (Chen et al. 2016, "Net2Net", arXiv:1511.05641; ChannelNorm's unbiased variance of
+a doubled map is smaller by a factor of (2C - 2) / (2C - 1), for which its gain makes
+up.)
 
-Entropy networks and tables stay, and with them the fingerprint: until it is trained,
-the larger model reads the files of the smaller one.
+The entropy networks and tables stay, and with them the fingerprint: until the larger
+model is trained, it reads the files of the smaller one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ Tree = Any
 
 # How unequal the two parts of a weight are: 0.5 +- up to half of this.
 _UNEQUAL = 0.5
-# Layers that keep the number of channels at their input ("out": only the output is
-# doubled) or at their output ("in").
+# Layers that are doubled on one side only: at their output ("out") or at their input
+# ("in").
 _G_A_ENDS = {"Conv_0": "out"}
 _G_S_ENDS = {"Conv_0": "out", "quality": "out", "Conv_1": "in", "repair_1": "in"}
 _TEXTURE_ENDS = {"gate": "in", "mix": "out"}
@@ -47,14 +48,14 @@ _KEPT = ("skip", "skip_lapping", "input_scale")
 def widened(
     params: Mapping[str, Tree], narrow: ModelConfig, wide: ModelConfig, *, seed: int = 0
 ) -> dict[str, Tree]:
-    """The parameters of the wide model that computes what the narrow one does.
+    """Parameters with which the wide model computes what the narrow one does.
 
     Args:
-        params: float32, the tree of the narrow `CompressionModel`; what is neither g_a
-            nor g_s is passed on.
-        narrow, wide: the architectures: with a linear skip, `widths` doubled,
-            `level_blocks` as many or more, all else the same.
-        seed: of the unequal parts and of the new blocks' kernels.
+        params: float32, the tree of the narrow `CompressionModel`; parts other than g_a
+            and g_s are passed on.
+        narrow, wide: the architectures. Both have a linear skip; the wide one has twice
+            the `widths`, as many `level_blocks` or more, and all else the same.
+        seed: seed of the unequal parts and of the new blocks' kernels.
 
     Returns:
         float32 NumPy arrays.
@@ -82,8 +83,8 @@ def widened(
         "g_a": _wide_tree(params["g_a"], _G_A_ENDS | last, rng),
         "g_s": _wide_tree(params["g_s"], _G_S_ENDS, rng),
     }
-    # The first of the repairing layers reads what Conv_1 reads, and the picture, whose
-    # channels are not doubled, after it.
+    # The first repairing layer reads what Conv_1 reads, followed by the picture, whose
+    # channels are not doubled.
     repair, split = params["g_s"]["repair_0"], narrow.widths[0]
     read = _twice_in(repair["kernel"][:, :, :split], 2, rng)
     kernel = np.concatenate([read, repair["kernel"][:, :, split:]], 2)
@@ -95,7 +96,7 @@ def widened(
 def _wide_tree(
     tree: Mapping[str, Tree], ends: Mapping[str, str], rng: np.random.Generator
 ) -> dict[str, Tree]:
-    """A part of the model; `ends` names the layers that stay narrow at one side."""
+    """Widen a part of the model; `ends` names layers that are doubled on one side."""
     out: dict[str, Tree] = {}
     for name, part in tree.items():
         if name in _KEPT:
@@ -124,7 +125,7 @@ def _wide_tree(
 
 
 def _twice_in(kernel: np.ndarray, axis: int, rng: np.random.Generator) -> np.ndarray:
-    """For an input with every channel twice: the same sum, from unequal parts."""
+    """Split a kernel between two copies of its input, in unequal parts; same sum."""
     part = 0.5 + _UNEQUAL / 2 * rng.uniform(-1, 1, kernel.shape)
     return np.concatenate([kernel * part, kernel * (1 - part)], axis)
 
@@ -137,7 +138,7 @@ def _twice_out(layer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _add_blocks(tree: dict[str, Tree], config: ModelConfig, seed: int) -> None:
-    """Fresh residual blocks where the tree has none, at the identity."""
+    """Add residual blocks, as the identity, where the tree has none."""
     key = jax.random.key(seed)
     for part in ("g_a", "g_s"):
         for level in range(len(config.widths) - 1):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where numbers and pictures of a run go.
+"""Writing the metrics and pictures of a run.
 
-`metrics.jsonl` and PNG files always; TensorBoard through clu where it is installed
-(the extra `train`: clu's writers need TensorFlow and TensorBoard, so they are imported
-here, inside the training program, and nowhere else). Only process 0 writes. The folder
+They go to `metrics.jsonl` and PNG files and, where clu is installed (the extra
+`train`), also to TensorBoard. clu's writers need TensorFlow and TensorBoard, so they
+are imported only here, inside the training program. Only process 0 writes. The folder
 may be in a bucket (`gs://...`).
 """
 
@@ -30,15 +30,15 @@ class Writer:
     def __init__(
         self, workdir: epath.PathLike, *, active: bool, tensorboard: bool
     ) -> None:
-        """Opens the files.
+        """Open the files.
 
         Args:
-            workdir: of the run.
-            active: false on all processes but one: nothing is written.
-            tensorboard: write TensorBoard files too, where clu is installed.
+            workdir: folder of the run.
+            active: whether this process writes: true on one process only.
+            tensorboard: write TensorBoard files too, if clu is installed.
 
         Raises:
-            ValueError: the folder cannot be written.
+            ValueError: the folder cannot be written to.
         """
         self._workdir = epath.Path(workdir)
         self._log: _Log | None = None
@@ -50,13 +50,13 @@ class Writer:
                 self._log = _Log(self._workdir / "metrics.jsonl")
 
     def config(self, text: str) -> None:
-        """Keeps the configuration, as JSON."""
+        """Save the configuration, given as JSON."""
         if self._log is not None:
             with _clear_errors(self._workdir):
                 (self._workdir / "config.json").write_text(text)
 
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """One row of the log; also a point of each TensorBoard curve."""
+        """Write one row of the log, and a point of each TensorBoard curve."""
         if self._log is None:
             return
         row = json.dumps({"stage": stage, "step": step, **values})
@@ -66,7 +66,7 @@ class Writer:
             self._writer(stage).write_scalars(step, values)
 
     def images(self, stage: str, step: int, rows: Sequence[np.ndarray]) -> None:
-        """A picture sheet: one row for each array, float [B, H, W, 3] in [0, 1]."""
+        """Write a picture with a row for each array, float [B, H, W, 3] in [0, 1]."""
         if self._log is None:
             return
         sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
@@ -87,7 +87,7 @@ class Writer:
         return self._writers[stage]
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flush and close everything."""
         for writer in self._writers.values():
             writer.close()
         if self._log is not None:
@@ -96,9 +96,10 @@ class Writer:
 
 
 class _Log:
-    """Lines at the end of a file, each visible at once.
+    """A file that lines are appended to, each visible at once.
 
-    Files in a bucket cannot grow: there the whole file is written anew, once a minute.
+    Files in a bucket cannot grow: there the whole file is written again, at most once a
+    minute.
     """
 
     def __init__(self, path: epath.Path) -> None:
@@ -107,7 +108,7 @@ class _Log:
         self._lines: list[str] = []
         self._written = time.monotonic()
         if not str(path).startswith("gs://"):
-            # A run that was killed may have left a part of a row.
+            # A killed run may have left part of a row.
             broken = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = path.open("a")
             self._file.write("\n" if broken else "")
@@ -136,10 +137,10 @@ class _Log:
 
 @contextmanager
 def _clear_errors(workdir: epath.Path) -> Iterator[None]:
-    """Says which folder it was that could not be written."""
+    """Turn any error into one that says which folder could not be written to."""
     try:
         yield
-    except Exception as error:  # the libraries of buckets have errors of their own
+    except Exception as error:  # bucket libraries raise errors of their own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(
             f"--workdir must be a folder that can be written, found {workdir}: "
@@ -148,7 +149,7 @@ def _clear_errors(workdir: epath.Path) -> Iterator[None]:
 
 
 def _clu() -> Any:
-    """clu's metric writers, or None where they or their needs are missing."""
+    """clu's metric writers, or None if they or what they import are missing."""
     try:
         from clu import metric_writers
     except ImportError as error:
