@@ -65,7 +65,12 @@ def _read_array(
             raise ValueError(
                 f"expected {entry.filename} in version (1, 0) of .npy, found {version}"
             )
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        try:
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        except MemoryError:  # of Python's parser, since headers are short
+            raise ValueError(
+                f"the header of {entry.filename} is nested too deeply"
+            ) from None
         if not dtype.str.startswith(dtypes):
             raise ValueError(
                 f"expected {entry.filename} of {', '.join(dtypes)}, found {dtype.str}"

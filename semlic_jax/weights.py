@@ -38,7 +38,6 @@ import hashlib
 import io
 import json
 import os
-import traceback
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -286,7 +285,7 @@ def load_model(
             f"found neither under {str(name_or_path)!r}"
         )
     try:
-        tree = as_tree(_read_arrays(path))
+        tree = as_tree(read_arrays_file(path, _DTYPES))
         if set(tree) != _ENTRIES or tree["config"].size > _MAX_CONFIG_BYTES:
             raise ValueError(
                 f"expected the entries {sorted(_ENTRIES)}, found {sorted(tree)[:9]}"
@@ -326,17 +325,6 @@ def load_model(
             reason += " is missing"
         raise ValueError(f"{path} is not a valid model file: {reason}") from error
     return model
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return read_arrays_file(path, _DTYPES)
-    except MemoryError as error:
-        # Python's parser raises it, too, for a header that is nested too deeply.
-        frames = traceback.extract_tb(error.__traceback__)
-        if all(frame.name != "literal_eval" for frame in frames):
-            raise
-        raise ValueError("the header of an array is nested too deeply") from error
 
 
 def _tables(kind: str, arrays: Mapping[str, np.ndarray], number: int) -> SymbolTables:

@@ -363,6 +363,14 @@ def test_presets():
     assert refinement.preset("fast", method="newton").steps == steps[0]
     assert refinement.preset("fast", method="sga", steps=4).steps == 4
     assert refinement.preset(7, method="sga").steps == 7
+    # Files of a relaxed rounding depend on how often it is looked at.
+    for name in ("fast", 7):
+        chunk = refinement.preset(name, method="sga").chunk_steps
+        assert (
+            chunk
+            == refinement.Settings.chunk_steps
+            > refinement.preset(name).chunk_steps
+        )
     assert refinement.preset("fast", alpha=None) == refinement.preset("fast")
     with pytest.raises(ValueError, match=r"preset \(fast, default, best\).*'slow'"):
         refinement.preset("slow")

@@ -298,7 +298,10 @@ def test_pickles_are_refused(rebuilt, tmp_path):
         ({"config": npy(np.zeros(3, np.int8))[:-1]}, "config.npy of shape"),
         ({"config": npy(np.zeros(3, np.int8)) + b"\0"}, "config.npy of shape"),
         ({"config": npy_of("{'descr': (")}, "not a valid model file: .*EOF"),
-        ({"config": npy_of("-" * 9000 + "1")}, "an array is nested too deeply"),
+        (
+            {"config": npy_of("-" * 9000 + "1")},
+            "header of config.npy is nested too deeply",
+        ),
         ({"config": npy_of("if 1:\n  2\n 3")}, "not a valid model file: unindent"),
         (
             {"config": npy_of("{'descr': (), 'fortran_order': False, 'shape': ()}")},

@@ -9,7 +9,8 @@ comments included (see `entrants.py`).
 
 Sizes are those of whole files as the format's own encoder writes them, without
 metadata. All codecs run at their best settings except `avif`, which runs at a speed
-that people are willing to wait for; `avif-slow` is AVIF at its best.
+that people are willing to wait for (`avif-slow` is AVIF at its best), and `jxl`, which
+has one effort above ours.
 """
 
 from __future__ import annotations

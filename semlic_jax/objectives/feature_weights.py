@@ -287,6 +287,8 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         return read_torch_file(path)
     try:
         return read_arrays_file(path, _DTYPES)
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile, numpy and zlib each have errors of their own
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
 

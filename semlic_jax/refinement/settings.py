@@ -229,12 +229,14 @@ def preset(name: str | int | Settings = "default", **changes: Any) -> Settings:
                 f"found {name!r}"
             )
         settings = PRESETS[name]
-        if given.get("method", settings.method) != settings.method:
-            given = {"steps": _RELAXED_STEPS[name], "chunk_steps": 10} | given
+        steps = _RELAXED_STEPS[name]
     elif isinstance(name, Settings):
-        settings = name
+        return dataclasses.replace(name, **given)
     else:
         settings = dataclasses.replace(PRESETS["default"], steps=name)
+        steps = name
+    if given.get("method", settings.method) != settings.method:
+        given = {"steps": steps, "chunk_steps": Settings.chunk_steps} | given
     return dataclasses.replace(settings, **given)
 
 
