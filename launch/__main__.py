@@ -11,10 +11,10 @@ from launch import gke, local, slurm, tpu
 from launch.tasks import TASKS, Parser, read_task
 
 _TARGETS = {
-    "local": (local, "this machine, one or several processes"),
-    "slurm": (slurm, "a job of several nodes with GPUs"),
-    "tpu": (tpu, "a TPU slice, asked for as a queued resource"),
-    "gke": (gke, "a JobSet on Kubernetes, TPUs or GPUs"),
+    "local": (local, "this machine, in one or several processes"),
+    "slurm": (slurm, "a SLURM job on one or more nodes"),
+    "tpu": (tpu, "a TPU slice, requested as a queued resource"),
+    "gke": (gke, "a JobSet on Kubernetes, with TPUs or GPUs"),
 }
 
 
@@ -31,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False
         )
         sub.add_argument(
-            "--dry-run", action="store_true", help="print what would run, run nothing"
+            "--dry-run",
+            action="store_true",
+            help="print the commands without running them",
         )
         target.add_options(sub)
-        sub.add_argument("task", choices=TASKS)
+        sub.add_argument("task", choices=TASKS, help="what to run")
         sub.add_argument(
             "arguments",
             nargs=argparse.REMAINDER,
-            help="of `semlic TASK`",
+            help="arguments of `semlic TASK`",
         )
     options = parser.parse_args(argv)
     try:

@@ -13,52 +13,119 @@ import math
 import re
 import shutil
 import string
+import sys
 
-from launch.tasks import ROOT, Task, run_tool
+from launch.tasks import ROOT, Task, run_tool, shown
 
 _TEMPLATE = ROOT / "launch" / "jobset.yaml"
 # The controller appends to the name, and a host's name has at most 63 characters.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _TOPOLOGY = re.compile(r"\d+(x\d+){1,2}")
 _PORT = 8476
+_RESOURCE = "jobsets.jobset.x-k8s.io"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this target."""
-    parser.add_argument("--name", required=True, help="of the JobSet")
-    parser.add_argument("--image", required=True, help="see Dockerfile")
-    parser.add_argument("--namespace", default="default")
-    parser.add_argument("--service-account", default="default", metavar="A")
-    parser.add_argument("--tpu", metavar="TYPE", help="such as tpu-v4-podslice")
-    parser.add_argument("--topology", metavar="T", help="of the TPUs, such as 2x2x4")
+    parser.add_argument("--name", required=True, help="name of the JobSet")
     parser.add_argument(
-        "--chips-per-host", metavar="N", type=int, default=4, help="default 4"
+        "--image", required=True, help="container image, built with launch/Dockerfile"
     )
-    parser.add_argument("--gpu", metavar="TYPE", help="such as nvidia-h100-80gb")
-    parser.add_argument("--nodes", metavar="N", type=int, default=1, help="with GPUs")
     parser.add_argument(
-        "--gpus-per-node", metavar="N", type=int, default=8, help="default 8"
+        "--namespace", default="default", help="Kubernetes namespace; default: default"
     )
-    parser.add_argument("--spot", action="store_true", help="cheaper, preemptible")
-    parser.add_argument("--restarts", metavar="N", type=int, default=10)
+    parser.add_argument(
+        "--service-account",
+        default="default",
+        metavar="A",
+        help="Kubernetes service account; default: default",
+    )
+    parser.add_argument(
+        "--tpu", metavar="TYPE", help="TPU type, such as tpu-v4-podslice"
+    )
+    parser.add_argument(
+        "--topology", metavar="T", help="topology of the TPUs, such as 2x2x4"
+    )
+    parser.add_argument(
+        "--chips-per-host",
+        metavar="N",
+        type=int,
+        default=4,
+        help="TPU chips per host; default 4",
+    )
+    parser.add_argument(
+        "--gpu", metavar="TYPE", help="GPU type, such as nvidia-h100-80gb"
+    )
+    parser.add_argument(
+        "--nodes",
+        metavar="N",
+        type=int,
+        default=1,
+        help="number of nodes with GPUs; default 1",
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        metavar="N",
+        type=int,
+        default=8,
+        help="GPUs per node; default 8",
+    )
+    parser.add_argument(
+        "--spot",
+        action="store_true",
+        help="use spot machines: cheaper, but they can be preempted",
+    )
+    parser.add_argument(
+        "--restarts",
+        metavar="N",
+        type=int,
+        default=10,
+        help="restarts before the JobSet fails; default 10",
+    )
 
 
 def start(options: argparse.Namespace, task: Task) -> int:
-    """Apply the manifest.
+    """Apply the manifest, in place of a set of this name that has ended.
 
     Raises:
-        ValueError: an argument is wrong, or kubectl is missing, not permitted or fails.
+        ValueError: an argument is wrong, another set of this name is running, or
+            kubectl is missing, not permitted or fails.
     """
     task.check_paths_shared("a JobSet")
     manifest = _manifest(options, task.shipped_config())
+    place = ["-n", options.namespace]
+    named = [_RESOURCE, options.name, *place]
+    # Empty without such a set, and while it runs.
+    state = ["kubectl", "get", *named, "--ignore-not-found"]
+    state += ["-o", "jsonpath={.status.terminalState}"]
+    # With its jobs, which a new set would take for its own.
+    delete = ["kubectl", "delete", *named, "--cascade=foreground"]
     if options.dry_run:
-        print(f"kubectl apply -f - <<'EOF'\n{manifest}EOF")
+        print(f"# whether a set of this name has ended\n{shown(state)}")
+        print(f"# if so\n{shown(delete)}")
+        print(f"# in any case\nkubectl apply -f - <<'EOF'\n{manifest}EOF")
         return 0
     if shutil.which("kubectl") is None:
-        raise ValueError("kubectl is not here: install it and get the credentials")
-    resource = "jobsets.jobset.x-k8s.io"
-    run_tool(["kubectl", "auth", "can-i", "create", resource, "-n", options.namespace])
-    print(run_tool(["kubectl", "apply", "-f", "-"], stdin=manifest))
+        raise ValueError(
+            "kubectl was not found: install it and get the credentials of the cluster"
+        )
+    run_tool(["kubectl", "auth", "can-i", "create", _RESOURCE, *place])
+    # The controller leaves a set that has ended as it is, whatever is applied.
+    if ended := run_tool(state):
+        text = f"launch: the JobSet {options.name} is {ended}: deleting it"
+        print(text, file=sys.stderr, flush=True)
+        run_tool(delete)
+    try:
+        print(run_tool(["kubectl", "apply", "-f", "-"], stdin=manifest))
+    except ValueError as error:
+        # Nothing of what the manifest says can be changed in a set.
+        if "immutable" not in str(error):
+            raise
+        raise ValueError(
+            f"another JobSet {options.name} is running in the namespace "
+            f"{options.namespace}: wait for its end, delete it "
+            f"({shown(delete)}) or give another --name"
+        ) from error
     label = f"jobset.sigs.k8s.io/jobset-name={options.name}"
     print(f"kubectl logs -n {options.namespace} -f -l {label} --prefix")
     return 0
@@ -67,8 +134,8 @@ def start(options: argparse.Namespace, task: Task) -> int:
 def _manifest(options: argparse.Namespace, task: Task) -> str:
     if not _NAME.fullmatch(options.name):
         raise ValueError(
-            "--name must be of at most 40 small letters, digits and dashes, found "
-            f"{options.name!r}"
+            "--name must be a letter and up to 39 letters, digits and dashes, all "
+            f"lower case, found {options.name!r}"
         )
     if bool(options.tpu) == bool(options.gpu):
         raise ValueError(
@@ -88,7 +155,7 @@ def _manifest(options: argparse.Namespace, task: Task) -> str:
             "--process=$(JOB_COMPLETION_INDEX)",
         ]
     if task.name == "eval" and hosts > 1:
-        raise ValueError(f"eval runs on one host, found {hosts}")
+        raise ValueError(f"eval runs on one host, found {hosts} hosts")
     if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     command = task.command(
@@ -112,7 +179,9 @@ def _manifest(options: argparse.Namespace, task: Task) -> str:
 
 def _tpus(options: argparse.Namespace) -> tuple[int, dict[str, str], dict[str, str]]:
     if not options.topology or not _TOPOLOGY.fullmatch(options.topology):
-        raise ValueError(f"--topology must be like 2x2x4, found {options.topology!r}")
+        raise ValueError(
+            f"expected --topology such as 2x2x4, found {options.topology!r}"
+        )
     chips = math.prod(map(int, options.topology.split("x")))
     if options.chips_per_host < 1 or chips % options.chips_per_host:
         raise ValueError(
@@ -130,7 +199,7 @@ def _tpus(options: argparse.Namespace) -> tuple[int, dict[str, str], dict[str, s
 def _gpus(options: argparse.Namespace) -> tuple[int, dict[str, str], dict[str, str]]:
     if options.nodes < 1 or options.gpus_per_node < 1:
         raise ValueError(
-            "expected --nodes and --gpus-per-node from 1, found "
+            "expected --nodes and --gpus-per-node of at least 1, found "
             f"{options.nodes} and {options.gpus_per_node}"
         )
     selector = {"cloud.google.com/gke-accelerator": options.gpu}

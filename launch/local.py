@@ -20,36 +20,49 @@ from typing import NamedTuple, TextIO
 
 from launch.tasks import ROOT, SKIPPED_STATUS, Task, shown, worth_restarting
 
-# Between SIGTERM and SIGKILL.
+# Between SIGTERM and SIGKILL: for processes that cannot go on without one that is gone,
+# and for those of a run that is told to stop, which save what they have.
 _TERM_SECONDS = 10.0
+_SAVE_SECONDS = 90.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this target."""
-    parser.add_argument("--processes", metavar="N", type=int, default=1)
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        default=1,
+        help="number of processes; default 1",
+    )
     parser.add_argument(
         "--gpus",
         metavar="N",
         type=int,
         default=0,
-        help="deal out these; default: every process sees what there is",
+        help="GPUs to divide among the processes; default: every process sees all GPUs",
     )
     parser.add_argument(
-        "--port", metavar="P", type=int, default=0, help="default: one that is free"
+        "--port",
+        metavar="P",
+        type=int,
+        default=0,
+        help="port of process 0; default: a free one",
     )
     parser.add_argument(
         "--restarts",
         metavar="N",
         type=int,
         default=0,
-        help="start again so many times after a process was killed; default 0",
+        help="restarts after a process was killed; default 0",
     )
     parser.add_argument(
         "--grace",
         metavar="S",
         type=float,
         default=30.0,
-        help="seconds that the others get to stop by themselves; default 30",
+        help="seconds that the other processes of a training get to stop by themselves "
+        "when one has failed; default 30",
     )
 
 
@@ -67,7 +80,7 @@ def start(options: argparse.Namespace, task: Task) -> int:
             f"--gpus must be a multiple of the {count} processes, found {options.gpus}"
         )
     if options.restarts < 0:
-        raise ValueError(f"expected --restarts from 0, found {options.restarts}")
+        raise ValueError(f"--restarts must be at least 0, found {options.restarts}")
     if options.dry_run:
         for command, variables in _commands(options, task, count):
             print(shown(command, variables))
@@ -85,7 +98,7 @@ def start(options: argparse.Namespace, task: Task) -> int:
             raise ValueError(story)
         if restart < options.restarts:
             print(f"launch: {story}; starting again", file=sys.stderr, flush=True)
-    raise ValueError(f"{story}; the same command goes on where it stopped")
+    raise ValueError(f"{story}; the same command continues where it stopped")
 
 
 class _End(NamedTuple):
@@ -164,15 +177,18 @@ def _run(options: argparse.Namespace, task: Task, count: int) -> list[_End]:
     If they work as one and one fails, the others get a grace period in which to say
     what they saw.
     """
-    before = signal.signal(signal.SIGTERM, _terminated)
+    # Noted and no more: an exception could come before a process is in the list.
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     running: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
     stopped: set[int] = set()
+    seconds = _SAVE_SECONDS
     try:
         for process, (command, variables) in enumerate(_commands(options, task, count)):
             running.append(_start(command, variables))
             if count > 1:
-                text = f"launch: process {process} has the id {running[-1].pid}"
+                text = f"launch: process {process} has PID {running[-1].pid}"
                 print(text, file=sys.stderr, flush=True)
             reader = threading.Thread(
                 target=_copy_lines,
@@ -181,25 +197,26 @@ def _run(options: argparse.Namespace, task: Task, count: int) -> list[_End]:
             reader.start()
             readers.append(reader)
         until = float("inf")
-        while any(each.poll() is None for each in running):
+        while not told and any(each.poll() is None for each in running):
             if task.as_one and any(each.poll() for each in running):
                 until = min(until, time.monotonic() + options.grace)
             if time.monotonic() > until:
                 break
             time.sleep(0.1)
+        if told:
+            sys.exit(128 + signal.SIGTERM)
+        seconds = _TERM_SECONDS
     finally:
-        stopped = _stop(running)
-        for reader in readers:
-            reader.join()
-        signal.signal(signal.SIGTERM, before)
+        try:
+            stopped = _stop(running, seconds, told)
+        finally:
+            for reader in readers:
+                reader.join()
+            signal.signal(signal.SIGTERM, before)
     return [
         _End(process, each.returncode, process in stopped)
         for process, each in enumerate(running)
     ]
-
-
-def _terminated(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)
 
 
 def _start(
@@ -223,16 +240,25 @@ def _copy_lines(source: TextIO, prefix: str) -> None:
             sys.stdout.flush()
 
 
-def _stop(running: Sequence[subprocess.Popen[str]]) -> set[int]:
-    """End the processes that are still running; return which they were."""
+def _stop(
+    running: Sequence[subprocess.Popen[str]], seconds: float, told: Sequence[int]
+) -> set[int]:
+    """End the processes that are still running; return which they were.
+
+    Those that are left after so many seconds are killed, and at once if there is one
+    more signal in `told` or an interrupt.
+    """
     left = {process for process, each in enumerate(running) if each.poll() is None}
     for process in left:
         running[process].terminate()
-    until = time.monotonic() + _TERM_SECONDS
-    for process in left:
-        try:
-            running[process].wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    until, before = time.monotonic() + seconds, len(told)
+    try:
+        while any(running[process].poll() is None for process in left):
+            if time.monotonic() > until or len(told) > before:
+                break
+            time.sleep(0.1)
+    finally:
+        for process in left:
             running[process].kill()
             running[process].wait()
     return left

@@ -21,11 +21,27 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this target."""
-    parser.add_argument("--nodes", metavar="N", type=int, default=1)
     parser.add_argument(
-        "--gpus-per-node", metavar="N", type=int, default=8, help="default 8; 0: CPUs"
+        "--nodes", metavar="N", type=int, default=1, help="number of nodes; default 1"
     )
-    parser.add_argument("--time", metavar="[D-]HH:MM:SS", required=True)
+    parser.add_argument(
+        "--gpus-per-node",
+        metavar="N",
+        type=int,
+        default=8,
+        help="GPUs per node, or 0 for CPUs only; default 8",
+    )
+    parser.add_argument(
+        "--cpus-per-gpu",
+        metavar="N",
+        type=int,
+        default=8,
+        help="CPUs of each process, of which there is one per GPU, or one per node "
+        "without GPUs; default 8",
+    )
+    parser.add_argument(
+        "--time", metavar="[D-]HH:MM:SS", required=True, help="time limit of the job"
+    )
     parser.add_argument("--partition", metavar="P")
     parser.add_argument("--account", metavar="A")
     parser.add_argument(
@@ -33,14 +49,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=3,
-        help="back into the queue after a killed process; default 3",
+        help="times that the job is requeued after a process was killed; default 3",
     )
     parser.add_argument(
         "--sbatch",
         metavar="OPTION",
         action="append",
         default=[],
-        help="any other option of sbatch, as --sbatch=--qos=high",
+        help="any other option of sbatch, such as --sbatch=--qos=high; repeatable",
     )
 
 
@@ -52,17 +68,24 @@ def start(options: argparse.Namespace, task: Task) -> int:
     """
     if options.nodes < 1 or options.gpus_per_node < 0:
         raise ValueError(
-            f"expected --nodes from 1 and --gpus-per-node from 0, found "
+            "expected --nodes of at least 1 and --gpus-per-node of at least 0, found "
             f"{options.nodes} and {options.gpus_per_node}"
         )
+    if options.cpus_per_gpu < 1:
+        raise ValueError(
+            f"--cpus-per-gpu must be at least 1, found {options.cpus_per_gpu}"
+        )
     if not _TIME.fullmatch(options.time):
-        raise ValueError(f"--time must be like 24:00:00, found {options.time!r}")
+        raise ValueError(f"expected --time such as 24:00:00, found {options.time!r}")
     alone = task.name == "eval"
     nodes = 1 if alone else options.nodes
     tasks = 1 if alone else max(1, options.gpus_per_node)
     command = ["sbatch", f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
     if options.gpus_per_node:
         command.append(f"--gpus-per-node={1 if alone else options.gpus_per_node}")
+    # There is one task per GPU, so that this is the same. SLURM's own --cpus-per-gpu
+    # excludes --cpus-per-task, which --sbatch may give.
+    command.append(f"--cpus-per-task={options.cpus_per_gpu}")
     command.append(f"--time={options.time}")
     for name in ("partition", "account"):
         if getattr(options, name):
@@ -83,7 +106,9 @@ def start(options: argparse.Namespace, task: Task) -> int:
         print(shown(command, variables))
         return 0
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not here: run this on a login node of the cluster")
+        raise ValueError(
+            "sbatch was not found: run this on a login node of the cluster"
+        )
     os.environ.update(variables)
     print(run_tool(command))
     return 0

@@ -100,8 +100,8 @@ class Task:
         for path in self.paths:
             if not path.startswith(("gs://", "/")):
                 raise ValueError(
-                    f"{where} needs paths that every machine of it can reach, gs://... "
-                    f"or an absolute path of a shared disk, found {path!r}"
+                    f"{where} needs paths that all its machines can reach, gs://... "
+                    f"or absolute paths on a shared disk, found {path!r}"
                 )
 
     def shipped_config(self) -> Task:
@@ -117,8 +117,8 @@ class Task:
         found = Path(file).resolve()
         if not found.is_relative_to(ROOT):
             raise ValueError(
-                f"--config must be in the repository, which the machines get a copy "
-                f"of, found {file}"
+                "--config must be inside the repository, which is copied to the "
+                f"machines, found {file}"
             )
         config = f"{found.relative_to(ROOT).as_posix()}{colon}{argument}"
         place = self.arguments.index(self.config)
@@ -140,7 +140,7 @@ def read_task(name: str, arguments: Sequence[str]) -> Task:
     if name == "refine":
         if len(given) != 2:
             raise ValueError(
-                f"refine needs IN_DIR OUT_DIR before its options, found "
+                f"refine needs IN_DIR and OUT_DIR before its options, found "
                 f"{shlex.join(given) or 'none'}"
             )
         _check_exists(given[0])
@@ -172,7 +172,9 @@ def _read_train(arguments: list[str]) -> Task:
                 f"{override!r}"
             )
     if not Path(options.config.partition(":")[0]).is_file():
-        raise ValueError(f"--config: no such file: {options.config.partition(':')[0]}")
+        raise ValueError(
+            f"--config: the file {options.config.partition(':')[0]} does not exist"
+        )
     if importlib.util.find_spec("ml_collections") and importlib.util.find_spec("orbax"):
         # A wrong key is better found here than on a hundred machines.
         from semlic_jax.training.train import load_config
@@ -195,7 +197,7 @@ def _check_exists(path: str) -> None:
     # What the machines mount need not be here.
     here = not path.startswith(("gs://", "/"))
     if here and not Path(path).exists():
-        raise ValueError(f"there is no file or folder {path}")
+        raise ValueError(f"{path} does not exist")
 
 
 def shown(command: Sequence[str], variables: Mapping[str, str] | None = None) -> str:

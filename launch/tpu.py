@@ -42,27 +42,41 @@ _ARCHIVE = "semlic_jax.tar.gz"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this target."""
-    parser.add_argument("--name", required=True, help="of the queued resource")
-    parser.add_argument("--zone", required=True, help="such as us-central2-b")
-    parser.add_argument("--type", required=True, help="such as v4-32")
+    parser.add_argument("--name", required=True, help="name of the queued resource")
+    parser.add_argument("--zone", required=True, help="zone, such as us-central2-b")
+    parser.add_argument("--type", required=True, help="accelerator type, such as v4-32")
     parser.add_argument(
-        "--project", help="default: GOOGLE_CLOUD_PROJECT or CLOUDSDK_CORE_PROJECT"
+        "--project",
+        help="Google Cloud project; default: GOOGLE_CLOUD_PROJECT or "
+        "CLOUDSDK_CORE_PROJECT",
     )
-    parser.add_argument("--runtime", help="default: by the type")
-    parser.add_argument("--spot", action="store_true", help="cheaper, preemptible")
+    parser.add_argument(
+        "--runtime", help="runtime version of the machines; default: that of --type"
+    )
+    parser.add_argument(
+        "--spot",
+        action="store_true",
+        help="use a spot slice: cheaper, but it can be preempted",
+    )
     parser.add_argument("--service-account", metavar="A")
     parser.add_argument(
         "--restarts",
         metavar="N",
         type=int,
         default=10,
-        help="after preemptions and killed processes; default 10",
+        help="restarts after preemptions and killed processes; default 10",
     )
     parser.add_argument(
-        "--poll", metavar="S", type=float, default=60.0, help="seconds; default 60"
+        "--poll",
+        metavar="S",
+        type=float,
+        default=60.0,
+        help="seconds between checks of the state of the slice; default 60",
     )
     parser.add_argument(
-        "--before", metavar="COMMAND", help="run on every worker after installing"
+        "--before",
+        metavar="COMMAND",
+        help="shell command to run on every worker after installing",
     )
     parser.add_argument(
         "--delete", action="store_true", help="delete the slice when the task is done"
@@ -77,19 +91,23 @@ def start(options: argparse.Namespace, task: Task) -> int:
             task failed.
     """
     if options.restarts < 0:
-        raise ValueError(f"expected --restarts from 0, found {options.restarts}")
+        raise ValueError(f"--restarts must be at least 0, found {options.restarts}")
     task.check_paths_shared("a TPU slice")
     slice_ = _Slice(options, task.shipped_config())
     if options.dry_run:
         slice_.show()
         return 0
     if shutil.which("gcloud") is None:
-        raise ValueError("gcloud is not here: install the Google Cloud CLI")
+        raise ValueError("gcloud was not found: install the Google Cloud CLI")
     if not run_tool(
         ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"]
     ):
         raise ValueError("gcloud has no active account: run gcloud auth login")
     return slice_.run()
+
+
+class _NoSliceError(ValueError):
+    """A slice was requested, and the request came to nothing; the message says why."""
 
 
 class _Slice:
@@ -103,8 +121,8 @@ class _Slice:
         )
         if not project:
             raise ValueError(
-                "a TPU slice needs --project or the variable GOOGLE_CLOUD_PROJECT, "
-                "found neither"
+                "a TPU slice needs --project or the environment variable "
+                "GOOGLE_CLOUD_PROJECT, found neither"
             )
         for name, pattern, example in (
             ("name", _NAME, "my-run-1"),
@@ -113,14 +131,15 @@ class _Slice:
         ):
             if not pattern.fullmatch(getattr(options, name)):
                 raise ValueError(
-                    f"--{name} must be like {example}, found {getattr(options, name)!r}"
+                    f"expected --{name} such as {example}, found "
+                    f"{getattr(options, name)!r}"
                 )
         generation = options.type.partition("-")[0]
         runtime = options.runtime or _RUNTIMES.get(generation)
         if runtime is None:
             raise ValueError(
-                f"--type {options.type} needs --runtime; known without it are "
-                f"{', '.join(_RUNTIMES)}"
+                f"--type {options.type} needs --runtime: without it, expected a type "
+                f"of {', '.join(_RUNTIMES)}"
             )
         self._options, self._task = options, task
         self._place = [f"--project={project}", f"--zone={options.zone}"]
@@ -143,6 +162,10 @@ class _Slice:
     @property
     def _describe(self) -> list[str]:
         return self._named("describe", "--format=value(state.state)")
+
+    @property
+    def _explain(self) -> list[str]:
+        return self._named("describe", "--format=value(state.failedData.error.message)")
 
     @property
     def _remove(self) -> list[str]:
@@ -202,17 +225,21 @@ class _Slice:
     def show(self) -> None:
         """Print the commands in order."""
         parts: Sequence[tuple[str, list[list[str]]]] = (
-            ("ask for the slice, if it is not there", [self._create]),
-            ("until it is ACTIVE", [self._describe]),
+            ("request the slice, unless it exists", [self._create]),
+            ("repeat until it is ACTIVE", [self._describe]),
+            (
+                "if it is FAILED: why, and then as after a preemption",
+                [self._explain],
+            ),
             ("install on all workers", self._install()),
             ("run", [self._program(replace=False)]),
             (
-                f"after a preemption, at most {self._options.restarts} times, this and "
-                "all of the above",
+                f"after a preemption, at most {self._options.restarts} times: this, "
+                "then all of the above",
                 [self._remove],
             ),
             (
-                "after a killed process, as many times",
+                "after a killed process, as many times: this instead",
                 [self._program(replace=True)],
             ),
         )
@@ -226,9 +253,14 @@ class _Slice:
     def run(self) -> int:
         """Do everything, through preemptions; return the task's exit status."""
         _check_clone()
-        installed = False
+        installed, why = False, ""
         for attempt in range(self._options.restarts + 1):
-            fresh = self._make_active()
+            try:
+                fresh = self._make_active()
+            except _NoSliceError as error:
+                installed, why = False, str(error)
+                _say(why)
+                continue
             if fresh or not installed:
                 pack, *remote = self._install()
                 run_tool(pack)
@@ -238,8 +270,8 @@ class _Slice:
                 except ValueError as error:
                     if not self._is_lost():
                         raise
-                    installed = False
-                    _say(f"the slice was preempted ({error})")
+                    installed, why = False, f"the slice was preempted ({error})"
+                    _say(why)
                     continue
                 installed = True
             program = self._program(replace=attempt > 0 and not fresh)
@@ -250,20 +282,21 @@ class _Slice:
                 return status
             if status == _BUSY_STATUS:
                 raise ValueError(
-                    f"another run is on the slice {self._options.name}: wait for its "
-                    "end or give another --name"
+                    f"another run is using the slice {self._options.name}: wait for "
+                    "its end or give another --name"
                 )
             lost = self._is_lost()
             if not lost and not worth_restarting(status):
                 raise ValueError(
                     f"the task ended with status {status}; the slice "
-                    f"{self._options.name} is still there"
+                    f"{self._options.name} still exists"
                 )
             why = "the slice was preempted" if lost else "a process was killed"
-            _say(f"{why} (status {status})")
+            why += f" (status {status})"
+            _say(why)
         raise ValueError(
-            f"gave up after {self._options.restarts} restarts; the same command goes "
-            "on where it stopped"
+            f"gave up after {self._options.restarts} restarts: {why}; the same command "
+            "continues where it stopped"
         )
 
     def _state(self) -> str:
@@ -284,14 +317,22 @@ class _Slice:
         return False
 
     def _make_active(self) -> bool:
-        """Wait for the slice, asking for it if need be; return whether it is new."""
+        """Wait for the slice, asking for it if need be; return whether it is new.
+
+        Raises:
+            _NoSliceError: it was requested here and did not become active.
+        """
         fresh, said = False, ""
         while (state := self._state()) != "ACTIVE":
+            if fresh and state in _OVER:
+                text = f"the request for the slice {self._options.name} ended {state}"
+                reason = run_tool(self._explain) if state == "FAILED" else ""
+                raise _NoSliceError(": ".join(filter(None, (text, reason))))
             if state == "" or state in _OVER:
                 if state:
                     _say(f"the slice {self._options.name} is {state}: deleting it")
                     run_tool(self._remove)
-                _say(f"asking for the slice {self._options.name}")
+                _say(f"requesting the slice {self._options.name}")
                 run_tool(self._create)
                 fresh = True
             elif state != said:
@@ -308,9 +349,9 @@ def _check_clone() -> None:
         ValueError: there is no git, no clone, or the clone is empty.
     """
     if shutil.which("git") is None:
-        raise ValueError("a TPU slice gets the files that git lists, found no git")
+        raise ValueError("git was not found: a TPU slice gets the files that git lists")
     if not run_tool(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]):
-        raise ValueError(f"expected files that git lists in {ROOT}, found none")
+        raise ValueError(f"expected files listed by git in {ROOT}, found none")
 
 
 def _say(text: str) -> None:

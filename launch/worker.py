@@ -74,7 +74,7 @@ def share_from_environment(environment: Mapping[str, str]) -> Share:
         workers = _metadata("worker-network-endpoints", environment)
     except (OSError, ValueError) as error:
         raise ValueError(
-            "--auto needs SLURM, an indexed job of Kubernetes or a TPU VM, found none"
+            "--auto needs SLURM, an indexed Kubernetes job or a TPU VM, found none"
         ) from error
     count = len(workers.split(","))
     return Share(process, count, _alone(count))
@@ -158,7 +158,7 @@ def copy_here(source: epath.Path, target: Path, *, must_exist: bool) -> None:
     elif source.exists():
         pairs = [(source, target)]
     elif must_exist:
-        raise ValueError(f"there is no file or folder {source}")
+        raise ValueError(f"{source} does not exist")
     else:
         return
 
@@ -234,7 +234,7 @@ def run(name: str, arguments: list[str], share: Share) -> int:
                 begun_s = time.monotonic()
                 count = uploader.upload()
                 print(
-                    f"{count} files to {staged.remote} in "
+                    f"copied {count} files to {staged.remote} in "
                     f"{time.monotonic() - begun_s:.0f} s",
                     file=sys.stderr,
                 )

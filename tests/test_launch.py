@@ -24,6 +24,7 @@ import jax
 import yaml
 from test_sharding import environment
 
+from launch import local
 from launch.__main__ import main
 from launch.tasks import LOST_STATUS, worth_restarting
 from semlic_jax import cli
@@ -126,23 +127,23 @@ def test_slurm_dry_runs(dry):
     nodes = ("--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu")
     head = "SEMLIC_RESTARTS=3 sbatch --nodes={} --ntasks-per-node={}"
     script = f"{ROOT}/launch/slurm.sbatch"
+    rest = "--cpus-per-task=8 --time=2:00:00 --partition=gpu"
     assert dry(*SLURM, *nodes, "--sbatch=--qos=high", *TRAIN, "runs/x") == (
-        f"{head.format(2, 4)} --gpus-per-node=4 --time=2:00:00 --partition=gpu "
-        f"--qos=high {script} {SEMLIC} train --config configs/tiny.py "
-        "--workdir runs/x --distributed=auto\n"
+        f"{head.format(2, 4)} --gpus-per-node=4 {rest} --qos=high {script} "
+        f"{SEMLIC} train --config configs/tiny.py --workdir runs/x --distributed=auto\n"
     )
     assert dry(*SLURM, *nodes, *REFINE) == (
-        f"{head.format(2, 4)} --gpus-per-node=4 --time=2:00:00 --partition=gpu "
-        f"{script} {PYTHON} {WORKER} --auto refine gs://b/in gs://b/out --bpp 0.2 "
-        "--steps 50\n"
+        f"{head.format(2, 4)} --gpus-per-node=4 {rest} {script} "
+        f"{PYTHON} {WORKER} --auto refine gs://b/in gs://b/out --bpp 0.2 --steps 50\n"
     )
     assert dry(*SLURM, *nodes, "eval", "tests", "--out", "/shared/report") == (
-        f"{head.format(1, 1)} --gpus-per-node=1 --time=2:00:00 --partition=gpu "
-        f"{script} {SEMLIC} eval tests --out /shared/report\n"
+        f"{head.format(1, 1)} --gpus-per-node=1 {rest} {script} "
+        f"{SEMLIC} eval tests --out /shared/report\n"
     )
-    assert dry(*SLURM, "--gpus-per-node", "0", *TRAIN, "runs/x").startswith(
-        "SEMLIC_RESTARTS=3 sbatch --nodes=1 --ntasks-per-node=1 --time=2:00:00 "
-        f"{script} {SEMLIC} train"
+    none = ("--gpus-per-node", "0", "--cpus-per-gpu", "12")
+    assert dry(*SLURM, *none, *TRAIN, "runs/x").startswith(
+        "SEMLIC_RESTARTS=3 sbatch --nodes=1 --ntasks-per-node=1 --cpus-per-task=12 "
+        f"--time=2:00:00 {script} {SEMLIC} train"
     )
 
 
@@ -158,16 +159,19 @@ def test_tpu_dry_runs(dry):
         "--workdir gs://b/x --distributed=auto; }'"
     )
     delete = f"{queued} delete run {where} --force --quiet"
-    install = lines.pop(7)
+    install = lines.pop(9)
     assert install.startswith(f"{ssh}mkdir -p semlic_jax_run && tar -xzf")
     assert ".[train,eval]" in install and "jax[tpu]" in install
     lock = "--conflict-exit-code 74 /tmp/semlic_jax.lock"
     assert lines == [
-        "# ask for the slice, if it is not there",
+        "# request the slice, unless it exists",
         f"{queued} create run {where} --node-id=run --accelerator-type=v4-32 "
         "--runtime-version=tpu-ubuntu2204-base --spot",
-        "# until it is ACTIVE",
+        "# repeat until it is ACTIVE",
         f"{queued} describe run {where} '--format=value(state.state)'",
+        "# if it is FAILED: why, and then as after a preemption",
+        f"{queued} describe run {where} "
+        "'--format=value(state.failedData.error.message)'",
         "# install on all workers",
         f"sh -c 'git -C {ROOT} ls-files -z -co --exclude-standard | tar -C {ROOT} "
         f"--null --ignore-failed-read -T - -czf {archive}'",
@@ -175,9 +179,9 @@ def test_tpu_dry_runs(dry):
         "--worker=all",
         "# run",
         f"{ssh}cd semlic_jax_run && {{ exec flock --nonblock {lock} {train}",
-        "# after a preemption, at most 7 times, this and all of the above",
+        "# after a preemption, at most 7 times: this, then all of the above",
         delete,
-        "# after a killed process, as many times",
+        "# after a killed process, as many times: this instead",
         f"{ssh}cd semlic_jax_run && {{ fuser -k /tmp/semlic_jax.lock; "
         f"exec flock --wait 60 {lock} {train}",
         "# at the end",
@@ -197,10 +201,20 @@ def test_tpu_dry_runs(dry):
     assert " --config configs/ablations.py:without_style --workdir /mnt/x" in argument
 
 
+KUBECTL = """\
+# whether a set of this name has ended
+kubectl get jobsets.jobset.x-k8s.io run -n default --ignore-not-found \
+-o 'jsonpath={.status.terminalState}'
+# if so
+kubectl delete jobsets.jobset.x-k8s.io run -n default --cascade=foreground
+# in any case
+kubectl apply -f - <<'EOF'
+"""
+
+
 def manifest_of(output: str) -> dict:
-    head, _, rest = output.partition("\n")
-    assert head == "kubectl apply -f - <<'EOF'" and rest.endswith("\nEOF\n")
-    return yaml.safe_load(rest.removesuffix("EOF\n"))
+    assert output.startswith(KUBECTL) and output.endswith("\nEOF\n")
+    return yaml.safe_load(output.removeprefix(KUBECTL).removesuffix("EOF\n"))
 
 
 def job_of(manifest: dict) -> tuple[dict, dict, dict]:
@@ -220,6 +234,7 @@ def test_gke_dry_runs(dry):
     job, pod, container = job_of(manifest)
     assert job["completions"] == job["parallelism"] == 4
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] == 120
     # A lost process is worth a restart, a refusal is not.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
@@ -261,36 +276,49 @@ REFUSED = [
     ([*LOCAL, "train", "--config", "configs/tiny.py"], "needs --workdir, found none"),
     ([*LOCAL, *TRAIN, "x", "--debug"], "--config.key=value, found '--debug'"),
     ([*LOCAL, *TRAIN, "x", "--config.sead=1"], "no key 'sead'; did you mean seed?"),
-    ([*LOCAL, "train", "--config", "no.py", "--workdir", "x"], "no such file: no.py"),
-    ([*LOCAL, "refine", "tests", "--bpp", "1"], "IN_DIR OUT_DIR before its options"),
-    ([*LOCAL, "refine", "nothing", "out"], "there is no file or folder nothing"),
+    (
+        [*LOCAL, "train", "--config", "no.py", "--workdir", "x"],
+        "the file no.py does not exist",
+    ),
+    (
+        [*LOCAL, "refine", "tests", "--bpp", "1"],
+        "IN_DIR and OUT_DIR before its options",
+    ),
+    ([*LOCAL, "refine", "nothing", "out"], "nothing does not exist"),
     ([*LOCAL, "eval", "--out", "x"], "eval needs IMAGES before its options"),
     ([*LOCAL, "eval", "tests"], "eval needs --out DIR, found none"),
     ([*LOCAL, "--processes", "0", *REFINE], "--processes must be at least 1, found 0"),
     ([*LOCAL, "--processes", "2", "--gpus", "3", *REFINE], "the 2 processes, found 3"),
-    ([*LOCAL, "--restarts", "-1", *REFINE], "--restarts from 0, found -1"),
+    ([*LOCAL, "--restarts", "-1", *REFINE], "--restarts must be at least 0, found -1"),
     (
         [*TPU, "--project", "p", "--restarts", "-1", *REFINE],
-        "--restarts from 0, found -1",
+        "--restarts must be at least 0, found -1",
     ),
-    ([*SLURM[:2], "--time", "soon", *REFINE], "like 24:00:00, found 'soon'"),
-    ([*SLURM, "--nodes", "0", *REFINE], "--nodes from 1"),
-    ([*TPU, "--dry-run", *REFINE], "--project or the variable GOOGLE_CLOUD_PROJECT"),
+    ([*SLURM[:2], "--time", "soon", *REFINE], "such as 24:00:00, found 'soon'"),
+    ([*SLURM, "--nodes", "0", *REFINE], "--nodes of at least 1"),
+    ([*SLURM, "--cpus-per-gpu", "0", *REFINE], "must be at least 1, found 0"),
+    (
+        [*TPU, "--dry-run", *REFINE],
+        "--project or the environment variable GOOGLE_CLOUD_PROJECT",
+    ),
     ([*TPU, "--project", "p", *TRAIN, "runs/x"], "shared disk, found 'runs/x'"),
     (
         [*TPU, "--project", "p", "--zone", "moon", *REFINE],
         "us-central2-b, found 'moon'",
     ),
-    ([*TPU, "--project", "p", "--type", "big", *REFINE], "like v4-32, found 'big'"),
+    ([*TPU, "--project", "p", "--type", "big", *REFINE], "such as v4-32, found 'big'"),
     ([*TPU, "--project", "p", "--type", "v9x-8", *REFINE], "v9x-8 needs --runtime"),
-    ([*TPU, "--project", "p", "--name", "A_b", *REFINE], "like my-run-1, found 'A_b'"),
-    ([*GKE, "--name", "Run", *SLICE, *REFINE], "small letters, digits and dashes"),
+    (
+        [*TPU, "--project", "p", "--name", "A_b", *REFINE],
+        "such as my-run-1, found 'A_b'",
+    ),
+    ([*GKE, "--name", "Run", *SLICE, *REFINE], "digits and dashes, all lower case"),
     ([*GKE, *REFINE], "either --tpu with --topology or --gpu, found neither"),
     ([*GKE, *SLICE, "--gpu", "x", *REFINE], "found both"),
-    ([*GKE, *SLICE[:2], *REFINE], "--topology must be like 2x2x4, found None"),
+    ([*GKE, *SLICE[:2], *REFINE], "expected --topology such as 2x2x4, found None"),
     ([*GKE, *SLICE, "--chips-per-host", "3", *REFINE], "divide the 16 chips of 2x2x4"),
     ([*GKE, *SLICE, *EVAL], "eval runs on one host, found 4"),
-    ([*GKE, *SLICE, *TRAIN, "runs/x"], "every machine of it can reach"),
+    ([*GKE, *SLICE, *TRAIN, "runs/x"], "all its machines can reach"),
 ]
 
 
@@ -309,7 +337,7 @@ def test_a_config_outside_of_the_repository_does_not_reach_a_slice(tmp_path, cap
     config.write_text((ROOT / "configs" / "tiny.py").read_text())
     arguments = ["train", "--config", str(config), "--workdir", "gs://b/x"]
     assert main([*TPU, "--project", "p", "--dry-run", *arguments]) == 1
-    assert "--config must be in the repository" in capsys.readouterr().err
+    assert "--config must be inside the repository" in capsys.readouterr().err
 
 
 def test_missing_programs_and_credentials(tmp_path, monkeypatch, capsys):
@@ -317,9 +345,9 @@ def test_missing_programs_and_credentials(tmp_path, monkeypatch, capsys):
     gpu.remove("--dry-run")
     monkeypatch.setenv("PATH", str(tmp_path))
     for arguments, message in (
-        ([*TPU, "--project", "p", *REFINE], "launch: gcloud is not here"),
-        (["slurm", "--time", "1:00:00", *REFINE], "launch: sbatch is not here"),
-        ([*gpu, *REFINE], "launch: kubectl is not here"),
+        ([*TPU, "--project", "p", *REFINE], "launch: gcloud was not found"),
+        (["slurm", "--time", "1:00:00", *REFINE], "launch: sbatch was not found"),
+        ([*gpu, *REFINE], "launch: kubectl was not found"),
     ):
         assert main(arguments) == 1
         assert capsys.readouterr().err.startswith(message)
@@ -373,7 +401,7 @@ class Launched:
             if len(lines) >= from_step:
                 break
             time.sleep(0.005)
-        found = re.findall(rf"process {process} has the id (\d+)", self.output)
+        found = re.findall(rf"process {process} has PID (\d+)", self.output)
         os.kill(int(found[-1]), signal.SIGKILL)
 
     @property
@@ -405,17 +433,19 @@ def test_runs_that_lose_a_process_end_as_an_undisturbed_one(tmp_path):
     first = Launched(tmp_path / "run", cache, "--grace", "200")
     first.kill(1, from_step=6)
     assert first.finish() == 1
-    assert "[0] semlic: process 0 of 2 cannot go on without the others" in first.output
+    assert (
+        "[0] semlic: process 0 of 2 cannot continue without the others" in first.output
+    )
     assert first.output.splitlines()[-1] == (
         f"launch: process 0 ended with status {LOST_STATUS}; process 1 was killed by "
-        "SIGKILL; the same command goes on where it stopped"
+        "SIGKILL; the same command continues where it stopped"
     )
 
     # The same command goes on, and starts again by itself when the leader is killed.
     second = Launched(tmp_path / "run", cache, "--restarts", "1")
     second.kill(0, from_step=25)
     assert second.finish() == 0, second.output[-3000:]
-    assert "labeller goes on from step" in second.output
+    assert "labeller continues from step" in second.output
     assert "process 0 was killed by SIGKILL" in second.output
     assert "; starting again\n" in second.output
 
@@ -462,3 +492,73 @@ def test_a_killed_share_starts_again_beside_one_that_skipped(
     options = ["local", "--processes", "2", "--restarts", "1"]
     assert main([*options, "refine", "tests", "out", "--bpp", "1"]) == 4
     assert "process 1 was killed by SIGKILL; starting again" in capsys.readouterr().err
+
+
+def program_that(folder: Path, monkeypatch, script: str) -> list[str]:
+    """Arguments for a task that is this shell script; its parent is the launcher."""
+    stand_in(folder, "python", script)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    return ["local", "refine", "tests", "out", "--bpp", "1"]
+
+
+def test_processes_that_are_told_to_stop_may_save(tmp_path, monkeypatch, capsys):
+    # Not for this: the time of those that another one has left.
+    monkeypatch.setattr(local, "_TERM_SECONDS", 0.0)
+    arguments = program_that(
+        tmp_path,
+        monkeypatch,
+        "trap 'sleep 0.2; echo saved; exit 75' TERM\n"
+        "kill -TERM $PPID\nfor _ in {1..500}; do sleep 0.02; done",
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().out == "saved\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_ends_the_processes_at_once(tmp_path, monkeypatch, capsys):
+    arguments = program_that(
+        tmp_path,
+        monkeypatch,
+        f"trap 'kill -TERM $PPID' TERM\necho $$ > {tmp_path}/pid\n"
+        "kill -TERM $PPID\nfor _ in {1..500}; do sleep 0.02; done; echo saved",
+    )
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert not capsys.readouterr().out
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------- the image
+
+
+def left_out(path: str) -> bool:
+    """Whether `.dockerignore` leaves this path out."""
+    patterns = (ROOT / ".dockerignore").read_text().splitlines()
+    parts = Path(path).parts
+    for pattern in patterns:
+        anywhere = pattern.startswith("**/")
+        pattern = pattern.removeprefix("**/")
+        starts = range(len(parts)) if anywhere else range(1)
+        for start in starts:
+            for end in range(start + 1, len(parts) + 1):
+                if Path(*parts[start:end]).match(pattern):
+                    if anywhere or len(Path(pattern).parts) == end - start:
+                        return True
+    return False
+
+
+def test_what_the_image_is_built_from():
+    needed = ("pyproject.toml", "README.md", "LICENSE", "launch/worker.py")
+    for path in (*needed, "configs/tiny.py", "semlic_jax/cli/__init__.py"):
+        assert (ROOT / path).exists() and not left_out(path)
+    # The history, and whatever git ignores.
+    for line in [".git", *(ROOT / ".gitignore").read_text().splitlines()]:
+        example = line.strip("/").replace("[cod]", "c").replace("*", "x")
+        assert left_out(f"{example}/file"), line
+        if not line.startswith("/") and line != ".git":
+            assert left_out(f"semlic_jax/{example}"), line

@@ -19,18 +19,59 @@ from launch.tasks import LOST_STATUS
 __all__ = ["in_the_root"]  # a fixture that every test here uses
 
 
+# A cluster with one set, whose manifest and terminal state are in files.
+KUBECTL_CALLS = """
+cd {folder}
+echo "$*" >> calls
+case "$1" in
+    get) cat state 2>/dev/null; exit 0 ;;
+    delete) rm set state ;;
+    apply)
+        cat > new
+        if [ -e refuse ]; then echo Forbidden >&2; exit 1; fi
+        if [ -e set ] && ! cmp -s set new; then
+            echo 'The JobSet "run" is invalid: field is immutable' >&2; exit 1
+        fi
+        mv new set ;;
+esac
+"""
+
+
 def test_the_manifest_is_applied(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    stand_in(tmp_path, "kubectl", f'echo "$*" >> {tmp_path}/calls; cat > {tmp_path}/in')
+    stand_in(tmp_path, "kubectl", KUBECTL_CALLS.format(folder=tmp_path))
     arguments = [*GKE, *SLICE, *REFINE]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     arguments.remove("--dry-run")
-    assert main(arguments) == 0
-    applied = (tmp_path / "in").read_text()
-    assert shown == f"kubectl apply -f - <<'EOF'\n{applied}EOF\n"
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[-1] == "apply -f -"
+    named = "jobsets.jobset.x-k8s.io run -n default"
+    get = f"get {named} --ignore-not-found -o jsonpath={{.status.terminalState}}"
+    delete = f"delete {named} --cascade=foreground"
+    # No set of this name, or the same one, which runs: nothing is deleted.
+    for _ in range(2):
+        assert main(arguments) == 0
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert calls[1:] == [get, "apply -f -"]
+        assert shown.endswith(f"<<'EOF'\n{(tmp_path / 'set').read_text()}EOF\n")
+        (tmp_path / "calls").unlink()
+    # One that has ended would stay as it is.
+    for state in ("Failed", "Completed"):
+        (tmp_path / "state").write_text(state)
+        assert main(arguments) == 0
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert calls[1:] == [get, delete, "apply -f -"]
+        assert f"the JobSet run is {state}: deleting it" in capsys.readouterr().err
+        (tmp_path / "calls").unlink()
+    # Another one runs.
+    assert main([*arguments, "--force"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("launch: another JobSet run is running in the namespace")
+    assert f"(kubectl {delete})" in error and error.count("\n") == 1
+    assert "delete" not in (tmp_path / "calls").read_text()
+    # Any other error is kubectl's own.
+    (tmp_path / "refuse").touch()
+    assert main(arguments) == 1
+    assert "status 1: Forbidden" in capsys.readouterr().err
 
 
 def submit(
@@ -40,8 +81,15 @@ def submit(
     **variables: str,
 ) -> tuple[int, str]:
     """The job script, where `srun` is `step`; its status and the calls it made."""
-    stand_in(folder, "srun", f'echo "srun $*" >> {folder}/calls\n{step}')
+    srun = f'echo "srun $*" >> {folder}/calls; echo $$ > {folder}/pid'
+    stand_in(folder, "srun", f"{srun}\n{step}")
     stand_in(folder, "scontrol", f'echo "scontrol $*" >> {folder}/calls')
+    # The signal is for the processes of the step, which are one here.
+    stand_in(
+        folder,
+        "scancel",
+        f'echo "scancel $*" >> {folder}/calls; kill -TERM $(cat {folder}/pid)',
+    )
     calls = folder / "calls"
     calls.write_text("")
     done = subprocess.run(
@@ -74,10 +122,50 @@ def test_the_job_script_goes_back_into_the_queue(tmp_path):
     assert counted == ["semlic-77.restarts"]
     assert submit(tmp_path, "exit 137", SEMLIC_RESTARTS="4") == (137, step)
     assert not [*tmp_path.glob("*.restarts")]
-    # The signal that the time is nearly over goes to the script.
-    assert submit(tmp_path, "kill -USR1 $PPID; sleep 1") == (0, step + requeue)
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
     assert "#SBATCH --signal=B:USR1@" in text and "#SBATCH --requeue" in text
+
+
+# A step that is running when the script gets the signal that the time is nearly over.
+LATE = "kill -USR1 $PPID; for _ in {1..500}; do sleep 0.02; done"
+
+
+def test_the_processes_save_before_the_time_is_over(tmp_path):
+    step = "srun --kill-on-bad-exit=1 semlic train a b\n"
+    late = "scancel --signal=TERM 77.0\n"
+    requeue = "scontrol requeue 77\n"
+    stand_in(tmp_path, "sleep", "exec /bin/sleep 0.05")
+    saves = f"sleep 1; echo saved >> {tmp_path}/calls"
+    assert submit(tmp_path, "exit 137") == (137, step + requeue)
+    counted = (tmp_path / "semlic-77.restarts").read_text()
+    for status in (LOST_STATUS, 143, 1):
+        done = submit(tmp_path, f"trap '{saves}; exit {status}' TERM; {LATE}")
+        assert done == (0, f"{step}{late}saved\n{requeue}")
+    # Processes that know nothing of the signal.
+    assert submit(tmp_path, LATE) == (0, step + late + requeue)
+    # None of these counts as a killed process.
+    assert (tmp_path / "semlic-77.restarts").read_text() == counted
+    # A task that is finished needs no queue.
+    done = submit(tmp_path, f"trap '{saves}; exit 0' TERM; {LATE}")
+    assert done == (0, f"{step}{late}saved\n")
+    assert not [*tmp_path.glob("*.restarts")]
+
+
+def test_the_job_is_requeued_in_time_if_its_processes_stay(tmp_path):
+    stand_in(tmp_path, "sleep", f"echo sleep >> {tmp_path}/sleeps")
+    until = f"grep -q scontrol {tmp_path}/calls && exit; /bin/sleep 0.02"
+    stays = f"trap '' TERM; kill -USR1 $PPID; for _ in {{1..2000}}; do {until}; done"
+    status, calls = submit(tmp_path, stays)
+    assert status == 0 and calls.endswith("77.0\nscontrol requeue 77\n")
+    assert (tmp_path / "sleeps").read_text().count("sleep") == 90
+
+
+def test_processes_get_the_cpus_of_the_job(tmp_path, monkeypatch):
+    for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    say = f'echo "${{SRUN_CPUS_PER_TASK:-unset}}" >> {tmp_path}/calls'
+    assert submit(tmp_path, say)[1].endswith("\nunset\n")
+    assert submit(tmp_path, say, SLURM_CPUS_PER_TASK="12")[1].endswith("\n12\n")
 
 
 def test_a_share_that_fails_leaves_the_others_of_its_job(tmp_path):
@@ -109,12 +197,13 @@ GCLOUD = """
 cd {folder}
 case "$*" in
     *auth*) echo someone; exit ;;
+    *failedData.error.message*) echo "no quota for v4"; exit ;;
     *" describe "*)
         if [ -e state ]; then cat state; exit; fi
         echo "NOT_FOUND: no such resource" >&2; exit 1 ;;
 esac
 case "$*" in
-    *" create "*) echo create; echo ACTIVE > state ;;
+    *" create "*) echo create; echo {create} > state ;;
     *" delete "*) echo delete; rm state ;;
     *" scp "*) echo scp ;;
     *mkdir*) echo install ;;
@@ -128,9 +217,18 @@ esac
 """
 
 
-def slice_with(folder: Path, monkeypatch, task: str, install: str = ":") -> list[str]:
-    """Arguments for a slice on which task and installation are these shell lines."""
-    script = GCLOUD.format(folder=folder, task=task, install=install)
+def slice_with(
+    folder: Path,
+    monkeypatch,
+    task: str,
+    install: str = ":",
+    create: str = "ACTIVE",
+) -> list[str]:
+    """Arguments for a slice on which task and installation are these shell lines.
+
+    A request for it ends in the state `create`.
+    """
+    script = GCLOUD.format(folder=folder, task=task, install=install, create=create)
     stand_in(folder, "gcloud", script)
     stand_in(folder, "sh", f'echo pack >> {folder}/calls; exec bash "$@"')
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -185,7 +283,7 @@ def test_no_slice_is_made_for_a_tree_that_git_does_not_know(
     assert "ended with status 128" in capsys.readouterr().err
     subprocess.run(["git", "init", "--quiet", str(tree)], check=True)
     assert main(arguments) == 1
-    assert f"that git lists in {tree}, found none" in capsys.readouterr().err
+    assert f"listed by git in {tree}, found none" in capsys.readouterr().err
     assert not (tmp_path / "calls").exists()
 
 
@@ -193,12 +291,12 @@ def test_no_slice_is_made_for_a_tree_that_git_does_not_know(
 def test_what_fails_on_a_slice(tmp_path, monkeypatch, capsys):
     arguments = slice_with(tmp_path, monkeypatch, "exit 1")
     assert main(arguments) == 1
-    assert "task ended with status 1; the slice run is still there" in (
+    assert "task ended with status 1; the slice run still exists" in (
         capsys.readouterr().err
     )
     arguments = slice_with(tmp_path, monkeypatch, "exit 74")
     assert main(arguments) == 1
-    assert "another run is on the slice run" in capsys.readouterr().err
+    assert "another run is using the slice run" in capsys.readouterr().err
     # A killed process: the slice is there, what is left on it is ended.
     (tmp_path / "calls").unlink()
     arguments = slice_with(tmp_path, monkeypatch, f"exit {LOST_STATUS}")
@@ -206,6 +304,26 @@ def test_what_fails_on_a_slice(tmp_path, monkeypatch, capsys):
     assert "gave up after 2 restarts" in capsys.readouterr().err
     calls = (tmp_path / "calls").read_text().split()
     assert calls == ["pack", "scp", "install", "run", "again", "again"]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
+def test_a_slice_that_is_never_given(tmp_path, monkeypatch, capsys):
+    arguments = slice_with(tmp_path, monkeypatch, ":", create="FAILED")
+    (tmp_path / "state").write_text("FAILED")  # an earlier run's, which is not counted
+    assert main([*arguments[:1], "--restarts", "2", *arguments[1:]]) == 1
+    calls = (tmp_path / "calls").read_text().split()
+    assert calls == ["delete", "create"] * 3
+    *lines, last = capsys.readouterr().err.splitlines()
+    why = "the request for the slice run ended FAILED: no quota for v4"
+    assert lines.count(f"launch: {why}") == 3
+    assert last == (
+        f"launch: gave up after 2 restarts: {why}; the same command continues where "
+        "it stopped"
+    )
+    # One that is taken away before its first use: not for ever either.
+    arguments = slice_with(tmp_path, monkeypatch, ":", create="SUSPENDED")
+    assert main([*arguments[:1], "--restarts", "0", *arguments[1:]]) == 1
+    assert "the slice run ended SUSPENDED;" in capsys.readouterr().err
 
 
 def test_shares_from_the_environment():
