@@ -49,7 +49,7 @@ def get_config(argument: str = "full") -> ConfigDict:
     name, _, base = argument.partition(",")
     if name not in ABLATIONS:
         raise ValueError(
-            f"expected an ablation of {', '.join(ABLATIONS)}, found {name!r}"
+            f"expected one of the ablations {', '.join(ABLATIONS)}, found {name!r}"
         )
     path = Path(__file__).with_name(f"{base or 'small'}.py")
     config = runpy.run_path(str(path))["get_config"]()

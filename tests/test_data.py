@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semlic_jax import cli
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.pack import pack
-from semlic_jax.training.sources import UnusableImage, decode, open_sources
+from semlic_jax.training.sources import (
+    UnusableImage,
+    decode,
+    decoder_threads,
+    open_sources,
+)
 
 
 def gradient(height: int, width: int, offset: int = 0) -> np.ndarray:
@@ -158,6 +165,47 @@ def test_small_images_left_out(folder, tmp_path):
         photographs(only).example(0, 0, seed=0)
 
 
+class OneIn(list):
+    """Photographs of which one is large enough."""
+
+    def __getitem__(self, index):
+        return gradient(64, 64 if index == 0 else 63)
+
+
+def test_one_usable_photograph_in_hundreds_is_found():
+    data = Photographs(OneIn(range(300)), crop=64)
+    for step in range(20):
+        assert data.example(step, 0, seed=1).shape == (64, 64, 3)
+    assert len(data.skipped) == 299
+
+
+def test_nothing_usable_is_refused_at_once(monkeypatch):
+    source = OneIn(range(6))
+    monkeypatch.setattr(OneIn, "__getitem__", lambda *_: gradient(63, 64))
+    data = Photographs(source, crop=64)
+    with pytest.raises(
+        ValueError, match=r"found none that is usable \(6 of 6 left out"
+    ):
+        data.example(0, 0, seed=0)
+    monkeypatch.setattr(data, "image", lambda index: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="found none that is usable"):
+        data.example(1, 0, seed=0)
+
+
+def test_threads_are_those_of_the_cpus_that_may_be_used(monkeypatch):
+    for cpus in (1, 3, 64):
+        monkeypatch.setattr(
+            os,
+            "sched_getaffinity",
+            lambda _, cpus=cpus: set(range(cpus)),
+            raising=False,
+        )
+        assert decoder_threads() == min(cpus, 16)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert decoder_threads() == 5
+
+
 def test_the_cache_is_bounded_and_changes_nothing(folder):
     size = 92 * 120 * 3
     small, large = photographs(folder, cache_bytes=2 * size), photographs(folder)
@@ -218,8 +266,42 @@ def test_packed_folders_give_the_same_images(folder, tmp_path):
     assert {source[index].tobytes() for index in range(4)} == expected
     with pytest.raises(FileExistsError):
         pack([str(folder)], output, shards=2)
-    with pytest.raises(ValueError, match="1 to the 5 photographs"):
+    with pytest.raises(ValueError, match="1 to 5, the number of photographs"):
         pack([str(folder)], output, shards=9)
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """Two array_record files, the second with a damaged record between two others."""
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        noise = rng.integers(0, 256, (90, 120, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    pack([str(folder)], tmp_path / "photos.array_record", shards=2)
+    paths = sorted(tmp_path.glob("photos-*.array_record"))
+    data = bytearray(paths[1].read_bytes())
+    data[70_000] ^= 0xFF  # of the third record
+    paths[1].write_bytes(data)
+    return paths
+
+
+def test_a_damaged_record_is_skipped_and_named(damaged):
+    data = photographs(damaged[0].parent / "photos-*.array_record")
+    assert len(data) == 6
+    usable = [data.image(index) is not None for index in range(6)]
+    assert usable == [True] * 5 + [False]
+    assert data.skipped[5].startswith(f"{damaged[1]}[2] (Corrupted Riegeli/records")
+    assert len(batches(data, 0, 3)) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_a_file_that_is_no_array_record_is_refused(damaged, content):
+    whole = damaged[0].read_bytes()
+    damaged[1].write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=f"cannot read {damaged[1]}: ") as refusal:
+        open_sources([str(path) for path in damaged])
+    assert "\n" not in str(refusal.value)
 
 
 def test_packing_refuses(folder, tmp_path):
@@ -228,6 +310,46 @@ def test_packing_refuses(folder, tmp_path):
         pack([str(folder)], tmp_path / "x.rec")
     with pytest.raises(ValueError, match="found none"):
         pack([str(tmp_path / "nowhere")], tmp_path / "x.array_record")
+
+
+def test_packing_names_what_it_left_out(folder, tmp_path, capsys):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    output = tmp_path / "photos.array_record"
+    assert cli.main(["pack", str(folder), str(output)]) == 0
+    assert capsys.readouterr().out == "4 photographs written, 0 skipped\n"
+    (folder / "text.jpg").write_text("not an image")
+    again = ["pack", str(folder), str(tmp_path / "again.array_record")]
+    assert cli.main(again) == 4
+    printed = capsys.readouterr()
+    assert printed.out == "4 photographs written, 1 skipped\n"
+    reason = "the input is not an image in a known format"
+    assert printed.err == f"skipped {folder / 'text.jpg'}: {reason}\n"
+
+
+@pytest.mark.parametrize(("readable", "shards"), [(0, 1), (2, 3)])
+def test_packing_too_little_leaves_no_file(tmp_path, capsys, readable, shards):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    for index in range(4):
+        path = tmp_path / f"{index}.png"
+        path.write_text("not an image")
+        if index < readable:
+            Image.new("RGB", (8, 8)).save(path)
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["pack", str(tmp_path), str(out / "x.array_record")]
+    assert cli.main([*command, "--shards", str(shards)]) == 1
+    error = capsys.readouterr().err
+    expected = {0: "none of the 4 photographs could be read", 2: "at least 3 readable"}
+    assert error.count("\n") == 1 and expected[readable] in error
+    assert list(out.iterdir()) == []
+
+
+def test_packing_knows_the_option_for_tracebacks(tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["pack", "--help"])
+    assert status.value.code == 0 and "--debug" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="found none|needs the package"):
+        cli.main(["pack", str(tmp_path), str(tmp_path / "x.array_record"), "--debug"])
 
 
 PREPARE = """
@@ -246,10 +368,24 @@ class Photos(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": sys.argv[2] + f"/{index}.png"}
 
 Photos(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
-from semlic_jax.training.sources import open_sources
+from semlic_jax.training.sources import UnusableImage, open_sources
 source = open_sources([f"tfds:photos/train?dir={sys.argv[1]}"])
 shapes = sorted(source[index].shape for index in range(len(source)))
 assert shapes == [(90 + index, 120, 3) for index in range(3)], shapes
+part = open_sources([f"tfds:photos/train[1:]?dir={sys.argv[1]}"])
+assert len(part) == 2 and (part[1] == source[2]).all()
+
+class Damaged:
+    def __getitem__(self, index):
+        raise RuntimeError("hash mismatch")
+
+part._records = Damaged()
+try:
+    part[1]
+except UnusableImage as error:
+    assert "-train.array_record-00000-of-00001[2] (hash mismatch)" in str(error), error
+else:
+    raise AssertionError("read")
 for name in ("photos/nosplit", "nosuchset/train"):
     try:
         open_sources([f"tfds:{name}?dir={sys.argv[1]}"])

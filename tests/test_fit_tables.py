@@ -133,7 +133,7 @@ def test_savings_are_those_of_the_tables(tiny_file, fitted):
     expected_tables = fit_tables.fit_tables(equal)
     np.testing.assert_allclose(model.y_tables.counts, expected_tables.counts, atol=8)
     text = fit_tables.report(found, saved_percent)
-    assert text.startswith("y tables fitted to 2 photographs\n")
+    assert text.startswith("tables of y fitted to 2 photographs\n")
     assert f"{saved_percent[0]:.2f} at 0, " in text
 
 
@@ -181,9 +181,9 @@ def test_photographs_that_cannot_be_used_are_named(tiny_file, photographs):
     assert found.photographs == 1
     assert found.left_out == [
         "broken.png (truncated)",
-        "photograph 2 (63 x 64 pixels are less than 64)",
+        "photograph 2 (63 x 64 pixels, a side below 64)",
     ]
-    with pytest.raises(ValueError, match=r"none that can be used of 2: broken"):
+    with pytest.raises(ValueError, match=r"none usable among 2: broken"):
         count_symbols(Codec(tiny_file), Source(None, small))
 
 

@@ -67,7 +67,7 @@ def test_another_decoder_reads_the_same_files(tiny_file, photograph):
 
 def test_decoders_of_other_latents_are_refused(tiny_file):
     config, params = textured(tiny_file.config, training_params(tiny_file))
-    with pytest.raises(ValueError, match="found other gains beside it"):
+    with pytest.raises(ValueError, match="found one with different gains"):
         with_decoder(tiny_file, config, {**params, "log_gain": params["log_gain"] + 1})
     other = dataclasses.replace(config, blocks=2)
     with pytest.raises(ValueError, match="expected a decoder for the architecture"):
@@ -89,6 +89,23 @@ def test_training_starts_from_a_model_file(tiny_model, tmp_path):
     config.architecture = dict(blocks=2)
     with pytest.raises(ValueError, match="does not fit this model"):
         initial_params(read_settings(config), None)
+
+
+def test_training_starts_from_a_packaged_model(tmp_path, monkeypatch):
+    """By its name, whatever is called so in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    config = get_config()
+    config.update(model="small", init_from="small")
+    known = load_model("small")
+    # Fresh texture layers would have to be compiled.
+    config.architecture = dataclasses.asdict(known.config) | dict(texture_channels=0)
+    settings = read_settings(config)
+    (tmp_path / "small").mkdir()
+    params = initial_params(settings, None)
+    for name in ("g_a", "entropy"):
+        jax.tree.map(
+            np.testing.assert_array_equal, params[name], training_params(known)[name]
+        )
 
 
 def test_export_keeps_the_rest_of_a_model(
@@ -144,7 +161,17 @@ def test_the_architecture_is_that_of_the_run(
     (run / "config.json").write_text("[]")
     assert "cannot read the model's architecture" in refusal()
     (run / "config.json").unlink()
-    assert "found none: give --size" in refusal()
+    assert "does not exist: give --size" in refusal()
+
+
+def test_photographs_that_cannot_be_read_are_refused(tmp_path, capsys):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    (tmp_path / "bad.array_record").write_text("text")
+    arguments = ["run/integer", str(tmp_path / "new.npz"), "--size", "tiny"]
+    with pytest.raises(SystemExit) as ended:
+        export.main([*arguments, "--fit-tables", str(tmp_path / "bad.array_record")])
+    assert ended.value.code == 2
+    assert "bad.array_record: ArrayRecord file should be" in capsys.readouterr().err
 
 
 def test_parameters_of_another_model_are_refused(
@@ -193,10 +220,10 @@ def test_models_with_other_latents_have_no_mean(tiny_file):
     transforms = dict(tiny_file.transforms)
     transforms["log_gain"] = transforms["log_gain"] + np.float16(1)
     scaled = dataclasses.replace(tiny_file, transforms=transforms)
-    with pytest.raises(ValueError, match="differ in nothing but their decoder"):
+    with pytest.raises(ValueError, match="differ only in their decoder"):
         mean_decoder([tiny_file, scaled])
     frequencies = dataclasses.replace(tiny_file, z_tables=tiny_file.y_tables)
-    with pytest.raises(ValueError, match="differ in nothing but their decoder"):
+    with pytest.raises(ValueError, match="differ only in their decoder"):
         mean_decoder([tiny_file, frequencies])
     config = dataclasses.replace(tiny_file.config, texture_channels=4)
     with pytest.raises(ValueError, match="models of one architecture"):

@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from semlic_jax.training import checkpoints
+from semlic_jax.training import checkpoints, sharding
 from semlic_jax.training.sharding import (
+    LOST_STATUS,
+    global_batch,
     local_examples,
     make_mesh,
     start_processes,
@@ -28,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 # One step of everything that can learn, on meshes of several shapes.
 STEPS = """
 import sys
+import time
+import types
 from pathlib import Path
 import jax
 import numpy as np
@@ -122,7 +130,75 @@ def test_refusals():
     with pytest.raises(ValueError, match="explicit processes need --coordinator"):
         start_processes("explicit", "localhost:1", 2, 2)
     mesh = make_mesh(1, 1)
-    assert local_examples(mesh, 6) == range(6)
+    assert local_examples(mesh, 6) == tuple(range(6))
+
+
+class Chip:
+    """A TPU chip, as far as meshes are made of them; hosts have 2 x 2 chips."""
+
+    platform, core_on_chip, slice_index = "tpu", 0, 0
+
+    def __init__(self, number, kind, coords):
+        x, y, z = self.coords = coords
+        self.id, self.device_kind = number, kind
+        self.process_index = (x // 2, y // 2, z)
+
+
+def slice_of(kind, x, y, z):
+    places = ((i, j, k) for k in range(z) for j in range(y) for i in range(x))
+    return [Chip(number, kind, place) for number, place in enumerate(places)]
+
+
+@pytest.mark.parametrize("model", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("kind", "chips"),
+    [
+        ("TPU v4", (2, 2, 4)),
+        ("TPU v4", (4, 4, 4)),
+        ("TPU v5 lite", (8, 8, 1)),
+        ("TPU v6 lite", (4, 4, 1)),
+    ],
+)
+def test_tpu_slices_have_a_mesh(monkeypatch, kind, chips, model):
+    devices = slice_of(kind, *chips)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    mesh = make_mesh(0, model)
+    assert dict(mesh.shape) == {"data": len(devices) // model, "model": model}
+    assert set(mesh.devices.flat) == set(devices)
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    # Parts of one parameter are beside each other.
+    for row in mesh.devices:
+        spans = np.ptp([chip.coords for chip in row], axis=0)
+        assert np.prod(spans + 1) == model
+
+
+def test_devices_without_a_mesh_are_refused(monkeypatch):
+    devices = slice_of("TPU v4", 4, 4, 2)[:-2]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(
+        ValueError,
+        match=r"15 data x 2 model cannot be placed on 30 devices \(TPU v4\): ",
+    ) as refusal:
+        make_mesh(0, 2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_process_makes_the_examples_of_its_rows_alone(monkeypatch):
+    """The rows of a TPU host are not neighbours."""
+    places = {0: (slice(0, 2),), 1: (slice(6, 8),), 2: (slice(6, 8),)}
+    rows = types.SimpleNamespace(addressable_devices_indices_map=lambda _: places)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: rows)
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    examples = local_examples(mesh, 8)
+    assert examples == (0, 1, 6, 7)
+    monkeypatch.setattr(
+        jax,
+        "make_array_from_callback",
+        lambda shape, place, part: [part(index) for index in places.values()],
+    )
+    local = 10 * np.array(examples)[:, None]
+    parts = global_batch(mesh, local, examples, 8)
+    assert [part.ravel().tolist() for part in parts] == [[0, 10], [60, 70], [60, 70]]
 
 
 @pytest.mark.slow
@@ -176,7 +252,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_together(workdir: Path, cache: Path, processes: int, *options: str) -> None:
+def ends_of(running: list[subprocess.Popen]) -> list[str]:
+    """What the processes print until all have ended; a process left over is killed."""
+    try:
+        return [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def start_together(
+    workdir: Path, cache: Path, processes: int, *options: str
+) -> list[subprocess.Popen]:
     """`semlic train` in several processes of one device each."""
     port = free_port()
     running = []
@@ -203,9 +290,83 @@ def run_together(workdir: Path, cache: Path, processes: int, *options: str) -> N
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=900)[0] for process in running]
-    for process, output in zip(running, outputs, strict=True):
+    return running
+
+
+def run_together(workdir: Path, cache: Path, processes: int, *options: str) -> None:
+    running = start_together(workdir, cache, processes, *options)
+    for process, output in zip(running, ends_of(running), strict=True):
         assert process.returncode == 0, output[-3000:]
+
+
+# Each of two processes has photographs of its own, as if each machine had a share.
+START = """
+import sys
+import jax
+import numpy as np
+from etils import epath
+from mini_config import get_config
+from semlic_jax.objectives.features import load_features
+from semlic_jax.training import feature_codes
+from semlic_jax.training.data import Photographs
+from semlic_jax.training.settings import read_settings
+from semlic_jax.training.sharding import make_mesh, place, replicated, start_processes
+from semlic_jax.training.sources import open_sources
+from semlic_jax.training.train import initial_params
+
+folder, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+start_processes("explicit", f"localhost:{port}", 2, process)
+
+# Codes are made by the first process alone, with a network that is on all devices.
+jit, devices = jax.jit, set()
+
+def watched(function, **options):
+    program = jit(function, **options)
+    def run(*arguments):
+        found = program(*arguments)
+        devices.update(found.devices())
+        return found
+    return run if function.__name__ == "features" else program
+
+network = place(load_features(), replicated(make_mesh(0, 1)))
+crops = Photographs(open_sources(("synthetic:2",)), crop=64)
+jax.jit = watched
+codes = feature_codes.kept_codes(
+    epath.Path(folder) / "codes.npy", network, 0, crops, 4, seed=0
+)
+jax.jit = jit
+assert devices == ({jax.local_devices()[0]} if process == 0 else set()), devices
+
+config = get_config()
+config.architecture.update(linear_skip=True, groups=(8,), context_shifts=(2,))
+config.data.train = (f"synthetic:{8 + 4 * process}",)
+settings = read_settings(config)
+crops = Photographs(open_sources(settings.data.train), crop=64)
+params = initial_params(settings, crops)
+np.savez(f"{folder}/{process}.npz", *jax.tree.leaves(params), codes)
+"""
+
+
+@pytest.mark.slow
+def test_processes_start_from_the_same_parameters_and_codes(tmp_path):
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, str(tmp_path), str(port), str(process)],
+            cwd=ROOT,
+            env=environment(1, tmp_path / "cache"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for process, output in zip(running, ends_of(running), strict=True):
+        assert process.returncode == 0, output[-3000:]
+    first, second = (np.load(tmp_path / f"{process}.npz") for process in range(2))
+    assert len(first) == len(second) > 20
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 @pytest.mark.slow
@@ -233,3 +394,26 @@ def test_two_processes_train_save_and_resume_together(tmp_path):
         for name in ("loss", "charbonnier", "adversarial", "d_loss"):
             assert row[name] == pytest.approx(wanted[name], rel=2e-3), row["step"]
     assert len(list((together / "images").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
+    options = [
+        f"--config.{key}=100000" for key in ("perceptual.steps", "keep_checkpoints")
+    ]
+    running = start_together(
+        tmp_path, tmp_path / "cache", 2, *options, "--config.checkpoint_steps=100000"
+    )
+    log = tmp_path / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert all(process.poll() is None for process in running), ends_of(running)
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    outputs = ends_of(running)
+    for number, (process, output) in enumerate(zip(running, outputs, strict=True)):
+        assert process.returncode == LOST_STATUS, output[-3000:]
+        assert f"process {number} of 2 was told to stop: the checkpoint of" in output
+    (step,) = (int(path.name) for path in (tmp_path / "perceptual").iterdir())
+    assert f"of step {step} of the stage perceptual is saved" in outputs[0]
+    assert checkpoints.read_params(tmp_path / "perceptual", step)
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == step

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import os
 import runpy
@@ -23,7 +24,7 @@ from mini_config import get_config
 from semlic_jax import cli
 from semlic_jax.model.compression import CompressionModel
 from semlic_jax.objectives.losses import LossWeights, RateTarget
-from semlic_jax.training import checkpoints
+from semlic_jax.training import checkpoints, loop, plot
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.loop import NotFiniteError, run_program
 from semlic_jax.training.plot import read_log
@@ -35,7 +36,7 @@ from semlic_jax.training.programs import (
     make_run,
 )
 from semlic_jax.training.settings import read_settings
-from semlic_jax.training.sharding import make_mesh
+from semlic_jax.training.sharding import Preempted, make_mesh
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import PARTS, Optimizer, Stage
 from semlic_jax.training.steps import (
@@ -120,7 +121,7 @@ REFUSED = [
     ),
     ({"percptual": {}}, "config has no key 'percptual'; did you mean perceptual?"),
     ({"stages": ("percptual",)}, "stages names 'percptual'"),
-    ({"stages": ()}, "names no stage"),
+    ({"stages": ()}, "at least one stage"),
     (
         {"stages": ("integer", "perceptual", "integer")},
         "config.stages must name each stage once, found 'integer' 2 times",
@@ -146,17 +147,26 @@ REFUSED = [
     ({"data.crop": 100}, "config.data.crop must be a multiple of 64, found 100"),
     ({"data.batch": 0}, "config.data.batch must be at least 1, found 0"),
     ({"perceptual.steps": 2.5}, "config.perceptual.steps must be of type int"),
-    ({"perceptual.trained": ("decoder",)}, "must be of entropy, .* found decoder"),
+    ({"perceptual.trained": ("decoder",)}, "must be some of entropy, .* found decoder"),
     ({"perceptual.arithmetic": "exact"}, "must be float or fake, found 'exact'"),
     ({"perceptual.weights.charbonnier": -1.0}, "must be at least 0, found -1.0"),
     ({"perceptual.quality_low": 2.0}, "needs 0 <= quality_low <= quality_high"),
     ({"perceptual.adversary.binary": False}, "needs a labeller: run the stage"),
-    ({"networks.discriminator.up_widths": (8, 8)}, "must have one stride"),
+    ({"networks.discriminator.up_widths": (8, 8)}, "must have the same stride"),
     ({"networks.labeller.width": (8,)}, "no key 'width'; did you mean widths?"),
     ({"architecture.width": 3}, "no key 'width'; did you mean widths?"),
     ({"model": "smal"}, "config.model must be one of .* found 'smal'"),
     ({"dtype": "float16"}, "config.dtype must be one of bfloat16, float32"),
-    ({"init_from": "/no/such/folder"}, "no such folder: /no/such/folder"),
+    ({"init_from": "/no/such/folder"}, "the folder /no/such/folder does not exist"),
+    ({"labeller_from": "small"}, "labeller_from: the folder small does not exist"),
+    ({"data.train": ()}, "config.data.train must name at least one source .* none"),
+    ({"data.train": (1,)}, "config.data.train must hold values of type str, found 1"),
+    ({"data.train": 1}, "config.data.train must be of type tuple, found 1"),
+    (
+        {"networks.discriminator.patch": 0},
+        "config.networks.discriminator.patch must be at least 1, found 0",
+    ),
+    ({"networks.labeller.patch": 0}, "networks.labeller.patch must be at least 1"),
     ({"log_steps": 0}, "config.log_steps must be at least 1, found 0"),
     ({"checkpoint_steps": 0}, "config.checkpoint_steps must be at least 1, found 0"),
     ({"keep_checkpoints": 0}, "config.keep_checkpoints must be at least 1, found 0"),
@@ -185,7 +195,7 @@ def test_bad_settings_are_refused(change, message):
         for key in parents:
             node = node[key]
         node[last] = value
-    if "one stride" in message:
+    if "the same stride" in message:
         config["perceptual"]["adversary"]["binary"] = False
     with pytest.raises(ValueError, match=message) as refusal:
         read_settings(config)
@@ -237,7 +247,9 @@ def test_a_model_without_texture_starts_without_its_layers(tmp_path, monkeypatch
     assert not any(name.startswith("texture_") for name in found["g_s"])
     assert set(found["g_s"]) < set(params["g_s"])
     params["g_s"]["stray"] = np.zeros(3)
-    with pytest.raises(ValueError, match="it has g_s/stray, which the model has not"):
+    with pytest.raises(
+        ValueError, match="it has g_s/stray, which the model does not have"
+    ):
         initial_params(plain, photographs(plain))
 
 
@@ -260,7 +272,7 @@ def test_refusals_that_need_the_devices_or_the_disk(tmp_path, monkeypatch):
             train(config, tmp_path / "run")
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(ValueError, match=r"--workdir must be a folder .* found"):
+    with pytest.raises(ValueError, match=r"--workdir must be a writable folder, found"):
         train(get_config(), blocked / "run")
 
 
@@ -297,10 +309,10 @@ def test_the_command_line_changes_keys_and_refuses_in_one_sentence(tmp_path, cap
         assert error.startswith("semlic: ") and error.count("\n") == 1, error
         assert message in error
     assert cli.main(["train", "--config", "no.py", "--workdir", str(tmp_path)]) == 1
-    assert "no such file: no.py" in capsys.readouterr().err
+    assert "the file no.py does not exist" in capsys.readouterr().err
     ablation = str(CONFIGS / "ablations.py:nothing")
     assert cli.main(["train", "--config", ablation, "--workdir", str(tmp_path)]) == 1
-    assert "semlic: expected an ablation of full" in capsys.readouterr().err
+    assert "semlic: expected one of the ablations full" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
     assert stop.value.code == 0 and "--workdir DIR" in capsys.readouterr().out
@@ -555,6 +567,14 @@ def test_a_row_follows_the_part_of_one_that_a_killed_run_left(tmp_path):
     assert [row["step"] for row in read_log(log)["a"]] == [1, 2]
 
 
+def test_a_plot_without_a_log_is_refused_in_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        plot.main([str(tmp_path)])
+    assert ended.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith(f"{tmp_path / 'metrics.jsonl'}, does not exist")
+
+
 def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(NotFiniteError, match="style is nan at step 8 of the stage"):
         run_counting(tmp_path, counting_program(8), log_steps=100)
@@ -562,6 +582,16 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
     found = checkpoints.read_params(tmp_path / "perceptual")
     assert found == {"n": 6.0}
     assert run_counting(tmp_path, counting_program(), log_steps=100) == {"n": 10.0}
+
+
+def test_a_run_that_is_told_to_stop_saves_first(tmp_path, monkeypatch):
+    told = iter([False] * 3 + [True])
+    monkeypatch.setattr(loop, "told_to_stop", lambda: next(told))
+    with pytest.raises(Preempted, match="of step 4 of the stage perceptual is saved"):
+        run_counting(tmp_path, counting_program(), checkpoint_steps=100)
+    assert checkpoints.read_params(tmp_path / "perceptual", 4) == {"n": 4.0}
+    monkeypatch.undo()
+    assert run_counting(tmp_path, counting_program()) == {"n": 10.0}
 
 
 def test_rows_and_pictures(tmp_path):
@@ -583,6 +613,55 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         ValueError, match=r"average/n should have shape \(3,\), found \(\)"
     ):
         run_counting(tmp_path, other._replace(shapes=shapes))
+
+
+def halve(paths):
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "parsed": lambda step: halve(step.glob("default/_METADATA")),
+    "is missing": lambda step: (step / "default" / "_METADATA").unlink(),
+    "file is missing": lambda step: shutil.rmtree(step / "default"),
+    "is too short": lambda step: halve(step.glob("default/d/*")),
+    "are not those": lambda step: halve(step.glob("default/manifest.ocdbt")),
+}
+
+
+# Arrays are read at the same time, and tensorstore drops all errors but the first.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path, reason):
+    run_counting(tmp_path, counting_program(), steps=4, checkpoint_steps=2)
+    folder = tmp_path / "perceptual"
+    DAMAGES[reason](folder / "4")
+    message = (
+        rf"the checkpoint {folder}/4 is damaged \([^()]*{reason}[^()]*\); delete it to "
+    )
+    for read in (
+        lambda: run_counting(tmp_path, counting_program()),
+        lambda: checkpoints.read_params(folder),
+    ):
+        with pytest.raises(ValueError, match=message + "continue from step 2$"):
+            read()
+    gc.collect()  # what was dropped, while it is expected
+    shutil.rmtree(folder / "2")
+    with pytest.raises(ValueError, match=message + "start again$"):
+        checkpoints.read_params(folder)
+    shutil.rmtree(folder / "4")
+    assert run_counting(tmp_path, counting_program()) == {"n": 10.0}
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_to_be_deleted(tmp_path):
+    for error in (PermissionError("no"), ValueError("UNAVAILABLE: no network")):
+        with (
+            pytest.raises(
+                ValueError, match=f"cannot read the checkpoint .*/3: {error}"
+            ),
+            checkpoints._naming_damage(tmp_path, 3),
+        ):
+            raise error
 
 
 # -------------------------------------------------------------- whole processes
@@ -689,5 +768,5 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(unbroken, tmp_pat
     output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "cannot write a checkpoint" in output, output[-3000:]
-    assert "the last complete one is of step 21" in output
+    assert "the last complete one is that of step 21" in output
     assert not differs(before, whole_state(run))

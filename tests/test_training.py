@@ -235,7 +235,9 @@ def test_a_refused_run_keeps_the_record_of_the_checkpoints(unbroken, train, tmp_
     assert json.loads(before)["stages"] == ["rate_distortion"]
     config = a_config()
     config.rate_distortion.trained = ("g_s",)
-    with pytest.raises(ValueError, match="it has optimizer/.*, which the model has no"):
+    with pytest.raises(
+        ValueError, match="it has optimizer/.*, which the model does not"
+    ):
         train(config, tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_text() == before
 

@@ -131,7 +131,7 @@ def test_an_unknown_model_is_a_usage_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         widen.main(["smal", str(tmp_path / "start.npz")])
     assert ended.value.code == 2
-    assert "expected a packaged model" in capsys.readouterr().err
+    assert "expected the name of a packaged model" in capsys.readouterr().err
 
 
 def test_an_existing_file_is_kept(tmp_path, capsys):

@@ -30,9 +30,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.splitlines()[0],
     )
     parser.add_argument("output", type=Path, help="model file to write")
-    parser.add_argument("models", nargs="+", metavar="model", help="name or path")
-    parser.add_argument("--weights", type=_numbers, help="of each; default: the same")
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT")
+    parser.add_argument(
+        "models", nargs="+", metavar="model", help="names or paths of models"
+    )
+    parser.add_argument(
+        "--weights",
+        type=_numbers,
+        help="weight of each model, separated by commas; default: equal weights",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing OUTPUT"
+    )
     options = parser.parse_args(argv)
     try:
         check_outputs([options.output], force=options.force)
@@ -40,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in options.models:
             model = load_model(name)
             if not isinstance(model, ModelFile):
-                parser.error(f"{name} is a converted model")
+                parser.error(f"{name} is a converted model, which cannot be averaged")
             models.append(model)
         mean = mean_decoder(models, options.weights)
     except ValueError as error:

@@ -180,8 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch", action="store_true", help="measure PyTorch too")
-    parser.add_argument("--train", nargs="*", help="photographs: measure the input too")
-    parser.add_argument("--json", type=Path, help="where to write the facts")
+    parser.add_argument(
+        "--train", nargs="*", help="photographs to measure the input pipeline with"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     facts = json.dumps(run_benchmark(options), indent=2)

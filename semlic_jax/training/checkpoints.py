@@ -10,7 +10,10 @@ Folders may be in a bucket (`gs://...`), where orbax marks complete ones with a 
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -20,7 +23,20 @@ from etils import epath
 
 Tree = Any
 
+# What the statuses of tensorstore that come of damage mean.
+_DAMAGES = {
+    "NOT_FOUND": "a file is missing",
+    "OUT_OF_RANGE": "a file is too short",
+    "DATA_LOSS": "the data of a file are not those that were written",
+}
 _ITEM = "default"  # orbax's name for the tree of a checkpoint
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # The loop asks, at every step: JAX must be asked with numbers of one sequence.
+        del step
+        return False
 
 
 class Checkpoints:
@@ -45,14 +61,13 @@ class Checkpoints:
         except Exception as error:  # bucket libraries raise errors of their own
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise ValueError(
-                f"checkpoints need a folder that can be written, found {folder}: "
-                f"{reason[:300]}"
+                f"checkpoints need a writable folder, found {folder}: {reason[:300]}"
             ) from error
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=options,
             item_handlers=ocp.StandardCheckpointHandler(),
@@ -82,15 +97,24 @@ class Checkpoints:
                 may differ from those that it was saved with.
 
         Raises:
-            ValueError: the checkpoint is of another model; names the first difference.
+            ValueError: the checkpoint is of another model, and the first difference is
+                named; or it is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
         # Extra leaves are refused here too: orbax's own error would list both trees.
-        found = self._manager.item_metadata(step)
+        with _naming_damage(self.folder, step):
+            item = self.folder / str(step) / _ITEM
+            found = self._manager.item_metadata(step) if item.exists() else None
+            if not jax.tree.leaves(found):
+                raise FileNotFoundError
         check_fits(found, shapes, self.folder, exactly=True)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(shapes)), step
+        with _naming_damage(self.folder, step):
+            restored = self._manager.restore(
+                step, args=ocp.args.StandardRestore(shapes)
+            )
+        return restored, step
 
     def save(self, step: int, state: Tree) -> None:
         """Start writing a checkpoint; the state may be donated right after.
@@ -104,6 +128,14 @@ class Checkpoints:
             )
         )
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        self._guarded(self._manager.wait_until_finished)
+
     def _guarded(self, write: Any) -> None:
         try:
             write()
@@ -111,7 +143,7 @@ class Checkpoints:
             steps = _complete_steps(self.folder)
             raise ValueError(
                 f"cannot write a checkpoint into {self.folder} (the last complete one "
-                f"is {f'of step {steps[-1]}' if steps else 'none'}): "
+                f"is {f'that of step {steps[-1]}' if steps else 'none'}): "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
 
@@ -144,7 +176,7 @@ def check_fits(
     if exactly and shapes:
         raise ValueError(
             f"the checkpoint in {where} does not fit this model: it has "
-            f"{min(shapes)}, which the model has not"
+            f"{min(shapes)}, which the model does not have"
         )
 
 
@@ -164,6 +196,44 @@ def _complete_steps(folder: epath.Path) -> list[int]:
     return sorted(ocp.path.step.checkpoint_steps(folder))
 
 
+@contextmanager
+def _naming_damage(folder: epath.Path, step: int) -> Iterator[None]:
+    """Turn errors in reading a checkpoint into one that says what to do about it.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read now.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # the device is full, or another process is gone
+    except Exception as error:  # orbax and tensorstore raise errors of many kinds
+        status = str(error).partition(":")[0]
+        reason = _DAMAGES.get(status)
+        if isinstance(error, FileNotFoundError):
+            reason = _DAMAGES["NOT_FOUND"]
+        elif isinstance(error, json.JSONDecodeError | KeyError):
+            reason = "its metadata cannot be parsed"
+        elif reason is None and (isinstance(error, OSError) or status.isupper()):
+            # No permission, or no network: nothing that should be deleted.
+            raise ValueError(
+                f"cannot read the checkpoint {folder / str(step)}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+        reason = reason or " ".join(str(error).split())[:100]
+        earlier = [each for each in _complete_steps(folder) if each < step]
+        follows = f"continue from step {earlier[-1]}" if earlier else "start again"
+        raise ValueError(
+            f"the checkpoint {folder / str(step)} is damaged ({reason}); delete it to "
+            f"{follows}"
+        ) from error
+
+
+def last_step(folder: epath.PathLike) -> int:
+    """Step of the last complete checkpoint of a stage, 0 if there is none."""
+    return max(_complete_steps(_absolute(folder)), default=0)
+
+
 def read_params(
     folder: epath.PathLike, step: int | None = None, which: str = "average"
 ) -> Tree:
@@ -175,7 +245,7 @@ def read_params(
         which: `average`, `params`, or another part of the state.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or it is damaged.
     """
     folder = _absolute(folder)
     steps = _complete_steps(folder)
@@ -189,16 +259,18 @@ def read_params(
     path = folder / str(step) / _ITEM
     logging.info("reading %s", path)
     handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(path).tree
+    with _naming_damage(folder, step):
+        tree = handler.metadata(path).tree
     if which not in tree:
         raise ValueError(f"{path} has no {which}, found {', '.join(sorted(tree))}")
     wanted = {which: tree[which]}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    restored = handler.restore(
-        path,
-        args=ocp.args.PyTreeRestore(
-            item=wanted, restore_args=arguments, partial_restore=True
-        ),
-    )
+    with _naming_damage(folder, step):
+        restored = handler.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=wanted, restore_args=arguments, partial_restore=True
+            ),
+        )
     handler.close()
     return restored[which]

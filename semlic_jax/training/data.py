@@ -10,19 +10,20 @@ others.
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
-from semlic_jax.training.sources import Source, UnusableImage
+from semlic_jax.training.sources import Source, UnusableImage, decoder_threads
 
 SMALL_IMAGES = ("skip", "reflect")
 _PREFETCH_BATCHES = 4
-_MOST_DRAWS = 100  # unusable images in a row before giving up
+# Unusable images in a row before giving up: with one usable in a hundred, no example of
+# a long run gets there. Those that are known to be unusable cost a look-up.
+_MOST_DRAWS = 10_000
 _MOST_NAMED = 5
 
 
@@ -137,17 +138,19 @@ class Photographs:
         """A crop, float32 [crop, crop, 3] in [0, 1]; a function of (seed, step, index).
 
         Raises:
-            ValueError: none of many images drawn was usable.
+            ValueError: none of very many images drawn was usable, or none is at all.
         """
         rng = np.random.default_rng((seed, step, index))
         for _ in range(_MOST_DRAWS):
+            if len(self.skipped) == len(self):
+                break
             image = self.image(int(rng.integers(len(self))))
             if image is not None:
                 return self._crop(rng, image)
         named = "; ".join(list(self.skipped.values())[:_MOST_NAMED])
         raise ValueError(
             f"expected photographs of at least {self.crop} pixels a side, found none "
-            f"usable in {_MOST_DRAWS} draws: {named}"
+            f"that is usable ({len(self.skipped)} of {len(self)} left out): {named}"
         )
 
     def _crop(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -189,7 +192,7 @@ class Photographs:
         stop: int,
         *,
         seed: int,
-        examples: range,
+        examples: Sequence[int],
         threads: int = 0,
     ) -> Iterator[np.ndarray]:
         """Yield batches start..stop-1 in order, made ahead of time on other threads.
@@ -198,12 +201,12 @@ class Photographs:
             start, stop: the first step and the one after the last.
             seed: see `example`.
             examples: this process's part of each batch.
-            threads: number of threads; 0 for one per CPU, at most 16.
+            threads: number of threads; 0 for `decoder_threads`.
 
         Yields:
             float32 [len(examples), crop, crop, 3].
         """
-        workers = threads or min(os.cpu_count() or 1, 16)
+        workers = threads or decoder_threads()
         with ThreadPoolExecutor(workers, "batches") as pool:
 
             def submit(step: int) -> list:

@@ -453,15 +453,33 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m semlic_jax.training.distil",
         description="Distil the packaged feature network, or evaluate it.",
     )
-    parser.add_argument("--data", required=True, nargs="+", help="folders or globs")
-    parser.add_argument("--features", type=Path, help="teacher's; or SEMLIC_FEATURES")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of the distillation")
-    parser.add_argument("--start-from", type=Path, metavar="FILE", help="weights")
-    parser.add_argument("--evaluate", type=Path, metavar="REPORT.json")
     parser.add_argument(
-        "--trunk", type=Path, metavar="FILE", help="to evaluate; default the packaged"
+        "--data", required=True, nargs="+", help="photographs: folders or globs"
     )
-    parser.add_argument("--images", type=int, help="evaluate only so many")
+    parser.add_argument(
+        "--features", type=Path, help="the teacher's weights; default: SEMLIC_FEATURES"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="output folder of the distillation"
+    )
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FILE", help="weights to start from"
+    )
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="REPORT.json",
+        help="evaluate the network and write this report",
+    )
+    parser.add_argument(
+        "--trunk",
+        type=Path,
+        metavar="FILE",
+        help="weights to evaluate; default: the packaged network",
+    )
+    parser.add_argument(
+        "--images", type=int, help="evaluate on at most this many photographs"
+    )
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         parser.add_argument(f"--{field.name}", type=kind, default=field.default)
@@ -485,7 +503,7 @@ def main(argv: Sequence[str]) -> None:
         )
         print(path)
     else:
-        parser.error("give --out to distil, or --evaluate")
+        parser.error("expected --out to distil or --evaluate, found neither")
 
 
 if __name__ == "__main__":

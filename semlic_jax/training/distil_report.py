@@ -147,7 +147,9 @@ def report(
         _middle(image, _SIDE) for image in images if min(image.shape[:2]) >= _SIDE
     ]
     if not images:
-        raise ValueError(f"expected photographs of {_SIDE} pixels a side, found none")
+        raise ValueError(
+            f"expected photographs of at least {_SIDE} pixels a side, found none"
+        )
     distortions = all_distortions(load("small"))
     kinds = list(distortions)
     networks = {

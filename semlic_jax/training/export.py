@@ -50,7 +50,7 @@ def trained_config(stage: epath.Path) -> ModelConfig:
         return dataclasses.replace(SIZES[record["model"]], **changed)
     except FileNotFoundError as error:
         raise ValueError(
-            f"expected the configuration of the run in {path}, found none: give --size"
+            f"the run's configuration {path} does not exist: give --size"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -63,28 +63,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m semlic_jax.training.export",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument("stage", type=epath.Path, help="folder of its checkpoints")
-    parser.add_argument("model", type=Path, help="file to write")
     parser.add_argument(
-        "--size", choices=sorted(SIZES), help="default: what the run says"
+        "stage", type=epath.Path, help="folder of a stage's checkpoints"
     )
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: last")
+    parser.add_argument("model", type=Path, help="model file to write")
+    parser.add_argument(
+        "--size",
+        choices=sorted(SIZES),
+        help="architecture; default: that of the run's configuration",
+    )
+    parser.add_argument(
+        "--step", type=int, help="step of the checkpoint; default: the last one"
+    )
     parser.add_argument(
         "--fit-tables",
         nargs="+",
         metavar="PHOTOGRAPHS",
-        help="count the tables of y on photographs: folders, globs, array_record files "
-        "or data sets of the training, never those that are evaluated on",
+        help="fit the coder's tables of y to photographs: folders, globs, array_record "
+        "files or data sets, as for training; never images used for evaluation",
     )
     parser.add_argument(
         "--decoder-for",
         metavar="MODEL",
-        help="keep all of this model but g_s",
+        help="put the decoder (g_s) into this model and keep the rest of it",
     )
-    parser.add_argument("--force", action="store_true", help="replace MODEL")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing MODEL"
+    )
     options = parser.parse_args(argv)
     if options.fit_tables and options.decoder_for:
-        parser.error("--fit-tables and --decoder-for exclude each other")
+        parser.error("--fit-tables and --decoder-for cannot be combined")
     try:  # before anything is computed
         check_outputs([options.model], force=options.force)
     except ValueError as error:
@@ -103,7 +111,10 @@ def _model(options: argparse.Namespace) -> ModelFile:
     if options.decoder_for:
         kept = load_model(options.decoder_for)
         if not isinstance(kept, ModelFile):
-            raise ValueError(f"{options.decoder_for} is a converted model")
+            raise ValueError(
+                f"{options.decoder_for} is a converted model, whose decoder cannot be "
+                "replaced"
+            )
         return with_decoder(kept, config, params)
     init = CompressionModel(config).init
     x, key = jnp.zeros((1, 64, 64, 3)), jax.random.key(0)

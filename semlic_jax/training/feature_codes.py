@@ -49,6 +49,9 @@ def feature_codes(
         float32 [C, D], unit vectors.
     """
     rng = np.random.default_rng((seed, count))
+    # It may be on the devices of all processes, and a program of theirs would wait for
+    # the others, which do not call this.
+    network = jax.device_put(jax.device_get(network), jax.local_devices()[0])
 
     @partial(jax.jit, static_argnums=1)
     def features(network: FeatureNetwork, tap: int, image: Array) -> Array:
@@ -114,7 +117,7 @@ def _read_codes(path: epath.Path, shape: tuple[int, int]) -> np.ndarray:
     if codes.shape != shape or codes.dtype != np.float32:
         raise ValueError(
             f"expected codes of shape {shape} in {path}, found {codes.shape} "
-            f"({codes.dtype}): the stage was begun with another adversary"
+            f"({codes.dtype}): the stage was started with another adversary"
         )
     return codes
 

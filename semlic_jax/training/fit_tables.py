@@ -96,7 +96,7 @@ def count_symbols(codec: Codec, source: Source) -> Histogram:
     used = len(source) - len(left_out)
     if not used:
         raise ValueError(
-            f"expected photographs to fit tables to, found none that can be used of "
+            f"expected photographs to fit tables to, found none usable among "
             f"{len(source)}: {left_out[0]}"
         )
     return Histogram(counts.reshape(len(LEVELS), -1, width), bits, used, left_out)
@@ -165,8 +165,10 @@ def report(found: Histogram, saved_percent: Sequence[float]) -> str:
         f"{percent:.2f} at {level}"
         for level, percent in zip(LEVELS, saved_percent, strict=True)
     )
-    lines.append(f"y tables fitted to {found.photographs} photographs")
-    lines.append(f"bits of y saved on them, in percent by quality level: {savings}")
+    lines.append(f"tables of y fitted to {found.photographs} photographs")
+    lines.append(
+        f"bits of y saved on these photographs, in percent by quality level: {savings}"
+    )
     return "\n".join(lines)
 
 
@@ -175,8 +177,8 @@ def _middle(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
         side = min(pixels.shape[axis], _MAX_SIDE) // HYPER_STRIDE * HYPER_STRIDE
         if not side:
             raise UnusableImage(
-                f"photograph {number} ({pixels.shape[1]} x {pixels.shape[0]} pixels "
-                f"are less than {HYPER_STRIDE})"
+                f"photograph {number} ({pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"a side below {HYPER_STRIDE})"
             )
         start = (pixels.shape[axis] - side) // 2
         pixels = np.take(pixels, np.arange(start, start + side), axis)

@@ -110,8 +110,8 @@ def main() -> None:
         prog="python -m semlic_jax.training.integer_cost",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument("stage", type=Path)
-    parser.add_argument("model")
+    parser.add_argument("stage", type=Path, help="folder of the checkpoints of a stage")
+    parser.add_argument("model", help="name or path of the exported model")
     parser.add_argument("images", nargs="+", type=Path)
     arguments = parser.parse_args()
     codec = Codec(load_model(arguments.model))

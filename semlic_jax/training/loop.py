@@ -19,10 +19,12 @@ from semlic_jax.training.checkpoints import Checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.programs import Program, Run
 from semlic_jax.training.sharding import (
+    Preempted,
     global_batch,
     local_examples,
     place,
     replicated,
+    told_to_stop,
 )
 from semlic_jax.training.stages import LabellerStage, Stage
 from semlic_jax.training.writers import Writer
@@ -53,6 +55,7 @@ def run_program(
 
     Raises:
         NotFiniteError: a term is not finite; names the step and the term.
+        Preempted: the processes were told to stop; the checkpoint is complete.
         ValueError: the checkpoints are of another model, or cannot be written.
     """
     settings = run.settings
@@ -62,7 +65,7 @@ def run_program(
         restored = checkpoints.restore(program.shapes)
         state, start = restored or (program.start(), 0)
         if start:
-            logging.info("%s goes on from step %d", stage.name, start)
+            logging.info("%s continues from step %d", stage.name, start)
         if start < stage.steps:
             writer.config(record)
         meter = _Meter(stage, start, batch)
@@ -88,9 +91,15 @@ def run_program(
                 writer.scalars(stage.name, done, row)
             if settings.image_steps and (last or done % settings.image_steps == 0):
                 _show(run, program, state, photographs, writer, stage.name, done)
-            if last or done % settings.checkpoint_steps == 0:
+            stopping = told_to_stop()
+            if stopping or last or done % settings.checkpoint_steps == 0:
                 meter.check(done)
                 checkpoints.save(done, state)
+            if stopping:
+                checkpoints.wait()
+                raise Preempted(
+                    f"the checkpoint of step {done} of the stage {stage.name} is saved"
+                )
     return state["average"]
 
 
@@ -142,7 +151,8 @@ class _Meter:
                 if not np.isfinite(value):
                     raise NotFiniteError(
                         f"{name} is {value} at step {step} of the stage "
-                        f"{self._stage.name}; the last checkpoint is from before it"
+                        f"{self._stage.name}; the last checkpoint is from an earlier "
+                        "step"
                     )
         self._rows += [{name: float(row[name]) for name in row} for row in rows]
         self._waiting = []

@@ -43,7 +43,7 @@ def with_decoder(
     if not np.array_equal(gains, model.transforms["log_gain"]):
         raise ValueError(
             "expected a decoder that was trained for the latents of this model, "
-            "found other gains beside it"
+            "found one with different gains"
         )
     g_s = to_dtype("g_s", params["g_s"], np.float16)
     transforms = {**model.transforms, "g_s": g_s}
@@ -83,7 +83,7 @@ def mean_decoder(
         if model.config != first.config:
             raise ValueError(
                 f"expected models of one architecture, found {first.config.name} and "
-                f"{model.config.name} with other layers"
+                f"{model.config.name} with different layers"
             )
         same = model.fingerprint() == first.fingerprint() and all(
             np.array_equal(one, other)
@@ -97,8 +97,8 @@ def mean_decoder(
         )
         if not same:
             raise ValueError(
-                "expected models that differ in nothing but their decoder, found "
-                "others that make other files"
+                "expected models that differ only in their decoder, found models that "
+                "make different files"
             )
     shares /= shares.sum()
 

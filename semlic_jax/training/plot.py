@@ -25,7 +25,7 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
         ValueError: there is no such log, or it has no rows.
     """
     if not path.is_file():
-        raise ValueError(f"expected the log of a run, found no file {path}")
+        raise ValueError(f"the log of the run, {path}, does not exist")
     stages: dict[str, dict[int, dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         try:
@@ -76,11 +76,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m semlic_jax.training.plot",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("run", type=Path, help="work folder of the run")
+    parser.add_argument(
+        "output",
+        type=Path,
+        nargs="?",
+        help="picture to write; default: metrics.png in the folder",
+    )
     options = parser.parse_args(argv)
     output = options.output or options.run / "metrics.png"
-    plot(options.run, output)
+    try:
+        plot(options.run, output)
+    except ValueError as error:
+        parser.error(str(error))
     print(output)
 
 

@@ -23,6 +23,7 @@ from semlic_jax.model.compression import SIZES, ModelConfig
 from semlic_jax.objectives.adversary import Discriminator, Labeller
 from semlic_jax.objectives.features import NETWORKS
 from semlic_jax.training.stages import LabellerStage, Stage
+from semlic_jax.weights import pretrained_models
 
 LABELLER_STAGE = "labeller"
 # LPIPS's names of the trunks.
@@ -45,7 +46,8 @@ class Data:
         smallest_scale, largest_scale: images are scaled down by a random factor between
             these; a factor below 1 scales up.
         cache_mb: memory for decoded images, in MiB.
-        threads: threads that decode and crop; 0 for one per CPU, at most 16.
+        threads: threads that decode and crop; 0 for one per CPU that the process
+            may use, at most 16.
     """
 
     train: tuple[str, ...] = ("data/train",)
@@ -90,8 +92,8 @@ class Settings:
             given, else the packaged network.
         learnt_heads: weight the trunk's channels as LPIPS does; needs
             `lpips_v0.1_*.npz` beside the trunk's weights.
-        init_from: folder of a stage's checkpoints to start the codec from, or a model
-            file.
+        init_from: folder of a stage's checkpoints to start the codec from, a model
+            file, or the name of a packaged model.
         labeller_from: folder of a stage's checkpoints to take the labeller from.
         data: the input.
         mesh: the devices.
@@ -194,8 +196,8 @@ def read_settings(config: Any) -> Settings:
             )
         if name not in records:
             raise ValueError(
-                f"stages names {name!r}, but the config has no such record; found "
-                f"{', '.join(sorted(records)) or 'none'}"
+                f"config.stages names {name!r}, but the config has no such stage; "
+                f"found {', '.join(sorted(records)) or 'none'}"
             )
     built = {}
     for name, fields in records.items():
@@ -236,7 +238,7 @@ def _check(settings: Settings) -> None:
     _refuse_unknown(settings.architecture, fields, "config.architecture")
     _ = settings.model_config  # checks itself
     if not settings.stages:
-        raise ValueError("config.stages names no stage")
+        raise ValueError("config.stages must name at least one stage, found none")
     data = settings.data
     if data.crop < 64 or data.crop % 64:
         raise ValueError(
@@ -255,11 +257,23 @@ def _check(settings: Settings) -> None:
                 f"config.data.{name} must be at least {value}, found "
                 f"{getattr(data, name)}"
             )
+    if not data.train:
+        raise ValueError(
+            "config.data.train must name at least one source of photographs, found none"
+        )
+    for module in (settings.labeller, settings.discriminator):
+        if module.patch < 1:
+            raise ValueError(
+                f"config.networks.{type(module).__name__.lower()}.patch must be at "
+                f"least 1, found {module.patch}"
+            )
     for name in ("init_from", "labeller_from"):
         folder = getattr(settings, name)
-        model_file = name == "init_from" and epath.Path(folder or ".").is_file()
-        if folder and not model_file and not epath.Path(folder).is_dir():
-            raise ValueError(f"config.{name}: no such folder: {folder}")
+        model = name == "init_from" and (
+            folder in pretrained_models() or epath.Path(folder or ".").is_file()
+        )
+        if folder and not model and not epath.Path(folder).is_dir():
+            raise ValueError(f"config.{name}: the folder {folder} does not exist")
     for stage in settings.records:
         if isinstance(stage, LabellerStage):
             if data.crop % settings.labeller.stride:
@@ -287,7 +301,7 @@ def _check_adversary(settings: Settings, stage: Stage) -> None:
         return
     if labeller.stride != discriminator.stride:
         raise ValueError(
-            "labeller and discriminator must have one stride, found "
+            "labeller and discriminator must have the same stride, found "
             f"{labeller.stride} and {discriminator.stride}"
         )
     before = settings.stages[: settings.stages.index(stage.name)]
@@ -332,7 +346,7 @@ def _record(cls: Any, fields: Mapping[str, Any], where: str, **ready: Any) -> An
     try:
         return cls(**values, **ready)
     except TypeError as error:
-        raise ValueError(f"{where} is not complete: {error}") from error
+        raise ValueError(f"{where} is incomplete: {error}") from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -343,12 +357,25 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _record(hint, value, where) if isinstance(value, Mapping) else value
     if hint is tuple or typing.get_origin(hint) is tuple:
-        return (value,) if isinstance(value, str) else tuple(value)
+        return _tuple(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and not isinstance(value, hint):
         raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}")
     return value
+
+
+def _tuple(hint: Any, value: Any, where: str) -> tuple[Any, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, tuple | list):
+        raise ValueError(f"{where} must be of type tuple, found {value!r}")
+    kind = next(iter(typing.get_args(hint)), object)
+    for each in values:
+        if not isinstance(each, kind):
+            raise ValueError(
+                f"{where} must hold values of type {kind.__name__}, found {each!r}"
+            )
+    return tuple(values)
 
 
 def _refuse_unknown(found: Iterable[str], known: set[str], where: str) -> None:

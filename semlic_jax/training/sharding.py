@@ -10,16 +10,19 @@ inserts the collectives.
 from __future__ import annotations
 
 import atexit
+import bisect
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,8 +30,15 @@ Tree = Any
 
 DATA, MODEL = "data", "model"
 
-# Exit status of a process that lost another one of its run: EX_TEMPFAIL.
+# Exit status of a process that lost another one of its run, or that was told to stop:
+# EX_TEMPFAIL.
 LOST_STATUS = 75
+
+_calls = itertools.count(1)
+
+
+class Preempted(Exception):
+    """The processes were told to stop; the message says what is saved."""
 
 
 def start_processes(
@@ -84,19 +94,32 @@ def start_processes(
 def stops_with_the_others() -> Iterator[None]:
     """End this process at once, with status `LOST_STATUS`, if a collective fails.
 
-    Nothing runs between the message and the exit: the usual exit joins threads first,
-    and on a busy machine JAX, missing the others' heartbeats, aborts before it is done.
+    The same for `Preempted`. Nothing runs between the message and the exit: the usual
+    exit joins threads first, and on a busy machine JAX, missing the others'
+    heartbeats, aborts before it is done.
     """
     try:
         yield
     except Exception as error:
         if jax.process_count() == 1:
             raise
+        if isinstance(error, Preempted):
+            print(
+                f"semlic: process {jax.process_index()} of {jax.process_count()} was "
+                f"told to stop: {error}; start all of them again with the same command "
+                "to continue",
+                file=sys.stderr,
+                flush=True,
+            )
+            if jax.process_index() == 0:
+                # The others abort if its coordination service goes before them.
+                time.sleep(1)
+            _leave(LOST_STATUS)
         if _is_broken_collective(error):
             print(
                 f"semlic: process {jax.process_index()} of {jax.process_count()} "
-                "cannot go on without the others: start all of them again with the "
-                "same command to go on from the last checkpoint "
+                "cannot continue without the others: start all of them again with the "
+                "same command to continue from the last checkpoint "
                 f"({' '.join(str(error).split())[:200]})",
                 file=sys.stderr,
             )
@@ -104,6 +127,21 @@ def stops_with_the_others() -> Iterator[None]:
         # At exit, JAX waits for minutes for the processes that are gone.
         atexit.register(_leave, 1)
         raise
+
+
+def told_to_stop() -> bool:
+    """Whether all processes are to stop after this step, since one got a SIGTERM.
+
+    JAX keeps the signal from ending a process of several, and has them agree on the
+    step. Call this once for each step: they agree on a number of calls, which unlike
+    the number of the step grows by one each time in all stages.
+    """
+    if jax.process_count() == 1:
+        return False
+    try:
+        return multihost_utils.reached_preemption_sync_point(next(_calls))
+    except RuntimeError:
+        return False  # the service is switched off, so the signal ends the process
 
 
 def _is_broken_collective(error: BaseException | None) -> bool:
@@ -125,7 +163,8 @@ def make_mesh(data: int, model: int) -> Mesh:
 
     Raises:
         ValueError: there are more shards than devices, `model` does not divide the
-            devices, or a run of several processes would not use all of them.
+            devices, a run of several processes would not use all of them, or JAX knows
+            no such mesh of these devices.
     """
     devices = jax.devices()
     if model < 1 or data < 0:
@@ -149,12 +188,20 @@ def make_mesh(data: int, model: int) -> Mesh:
             f"a run of {jax.process_count()} processes must use all "
             f"{len(devices)} devices, config.mesh asks for {data * model}"
         )
-    return jax.make_mesh(
-        (data, model),
-        (DATA, MODEL),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: data * model],
-    )
+    shape = (data, model)
+    try:
+        # On some TPU slices a model axis of 2 is a part of an axis of the torus, which
+        # `jax.make_mesh` does not split.
+        places = mesh_utils.create_device_mesh(
+            shape, devices[: data * model], allow_split_physical_axes=True
+        )
+    except Exception as error:  # it has assertions too
+        raise ValueError(
+            f"config.mesh: {data} data x {model} model cannot be placed on "
+            f"{len(devices)} devices ({devices[0].device_kind}): "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    return Mesh(places, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def state_sharding(mesh: Mesh, tree: Tree, *, shard_from: int) -> Tree:
@@ -211,8 +258,11 @@ def place(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(put, tree, shardings)
 
 
-def local_examples(mesh: Mesh, batch: int) -> range:
-    """The examples of a global batch that this process's devices work on.
+def local_examples(mesh: Mesh, batch: int) -> tuple[int, ...]:
+    """The examples of a global batch that this process's devices work on, sorted.
+
+    They need not follow each other: the rows of a TPU host are where the mesh has its
+    chips.
 
     Raises:
         ValueError: the data axis does not divide the batch.
@@ -224,18 +274,20 @@ def local_examples(mesh: Mesh, batch: int) -> range:
             f"found {batch}"
         )
     places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
-    slices = [index[0].indices(batch) for index in places.values()]
-    first = min(start for start, _, _ in slices)
-    last = max(stop for _, stop, _ in slices)
-    return range(first, last)
+    needed = {i for index in places.values() for i in range(*index[0].indices(batch))}
+    return tuple(sorted(needed))
 
 
-def global_batch(mesh: Mesh, local: np.ndarray, examples: range, batch: int) -> Any:
+def global_batch(
+    mesh: Mesh, local: np.ndarray, examples: Sequence[int], batch: int
+) -> Any:
     """The global batch, of which `local` is this process's part."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(batch)
-        return local[start - examples.start : stop - examples.start]
+        wanted = range(*index[0].indices(batch))
+        # A shard's examples follow each other in `examples` too.
+        first = bisect.bisect_left(examples, wanted.start)
+        return local[first : first + len(wanted)]
 
     shape = (batch, *local.shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), part)

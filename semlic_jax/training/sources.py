@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +33,8 @@ from semlic_jax.images import read_photograph
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 _SYNTHETIC_SIDE = 192
+_MOST_OPENED = 64  # files at the same time
+_MOST_THREADS = 16
 
 
 class UnusableImage(Exception):
@@ -100,6 +104,16 @@ def decode(data: bytes | str, name: str) -> np.ndarray:
         raise UnusableImage(f"{name} ({error})") from error
 
 
+def decoder_threads() -> int:
+    """One for each CPU that this process may use, at most 16.
+
+    Containers and job schedulers give a process a part of a machine's CPUs.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return min(os.cpu_count() or 1, _MOST_THREADS)  # macOS and Windows
+
+
 class FileSource:
     """Image files."""
 
@@ -117,7 +131,11 @@ class RecordSource:
     """Encoded images in array_record files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Open the files; raises ValueError if the library is missing."""
+        """Open the files.
+
+        Raises:
+            ValueError: the library is missing, or a file is none of array_record.
+        """
         try:
             from array_record.python.array_record_data_source import (
                 ArrayRecordDataSource,
@@ -127,14 +145,44 @@ class RecordSource:
                 f"{paths[0]} needs the package array-record: "
                 "pip install 'semlic_jax[train]'"
             ) from error
+
+        def opened(path: str) -> Any:
+            try:
+                return ArrayRecordDataSource([path])
+            except Exception as error:  # the library has RuntimeErrors for everything
+                raise ValueError(f"cannot read {path}: {_in_short(error)}") from error
+
         self.paths = sorted(paths)
-        self._records = ArrayRecordDataSource(self.paths)
+        with ThreadPoolExecutor(min(len(paths), _MOST_OPENED)) as pool:
+            self._files = list(pool.map(opened, self.paths))
+        self._ends = np.cumsum([len(records) for records in self._files])
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return decode(self._records[index], f"{self.paths[0]}[{index}]")
+        file, position = _locate(self._ends, index)
+        name = f"{self.paths[file]}[{position}]"
+        return decode(_record(self._files[file], position, name), name)
+
+
+def _record(records: Any, index: int, name: str) -> Any:
+    try:
+        return records[index]
+    except MemoryError:
+        raise
+    except Exception as error:  # of array_record, and of what parses its records
+        raise UnusableImage(f"{name} ({_in_short(error)})") from error
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """The part that has the index, and the index in it, by where each part ends."""
+    part = int(np.searchsorted(ends, index, side="right"))
+    return part, index - (int(ends[part - 1]) if part else 0)
 
 
 class TfdsSource:
@@ -172,20 +220,23 @@ class TfdsSource:
                 split=split,
                 decoders={self._key: tfds.decode.SkipDecoding()},
             )
+            self._files = builder.info.splits[split].file_instructions
+            self._ends = np.cumsum([file.take for file in self._files])
         except StopIteration as error:
             raise ValueError(f"tfds:{base} has no image in its examples") from error
         except Exception as error:
             raise ValueError(
                 f"cannot read the split {split} of tfds:{base} as array_record: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{_in_short(error)}"
             ) from error
-        self.name = f"tfds:{base}/{split}"
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return decode(self._records[index][self._key], f"{self.name}[{index}]")
+        file, position = _locate(self._ends, index)
+        name = f"{self._files[file].filename}[{self._files[file].skip + position}]"
+        return decode(_record(self._records, index, name)[self._key], name)
 
 
 class SyntheticSource:
@@ -231,6 +282,5 @@ class _Chain:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        start = 0 if part == 0 else int(self._ends[part - 1])
-        return self._parts[part][index - start]
+        part, position = _locate(self._ends, index)
+        return self._parts[part][position]

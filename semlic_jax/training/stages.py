@@ -203,7 +203,7 @@ class Stage:
         unknown = [part for part in self.trained if part not in PARTS]
         if unknown or not self.trained:
             raise ValueError(
-                f"{self.name}.trained must be of {', '.join(PARTS)}, found "
+                f"{self.name}.trained must be some of {', '.join(PARTS)}, found "
                 f"{', '.join(unknown) or 'none'}"
             )
         for name in ("lmbda_low", "lmbda_high"):

@@ -4,7 +4,8 @@
 The stages of a config run one after the other, each from the averaged parameters of
 the one before. Each keeps its checkpoints in `DIR/<stage>`; running the same command
 again goes on where a killed run stopped. If one of several processes is lost, the
-others stop with exit status 75: start all of them again.
+others stop with exit status 75: start all of them again. If one gets SIGTERM, all save
+a checkpoint and stop, with the same status.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from semlic_jax.model.compression import CompressionModel
 from semlic_jax.objectives.feature_weights import load_lpips_heads
@@ -42,6 +44,7 @@ from semlic_jax.training.programs import (
     labeller_program,
     make_run,
 )
+from semlic_jax.training.resuming import check_resumed
 from semlic_jax.training.settings import (
     LABELLER_STAGE,
     LPIPS_NAMES,
@@ -58,7 +61,7 @@ from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import LabellerStage, Stage
 from semlic_jax.training.steps import Trunk
 from semlic_jax.training.writers import Writer
-from semlic_jax.weights import ModelFile, load_model
+from semlic_jax.weights import ModelFile, load_model, pretrained_models
 
 Tree = Any
 
@@ -70,7 +73,7 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
 
     Fresh parameters start at the KLT of the photographs if the model has a linear skip.
     Texture layers that `init_from` lacks are fresh, which changes no picture yet, and
-    those that this model lacks are left out.
+    those that this model lacks are left out. All processes get those of the first one.
 
     Raises:
         ValueError: the checkpoint or the model file is of another model.
@@ -81,7 +84,7 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
     key = jax.random.key(settings.seed)
     if settings.init_from:
         place = settings.init_from
-        if epath.Path(place).is_dir():
+        if place not in pretrained_models() and epath.Path(place).is_dir():
             params = checkpoints.read_params(place)
         else:
             params = _model_params(place)
@@ -95,12 +98,24 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
         params = {**params, "g_s": g_s}
         # Extra parameters are refused too, as they are in a model file.
         checkpoints.check_fits(params, codec_shapes(model), place, exactly=True)
-        return params
+        return _of_the_first(params)
     params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
     if config.linear_skip:
         covariance = block_covariance(photographs.sample(_KLT_IMAGES))
         params = start_from_klt(params, config, covariance)
-    return jax.tree.map(np.asarray, params)
+    return _of_the_first(jax.tree.map(np.asarray, params))
+
+
+def _of_the_first(params: Tree) -> Tree:
+    """The parameters of process 0, for all processes.
+
+    Each may have its own share of the photographs, and eigenvectors differ between
+    processors. Nothing would ever make such parameters equal again: only gradients are
+    exchanged.
+    """
+    if jax.process_count() == 1:
+        return params
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(params))
 
 
 def _is_texture(name: str) -> bool:
@@ -142,8 +157,8 @@ def _trunk(settings: Settings) -> Trunk | None:
             continue
         if stage.adversary.code_tap >= len(network.taps):
             raise ValueError(
-                f"config.{stage.name}.adversary.code_tap must be under "
-                f"{len(network.taps)}, the taps of {network.name}, found "
+                f"config.{stage.name}.adversary.code_tap must be below "
+                f"{len(network.taps)}, the number of taps of {network.name}, found "
                 f"{stage.adversary.code_tap}"
             )
     return Trunk(network, heads)
@@ -209,6 +224,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
     """
     workdir = epath.Path(workdir)
     settings = read_settings(config)
+    record = config.to_json_best_effort(indent=2)
+    check_resumed(workdir, settings, record)
     mesh = make_mesh(settings.mesh.data, settings.mesh.model)
     local_examples(mesh, settings.data.batch)
     data = settings.data
@@ -237,7 +254,6 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, Tree]:
     writer = Writer(
         workdir, active=jax.process_index() == 0, tensorboard=settings.tensorboard
     )
-    record = config.to_json_best_effort(indent=2)
     try:
         for stage in settings.records:
             if isinstance(stage, LabellerStage):
@@ -270,7 +286,7 @@ def load_config(path: str, overrides: Sequence[str]) -> Any:
     from ml_collections import config_flags
 
     if not Path(path.partition(":")[0]).is_file():
-        raise ValueError(f"--config: no such file: {path.partition(':')[0]}")
+        raise ValueError(f"--config: the file {path.partition(':')[0]} does not exist")
     values = flags.FlagValues()
     argv = ["semlic train", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file(
@@ -303,24 +319,45 @@ def main(argv: Sequence[str], prog: str = "semlic train") -> None:
     """Entry point; `argv` as in `--config FILE --workdir DIR --config.key=value`."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train a model, stage after stage; the same command goes on where "
+        description="Train a model stage by stage; the same command continues where "
         "a killed run stopped.",
-        epilog="Every key of the config can be set by --config.key=value, such as "
+        epilog="Every key of the config can be set with --config.key=value, such as "
         "--config.data.train='(\"photos\",)'.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]")
-    parser.add_argument("--workdir", required=True, type=epath.Path, metavar="DIR")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="config file, such as configs/tiny.py",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=epath.Path,
+        metavar="DIR",
+        help="folder for checkpoints and logs, created if missing",
+    )
     parser.add_argument(
         "--distributed",
         default="none",
         metavar="MODE",
-        help="several processes: none, auto (TPU pods, SLURM) or explicit (with the "
-        "three below)",
+        help="how several processes find each other: none, auto (TPU pods, SLURM) or "
+        "explicit (with the three options below); default none",
     )
-    parser.add_argument("--coordinator", default="", metavar="HOST:PORT")
-    parser.add_argument("--processes", default=0, type=int, metavar="N")
-    parser.add_argument("--process", default=-1, type=int, metavar="0..N-1")
+    parser.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="address of process 0"
+    )
+    parser.add_argument(
+        "--processes", default=0, type=int, metavar="N", help="number of processes"
+    )
+    parser.add_argument(
+        "--process",
+        default=-1,
+        type=int,
+        metavar="0..N-1",
+        help="number of this process",
+    )
     options, overrides = parser.parse_known_args(argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", force=True

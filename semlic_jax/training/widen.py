@@ -73,8 +73,8 @@ def widened(
     if doubled != wide or not narrow.linear_skip:
         raise ValueError(
             f"expected an architecture with twice the widths of {narrow.name}, "
-            f"{doubled.widths}, a linear skip, at least its level_blocks and all else "
-            f"the same, found {wide}"
+            f"{doubled.widths}, a linear skip, at least its level_blocks and "
+            f"everything else the same, found {wide}"
         )
     rng = np.random.default_rng(seed)
     last = {f"Conv_{len(narrow.widths)}": "in"}
@@ -161,14 +161,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("narrow", help="name or path of a model")
     parser.add_argument("output", type=Path, help="model file to write")
     parser.add_argument("--size", default="base", choices=sorted(SIZES))
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing OUTPUT"
+    )
     options = parser.parse_args(argv)
     wide = SIZES[options.size]
     try:
         check_outputs([options.output], force=options.force)
         model = load_model(options.narrow)
         if not isinstance(model, ModelFile):
-            parser.error(f"{options.narrow} is a converted model")
+            parser.error(
+                f"{options.narrow} is a converted model, which cannot be widened"
+            )
         params = widened(training_params(model), model.config, wide)
     except ValueError as error:
         parser.error(str(error))

@@ -143,8 +143,7 @@ def _clear_errors(workdir: epath.Path) -> Iterator[None]:
     except Exception as error:  # bucket libraries raise errors of their own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(
-            f"--workdir must be a folder that can be written, found {workdir}: "
-            f"{reason[:300]}"
+            f"--workdir must be a writable folder, found {workdir}: {reason[:300]}"
         ) from error
 
 
@@ -153,6 +152,6 @@ def _clu() -> Any:
     try:
         from clu import metric_writers
     except ImportError as error:
-        logging.info("no TensorBoard files: %s", error)
+        logging.info("TensorBoard files are not written: %s", error)
         return None
     return metric_writers
