@@ -62,12 +62,12 @@ def album(tmp_path):
     return folder
 
 
-def run(album, codec=None, **options):
+def run(album, codec=None, bpp=1.0, **options):
     return refine_folder(
         codec or Stub(),
         sorted(album.iterdir()),
         album.parent / "out",
-        bpp=1.0,
+        bpp=bpp,
         settings=SETTINGS,
         **options,
     )
@@ -135,6 +135,15 @@ def test_upright_photographs_are_of_their_own_bucket(album, refined):
     assert refined == [1, 3, 2]
 
 
+def test_processes_may_have_batches_of_different_sizes(album, refined):
+    """Each image is in one share: a CPU's batches are of 1, an accelerator's of 16."""
+    for value, name in enumerate("defg", start=4):
+        Image.new("RGB", SIZE[::-1], (value, 0, 0)).save(album / f"{name}.png")
+    run(album, processes=2, process=0, batch=1)
+    run(album, processes=2, process=1, batch=16)
+    assert sorted(refined) == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_heads_with_another_size_do_not_end_the_run(album, refined, monkeypatch):
     Image.new("RGB", SIZE, (2, 0, 0)).save(album / "b.png")
     monkeypatch.setattr(folder_module, "photograph_size", lambda path: SIZE)
@@ -187,6 +196,16 @@ def test_another_profile_is_another_photograph(album, refined, monkeypatch):
         run(album)
 
 
+def test_runs_that_made_the_same_file(album, refined):
+    """The files of the stub do not depend on the rate, but the rows' tasks do."""
+    for process in (0, 1):
+        run(album, processes=2, process=process)
+    run(album, bpp=2.0, force=True)
+    assert len(refined) == 6
+    assert len(run(album, bpp=2.0).rows) == len(run(album).rows) == 3
+    assert len(refined) == 6
+
+
 # The table.
 
 HEAD = to_csv([], header=True)
@@ -223,3 +242,16 @@ def test_tables_of_others_are_not_replaced(album, refined):
     lines = (out / "refine.csv").read_text().splitlines()
     (out / "refine.csv").write_text("".join(f"{line},notes\n" for line in lines))
     assert len(run(album).rows) == len(refined) == 3
+
+
+@pytest.mark.parametrize("content", ['a,"' + 200_000 * "x" + '"\n', "a\rb,c\n"])
+def test_tables_that_are_no_csv(album, refined, content):
+    out = album.parent / "out"
+    out.mkdir()
+    for name in ("refine_notes.csv", "refine.csv"):
+        (out / name).write_bytes(content.encode())
+        if name == "refine_notes.csv":
+            assert len(run(album).rows) == 3
+    with pytest.raises(ValueError, match="expected a table of refined files"):
+        run(album)
+    assert len(refined) == 3

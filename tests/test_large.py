@@ -202,7 +202,7 @@ def test_without_room_for_all_at_once_it_goes_on_in_tiles(
     monkeypatch.setattr(memory, "available_bytes", lambda: next(left, None))
     monkeypatch.setattr(large, "_MOST_PIXELS", 2**30)
     settings = dataclasses.replace(SETTINGS, steps=1)
-    with pytest.warns(refinement.RefinementWarning, match="going on in tiles"):
+    with pytest.warns(refinement.RefinementWarning, match="continuing in tiles"):
         found = refinement.refine(mini_codec, image, quality=0.5, settings=settings)
     assert found.steps == 1
 

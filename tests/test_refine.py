@@ -119,7 +119,7 @@ def test_stopping_keeps_the_best_so_far(mini_codec, image, refined):
 def test_the_front_door(mini_codec, image):
     data = mini_codec.compress(image, quality=0.5, refine=SETTINGS, roi=None)
     assert data == mini_codec.compress(image, quality=0.5, refine=SETTINGS)
-    with pytest.raises(ValueError, match="expected refine with a region"):
+    with pytest.raises(ValueError, match="needs refine"):
         mini_codec.compress(image, quality=0.5, roi="auto")
     with pytest.raises(ValueError, match="uint8"):
         mini_codec.compress(image / 255, quality=0.5, refine=SETTINGS, roi="auto")
@@ -252,11 +252,39 @@ def test_too_large_batches_are_halved(mini_codec, image, monkeypatch):
             mini_codec, [image] * 3, max_bytes=budgets, settings=settings
         )
     assert [str(note.message).partition("for ")[2] for note in noted] == [
-        "a batch of 3: going on with 2",
-        "a batch of 2: going on with 1",
+        "a batch of 3: continuing with 2",
+        "a batch of 2: continuing with 1",
     ]
     assert len(found) == 3
     assert all(len(f.data) <= b for f, b in zip(found, budgets, strict=True))
+
+
+def test_a_stop_holds_for_all_parts_of_a_batch(mini_codec, image, monkeypatch):
+    """A caller that says so once, and a batch that is halved."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+
+    class Narrow(Batch):
+        def __init__(self, codec, settings, pixels, *rest):
+            if len(pixels) > 1:
+                raise MemoryError("for one image alone")
+            super().__init__(codec, settings, pixels, *rest)
+
+    monkeypatch.setattr(sys.modules["semlic_jax.refinement.refine"], "Batch", Narrow)
+    seen = []
+
+    def stop_once(now):
+        seen.append((now.step, now.bpp.shape))
+        return len(seen) > 1
+
+    with pytest.warns(refinement.RefinementWarning):
+        found = refinement.refine_batch(
+            mini_codec,
+            [image] * 2,
+            max_bytes=[len(mini_codec.compress(image, quality=0.5))] * 2,
+            settings=dataclasses.replace(SETTINGS, chunk_steps=2),
+            progress=stop_once,
+        )
+    assert [each.steps for each in found] == [2, 2] and seen == [(2, (1,))]
 
 
 def test_batches_that_a_cpu_has_no_room_for_are_halved(mini_codec, image, monkeypatch):
@@ -265,7 +293,7 @@ def test_batches_that_a_cpu_has_no_room_for_are_halved(mini_codec, image, monkey
     monkeypatch.setattr(memory, "available_bytes", lambda: next(left))
     budget = len(mini_codec.compress(image, quality=0.5))
     settings = dataclasses.replace(SETTINGS, steps=2)
-    with pytest.warns(refinement.RefinementWarning, match="a batch of 2: going on"):
+    with pytest.warns(refinement.RefinementWarning, match="a batch of 2: continuing"):
         found = refinement.refine_batch(
             mini_codec, [image] * 2, max_bytes=[budget] * 2, settings=settings
         )
@@ -296,13 +324,66 @@ def test_enough_room_is_not_refused(monkeypatch):
 
 
 def test_batches_are_of_one_bucket(mini_codec, image, photograph):
-    with pytest.raises(ValueError, match="one bucket"):
+    with pytest.raises(ValueError, match="one padded size"):
         refinement.refine_batch(
             mini_codec,
             [image, photograph(64, 100)],
             max_bytes=[200, 300],
             settings=SETTINGS,
         )
+
+
+def test_neighbours_do_not_change_the_first_multiplier(mini_codec, image):
+    """The coarsest file and the finest: one probes upwards, the other downwards."""
+    files = [mini_codec.compress(image, quality=quality) for quality in (0.0, 1.0)]
+    settings = dataclasses.replace(SETTINGS, overshoot=0.0)
+
+    def start(*files):
+        budgets, nothing = [len(data) for data in files], [None] * len(files)
+        images = [image] * len(files)
+        return Batch(mini_codec, settings, images, budgets, nothing, nothing, files)
+
+    both = start(*files)
+    levels = [job.level for job in both.jobs]
+    assert levels[0] < 16 and levels[1] == 255
+    alone = [start(data).log_beta[0] for data in files]
+    np.testing.assert_allclose(both.log_beta, alone, rtol=1e-4)
+
+
+def test_a_profile_does_not_change_where_an_image_starts(mini_codec, image):
+    """However much of the file it takes."""
+
+    def job(profile):
+        data = mini_codec.compress(image, quality=0.5, icc_profile=profile)
+        lists = [len(data)], [None], [profile], [data]
+        return Batch(mini_codec, SETTINGS, [image], *lists).jobs[0]
+
+    plain, profiled = job(None), job(3000 * b"p")
+    # The head of the chunk that holds it is 7 of 202 bytes.
+    assert plain.level < 200 and abs(profiled.level - plain.level) <= 2
+    assert profiled.payload_bits == pytest.approx(plain.payload_bits, abs=16)
+
+
+def test_unrefined_files_that_do_not_fit_are_refused(mini_codec, image, photograph):
+    data = mini_codec.compress(image, quality=0.5)
+    other = mini_codec.compress(photograph(50, 60), quality=0.2)
+    for budget, start, message in (
+        (len(data) - 1, data, f"at most {len(data) - 1} bytes, found {len(data)}"),
+        (len(data), other, "unrefined file of 64 x 56 pixels, found 60 x 50"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refinement.refine_batch(
+                mini_codec,
+                [image],
+                max_bytes=[budget],
+                unrefined=[start],
+                settings=SETTINGS,
+            )
+
+
+def test_whole_numbers_are_the_same_settings():
+    assert repr(refinement.preset(gamma=0)) == repr(refinement.preset(gamma=0.0))
+    assert type(refinement.preset(beta=np.float32(2)).beta) is float
 
 
 @pytest.mark.parametrize(
@@ -313,10 +394,16 @@ def test_batches_are_of_one_bucket(mini_codec, image, photograph):
         (dict(gamma=-0.5), "gamma of at least 0, found -0.5"),
         (dict(gamma=float("nan")), "gamma of at least 0, found nan"),
         (dict(beta=0.0), "beta above 0"),
-        (dict(alpha=0.0, gamma=0.0), "alpha or gamma above 0"),
-        (dict(method="magic"), "unknown rounding method 'magic', known: .*newton"),
+        (dict(alpha=0.0, gamma=0.0), "alpha or gamma of at least 1e-12, found 0 and 0"),
+        (dict(alpha=1e-46, gamma=0), "alpha or gamma of at least .* found 1e-46 and 0"),
+        (
+            dict(method="magic"),
+            "unknown rounding method 'magic': expected one of .*newton",
+        ),
         (dict(dtype="int8"), "float32 or bfloat16"),
-        (dict(temperature_end=0.0), "above 0"),
+        (dict(temperature_end=0.0), "temperature_end from 1e-06 to 1e"),
+        (dict(temperature_end=1e-46), "temperature_end from .*, found 1e-46"),
+        (dict(temperature_start=float("nan")), "temperature_start from .*, found nan"),
         (dict(probes=0), "probes of at least 1, found 0"),
         (dict(kappa=0.0), "kappa above 0, found 0"),
         (dict(kappa=float("inf")), "kappa from .* to .*, found inf"),
@@ -329,13 +416,16 @@ def test_batches_are_of_one_bucket(mini_codec, image, photograph):
         (dict(newton_integral=-1.0), "newton_integral of at least 0, found -1"),
         (dict(integral=-1.0), "integral of at least 0, found -1"),
         (dict(proportional=float("nan")), "proportional of at least 0, found nan"),
-        (dict(alpha=1e39), r"alpha of at most 3.40282e\+38, found 1e\+39"),
-        (dict(kappa=1e39), r"kappa from .* to 3.40282e\+38, found 1e\+39"),
+        (dict(alpha=1e39), r"alpha of at most 1e\+12, found 1e\+39"),
+        (dict(kappa=1e39), r"kappa from .* to 1e\+12, found 1e\+39"),
         (dict(beta=1e-60), "beta from .* to .*, found 1e-60"),
         (dict(decay=1.5), "decay from 0 to 1, found 1.5"),
         (dict(decay=float("nan")), "decay from 0 to 1, found nan"),
-        (dict(overshoot=-1.0), "a finite overshoot above -1, found -1"),
-        (dict(overshoot=float("inf")), "a finite overshoot above -1, found inf"),
+        (dict(overshoot=-1.0), "overshoot above -1 and at most 10, found -1"),
+        (dict(overshoot=float("inf")), "overshoot above -1 and at most 10, found inf"),
+        (dict(gamma="0.5"), "a number as gamma, found '0.5'"),
+        (dict(trust_end=[1, 2]), r"a number as trust_end, found \[1, 2\]"),
+        (dict(gamma=10**400), "a number as gamma, found 1000"),
         (dict(steps=2.5), "a whole number as steps, found 2.5"),
         (dict(chunk_steps=float("nan")), "a whole number as chunk_steps, found nan"),
         (dict(probes=2.5), "a whole number as probes, found 2.5"),
@@ -449,10 +539,26 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
     status, out, err = semlic(
         "compress", "photo.png", "--quality", 0.5, "--refine", 60, "--gamma", 0
     )
-    assert status == 130 and "stopping with what is reached" in err
+    assert status == 130 and "stopping with the result so far" in err
     chunk = refinement.preset(60).chunk_steps
     assert f" {chunk} steps" in out and os.path.exists("photo.semlic")
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_interrupt_ends_a_run_over_several_files(semlic, photo, monkeypatch):
+    """Also where all steps of a file were made already."""
+    Image.open("photo.png").save("second.png")
+    finish = Batch.finish
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return finish(*args)
+
+    monkeypatch.setattr(Batch, "finish", interrupted)
+    files = ("photo.png", "second.png", "--out-dir", "out")
+    status, out, err = semlic("compress", *files, "--quality", 0.5, *STEPS)
+    assert status == 130 and "40 steps" in out
+    assert os.listdir("out") == ["photo.semlic"]
 
 
 @pytest.mark.parametrize(
@@ -460,7 +566,7 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
     [
         (("--refine", 0, "--gamma", 0), 1, "steps of at least 1"),
         (("--refine", "slow"), 1, "expected a preset"),
-        (("--refine", "1.5"), 2, "preset or number of steps"),
+        (("--refine", "1.5"), 2, "a preset or a number of steps"),
         (("--refine", 5, "--alpha", -1), 1, "alpha of at least 0"),
         (("--refine", 5, "--method", "magic"), 1, "unknown rounding method"),
         (("--refine", 5, "--seed", 10**30), 1, "expected a seed from 0 to 4294967295"),
@@ -468,14 +574,23 @@ def test_an_interrupt_keeps_the_best(semlic, photo, monkeypatch):
         ((*STEPS, "--structure", 1), 1, "--gamma above 0 with --structure, found 0"),
         ((*STEPS, "--lattice", 1), 1, "--gamma above 0 with --lattice, found 0"),
         ((*STEPS, "--features", "f"), 1, "--gamma above 0 with --features, found 0"),
-        (("--alpha", 1), 1, "expected --refine with --alpha"),
-        (("--mean-style", 1), 1, "expected --refine with --mean-style"),
-        (("--lattice", 1), 1, "expected --refine with --lattice"),
-        (("--roi", "auto"), 1, "expected --refine with --roi"),
-        ((*STEPS, "--roi", "no.png"), 1, "found nothing at no.png"),
+        (("--alpha", 1), 1, "--alpha needs --refine"),
+        (("--mean-style", 1), 1, "--mean-style needs --refine"),
+        (("--lattice", 1), 1, "--lattice needs --refine"),
+        (("--roi", "auto"), 1, "--roi needs --refine"),
+        ((*STEPS, "--roi", "no.png"), 1, "the mask no.png does not exist"),
         ((*STEPS, "--roi", "1,2,3"), 1, "x,y,width,height"),
-        ((*STEPS, "--roi-weight", 2, "--roi", "auto"), 2, "expected 0 to 1"),
+        (
+            (*STEPS, "--roi-weight", 2, "--roi", "auto"),
+            2,
+            "expected a number from 0 to 1",
+        ),
         ((*STEPS, "--roi-variant", "L3", "--roi", "auto"), 1, "L1"),
+        (
+            (*STEPS, "--roi", "auto", "--roi-variant", "L2"),
+            1,
+            "--gamma above 0 with --roi-variant L2, found 0",
+        ),
         ((*STEPS, "--max-bytes", 20), 2, "not allowed with"),
     ],
 )
@@ -608,6 +723,7 @@ def test_images_without_room_do_not_end_the_run(semlic, album, monkeypatch):
         (("--process", 0), "--process=0..N-1"),
         (("--steps", 0), "steps of at least 1"),
         (("--distributed", "maybe"), "none, auto or explicit"),
+        (("--coordinator", "host:1"), "--coordinator needs --distributed explicit"),
     ],
 )
 def test_refusals_of_folders(semlic, album, options, words):

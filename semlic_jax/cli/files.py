@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from semlic_jax.images import Photograph
 
 SUFFIX = ".semlic"
-_JSON_LINES = "print one line of JSON for each file, for programs to read"
+_JSON_LINES = "print one line of JSON per file, for programs to read"
 
 T = TypeVar("T")
 
@@ -76,15 +76,15 @@ def _add_paths(sub: argparse.ArgumentParser, given: str, made: str) -> None:
         metavar="OUT",
         nargs="*",
         default=[],
-        help=f"{made}, or - for standard output; default: IN with that suffix; with "
-        "--out-dir: further IN",
+        help=f"{made}, or - for standard output; default: IN with its suffix replaced; "
+        "with --out-dir: further IN",
     )
     sub.add_argument(
         "--out-dir",
         metavar="DIR",
         type=Path,
-        help="write all IN into this folder, under their names with the new suffix; "
-        "it is made where it is not there; default: one IN, beside it or as OUT",
+        help="folder for the outputs of all IN, created if missing; each has the name "
+        "of its IN with the new suffix; default: a single IN, written to OUT",
     )
 
 
@@ -107,7 +107,7 @@ def _tasks(options: argparse.Namespace, suffix: str) -> list[_Task]:
         return [_Task(*given)]
     source = given[0]
     if source == STREAM:
-        options.command.error("expected OUT where IN is -, found none")
+        options.command.error("expected OUT when IN is -, found none")
     if Path(source).is_dir():
         raise ValueError(f"{source} is a folder: expected a file")
     return [_Task(source, str(Path(source).with_suffix(suffix)))]
@@ -117,7 +117,7 @@ def _tasks_into(folder: Path, given: Sequence[str], suffix: str) -> list[_Task]:
     sources: dict[str, str] = {}
     for source in given:
         if source == STREAM:
-            raise ValueError("expected names of files with --out-dir, found -")
+            raise ValueError("expected file names with --out-dir, found -")
         target = str(folder / f"{Path(source).stem}{suffix}")
         if target in sources:
             raise ValueError(
@@ -185,7 +185,7 @@ def _read(source: str) -> bytes:
     if source != STREAM:
         return Path(source).read_bytes()
     if sys.stdin is None:
-        raise ValueError("expected data on the standard input, found it closed")
+        raise ValueError("expected data on standard input, found it closed")
     return sys.stdin.buffer.read()
 
 
@@ -196,21 +196,21 @@ def _write(target: str, data: bytes, *, force: bool) -> None:
         write_file(target, data, force=force)
         return
     if sys.stdout is None:
-        raise ValueError("expected the standard output for -, found it closed")
+        raise ValueError("expected an open standard output for -, found it closed")
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 
 def add_compress(commands: Commands) -> None:
     sub = add_command(
-        commands, "compress", _compress, "write photographs as .semlic files"
+        commands, "compress", _compress, "compress photographs to .semlic files"
     )
     rate = "(--quality Q | --bpp BPP | --max-bytes N)"
     sub.usage = (
         f"semlic compress IN [OUT] {rate} [option ...]\n"
         f"       semlic compress IN [IN ...] --out-dir DIR {rate} [option ...]"
     )
-    _add_paths(sub, "an image file that Pillow reads", f"the file to write, {SUFFIX}")
+    _add_paths(sub, "an image file that Pillow reads", f"the {SUFFIX} file to write")
     add_model(sub)
     sub.add_argument(
         "--coder",
@@ -223,8 +223,8 @@ def add_compress(commands: Commands) -> None:
     add_background(sub)
     add_force(sub)
     add_json(sub, _JSON_LINES)
-    add_refinement(sub.add_argument_group("refinement of each image"))
-    add_region(sub.add_argument_group("what matters in the image, with --refine"))
+    add_refinement(sub.add_argument_group("refinement"))
+    add_region(sub.add_argument_group("region of interest, with --refine"))
 
 
 def _compress(options: argparse.Namespace) -> int:
@@ -238,7 +238,7 @@ def _compress(options: argparse.Namespace) -> int:
     def compress(
         task: _Task, codec: Codec | None, progress: Callable[[str], None]
     ) -> bool:
-        """Whether all steps were made that were asked for."""
+        """Whether to go on: False after a Ctrl-C."""
         photograph = _read_photograph(options, task)
         height, width = photograph.pixels.shape[:2]
         notes = list(photograph.notes)
@@ -253,11 +253,11 @@ def _compress(options: argparse.Namespace) -> int:
             max_bytes=options.max_bytes,
             icc_profile=photograph.icc_profile,
         )
-        steps = None
+        steps, stopped = None, False
         if settings is None:
             data = codec.compress(photograph.pixels, **budget)
         else:
-            data, steps = refine_image(
+            data, steps, stopped = refine_image(
                 codec,
                 photograph.pixels,
                 settings,
@@ -280,7 +280,7 @@ def _compress(options: argparse.Namespace) -> int:
         if steps is not None:
             line += f", {steps} steps"
         tell(json.dumps(facts) if options.json else line, task.target)
-        return settings is None or steps == settings.steps
+        return not stopped
 
     def load(progress: Callable[[str], None]) -> Codec:
         progress(f"loading the model {options.model}")
@@ -311,7 +311,7 @@ def _check_not_named_as_image(target: str) -> None:
     suffix = path.suffix.lower()
     if suffix != SUFFIX and suffix in Image.registered_extensions():
         raise ValueError(
-            f"the output {target} is named as an image: expected a name such as "
+            f"the output {target} is named like an image: expected a name such as "
             f"{path.with_suffix(SUFFIX)} (several photographs: --out-dir)"
         )
 
@@ -349,7 +349,7 @@ def _facts(task: _Task, data: bytes, model: str, wall_s: float) -> dict[str, Any
 
 def add_decompress(commands: Commands) -> None:
     sub = add_command(
-        commands, "decompress", _decompress, "write .semlic files as image files"
+        commands, "decompress", _decompress, "decompress .semlic files to image files"
     )
     sub.usage = (
         "semlic decompress IN [OUT] [option ...]\n"
@@ -359,8 +359,8 @@ def add_decompress(commands: Commands) -> None:
     sub.add_argument(
         "--format",
         metavar="KIND",
-        help="of image files that OUT does not name: png, tif, tiff, bmp, ppm, webp, "
-        "jpg or jpeg; default png",
+        help="image format where OUT names none: png, tif, tiff, bmp, ppm, webp, jpg "
+        "or jpeg; default png",
     )
     sub.add_argument(
         "--model",
@@ -383,8 +383,7 @@ def _decompress(options: argparse.Namespace) -> int:
         check_suffix(suffix)
         if options.format and suffix != usual:
             raise ValueError(
-                f"expected an OUT with the suffix {usual} of --format, found "
-                f"{each.target}"
+                f"expected OUT to end in {usual}, as --format says, found {each.target}"
             )
     _check_targets(options, tasks)
     models = _Models(options.model)
@@ -460,7 +459,7 @@ class _Models:
 
 
 def add_info(commands: Commands) -> None:
-    sub = add_command(commands, "info", _info, "say what a .semlic file holds")
+    sub = add_command(commands, "info", _info, "show what a .semlic file contains")
     sub.add_argument(
         "input", metavar="FILE", help=f"a {SUFFIX} file, or - for standard input"
     )
@@ -492,6 +491,6 @@ def _info(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    facts["model"] = facts["model"] or "not packaged here"
+    facts["model"] = facts["model"] or "not a packaged model"
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<18}{value}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from semlic_jax.cli.terminal import say
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MODEL = "small"
-DEBUG_HELP = "show the traceback of an error; default: one sentence"
+DEBUG_HELP = "show the traceback of an error; default: a one-sentence message"
 
+_Value = TypeVar("_Value", int, float)
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
@@ -41,7 +42,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         default=DEFAULT_MODEL,
-        help="small or base, which are packaged, or the path of a model file, .npz; "
+        help="small or base (packaged), or the path of a model file, .npz; "
         f"default {DEFAULT_MODEL}",
     )
 
@@ -51,19 +52,20 @@ def add_rate(group: argparse._MutuallyExclusiveGroup) -> None:
         "--quality",
         type=unit_float,
         metavar="Q",
-        help="from 0, the smallest file, to 1, the best",
+        help="quality from 0 (smallest file) to 1 (best)",
     )
     group.add_argument(
         "--bpp",
         type=positive_float,
         metavar="BPP",
-        help="most bits per pixel of the file, such as 0.15",
+        help="upper limit on the bits per pixel of the file, such as 0.15",
     )
     group.add_argument(
         "--max-bytes",
         type=positive_int,
         metavar="N",
-        help="most bytes of the file; more than the best quality takes is no error",
+        help="upper limit on the bytes of the file; more than the best quality needs "
+        "is allowed",
     )
 
 
@@ -71,8 +73,8 @@ def add_background(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--background",
         metavar="COLOUR",
-        help="what transparent pixels are laid on: a name such as white, or #rrggbb; "
-        "default: an image that has some is refused",
+        help="colour behind transparent pixels: a name such as white, or #rrggbb; "
+        "default: images with transparent pixels are refused",
     )
 
 
@@ -80,7 +82,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace existing outputs; default: they are refused",
+        help="replace existing outputs; default: refuse to replace them",
     )
 
 
@@ -90,29 +92,45 @@ def add_json(
     parser.add_argument("--json", action="store_true", help=what)
 
 
+def _checked(
+    text: str,
+    read: Callable[[str], _Value],
+    fits: Callable[[_Value], bool],
+    wanted: str,
+) -> _Value:
+    """A number of the command line; argparse's own complaint does not say what fits."""
+    try:
+        value = read(text)
+        if fits(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+
+
 def unit_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected 0 to 1, found {text}")
-    return value
+    return _checked(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
 def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
-    return value
+    return _checked(text, float, lambda x: 0 < x < float("inf"), "a number above 0")
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
-    return value
+    return _checked(text, int, lambda x: x >= 1, "a whole number of at least 1")
+
+
+def any_float(text: str) -> float:
+    return _checked(text, float, lambda x: True, "a number")
+
+
+def any_int(text: str) -> int:
+    return _checked(text, int, lambda x: True, "a whole number")
 
 
 def preset_or_steps(text: str) -> str | int:
-    return text if text.isalpha() else int(text)
+    wanted = "a preset or a number of steps"
+    return text if text.isalpha() else _checked(text, int, lambda x: True, wanted)
 
 
 def names(text: str) -> list[str]:
@@ -124,10 +142,6 @@ def rates(text: str) -> list[float]:
 
 
 # argparse names the type in "invalid ... value".
-unit_float.__name__ = positive_float.__name__ = "number"
-rates.__name__ = "list of numbers"
-positive_int.__name__ = "whole number"
-preset_or_steps.__name__ = "preset or number of steps"
 
 
 def background_colour(options: argparse.Namespace) -> tuple[int, int, int] | None:
@@ -151,7 +165,7 @@ def check_not_inputs(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     known = {_identity(path) for path in inputs if path.exists()}
     for path in outputs:
         if path.exists() and _identity(path) in known:
-            raise ValueError(f"the output {path} is the input: give another name")
+            raise ValueError(f"the output {path} is also an input: give another name")
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -171,7 +185,7 @@ def note_folders_left_out(inputs: Sequence[Path], output: Path) -> None:
             if not (output.exists() and path.samefile(output))
         ]
         if left_out:
-            say(f"note: {given}: folders in it are not looked into: {_some(left_out)}")
+            say(f"note: {given}: subfolders are not searched: {_some(left_out)}")
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

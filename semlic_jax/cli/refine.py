@@ -15,6 +15,8 @@ from semlic_jax.cli.options import (
     add_command,
     add_force,
     add_model,
+    any_float,
+    any_int,
     background_colour,
     note_folders_left_out,
     positive_float,
@@ -39,26 +41,26 @@ if TYPE_CHECKING:
     from semlic_jax.refinement import Progress, Region, Settings
 
 _STEPS = (
-    "steps, or a preset: fast (10 steps), default (20) or best (120), which take 100, "
-    "300 and 1,000 with a --method of relaxed rounding"
+    "number of steps, or a preset: fast (10 steps), default (20) or best (120); with a "
+    "--method of relaxed rounding they take 100, 300 and 1,000 steps"
 )
 
 
 def add_refine(commands: Commands) -> None:
     sub = add_command(
-        commands, "refine", _refine, "compress a folder of photographs, each refined"
+        commands, "refine", _refine, "compress a folder of photographs with refinement"
     )
     sub.add_argument(
         "input",
         metavar="IN_DIR",
         type=Path,
-        help="folder of image files, or one image file; folders in it are not searched",
+        help="folder of image files, or one image file; subfolders are not searched",
     )
     sub.add_argument(
         "output",
         metavar="OUT_DIR",
         type=Path,
-        help="output folder, made where it is not there; an interrupted run resumes",
+        help="output folder, created if missing; an interrupted run resumes",
     )
     add_model(sub)
     sub.add_argument(
@@ -66,51 +68,52 @@ def add_refine(commands: Commands) -> None:
         type=positive_float,
         metavar="BPP",
         required=True,
-        help="most bits per pixel of each file, such as 0.15",
+        help="upper limit on the bits per pixel of each file, such as 0.15",
     )
     sub.add_argument(
         "--steps",
         metavar="STEPS",
         type=preset_or_steps,
         default="default",
-        help=f"{_STEPS}; default: default",
+        help=f"{_STEPS}; default: the preset default",
     )
     sub.add_argument(
         "--batch",
         metavar="N",
         type=positive_int,
-        help="images refined together; default 1 on a CPU, 16 elsewhere",
+        help="images refined at once; default 1 on a CPU, 16 elsewhere",
     )
     add_objective(sub)
     add_background(sub)
     add_force(sub)
-    group = sub.add_argument_group("a share of the images, for several processes")
+    group = sub.add_argument_group("sharing the images among several processes")
     group.add_argument(
         "--distributed",
         default="none",
         metavar="MODE",
-        help="none, auto (TPU pods, SLURM) or explicit (with the three below); none "
-        "with the last two needs no connection; default none",
+        help="how a process finds its share: auto (TPU pods, SLURM), explicit (the "
+        "three options below) or none (the last two alone, without a connection); "
+        "default none",
     )
     group.add_argument(
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help="address of process 0, with explicit; default: none is given",
+        help="address of process 0, required by explicit; default: none",
     )
     group.add_argument(
         "--processes",
         default=0,
-        type=int,
+        type=any_int,
         metavar="N",
-        help="how many there are; default 1",
+        help="number of processes; default 1",
     )
     group.add_argument(
         "--process",
         default=-1,
-        type=int,
+        type=any_int,
         metavar="0..N-1",
-        help="which of them this one is; default 0",
+        help="number of this process; default 0",
     )
 
 
@@ -168,6 +171,8 @@ def _refine(options: argparse.Namespace) -> int:
 
 def _share(options: argparse.Namespace) -> tuple[int, int]:
     """Which process this is, and of how many."""
+    if options.coordinator and options.distributed != "explicit":
+        raise ValueError("--coordinator needs --distributed explicit")
     if options.distributed == "none":
         if options.processes == 0 and options.process == -1:
             return 0, 1
@@ -203,43 +208,43 @@ def add_refinement(group: argparse._ArgumentGroup) -> None:
 def add_objective(group: argparse._ActionsContainer) -> None:
     """What a refinement minimises; each one as the preset has it where not given."""
     for name, text in (
-        ("alpha", "weight of the squared error in 8-bit levels; default 0.003"),
+        ("alpha", "weight of the squared error, in 8-bit levels; default 0.003"),
         (
             "beta",
-            "weight of a bit per pixel at the start; default: the slope of the "
-            "unrefined files",
+            "weight of one bit per pixel at the start; default: the rate-distortion "
+            "slope of the unrefined files",
         ),
         ("gamma", "weight of the perceptual terms; 0 refines for PSNR; default 0.5"),
         (
             "mean-style",
             "weight of the strength of textures among the perceptual terms; default 3, "
-            "by the presets fast and best 2",
+            "or 2 with the presets fast and best",
         ),
         ("structure", "weight of 1 - MS-SSIM among the perceptual terms; default 50"),
         (
             "lattice",
-            "weight of patterns of the latents' grid, of 16 pixels, among the "
-            "perceptual terms; default 0",
+            "weight of patterns that repeat with the latents' grid of 16 pixels, among "
+            "the perceptual terms; default 0",
         ),
     ):
-        group.add_argument(f"--{name}", metavar="W", type=float, help=text)
+        group.add_argument(f"--{name}", metavar="W", type=any_float, help=text)
     group.add_argument(
         "--method",
         metavar="METHOD",
-        help="newton, or of relaxed rounding: sga, ssl, linear, cosine, ssl3, ste, "
+        help="newton, or one of relaxed rounding: sga, ssl, linear, cosine, ssl3, ste, "
         "noise, deterministic; default newton",
     )
     group.add_argument(
         "--features",
         metavar="PATH",
-        help="weights of another feature network, a folder or .npz of `semlic convert "
-        "features`; default: the packaged network",
+        help="weights of another feature network, a folder or .npz file made by "
+        "`semlic convert features`; default: the packaged network",
     )
     group.add_argument(
         "--seed",
         metavar="N",
-        type=int,
-        help="of the noise, a whole number from 0; default 0",
+        type=any_int,
+        help="seed of the noise, a whole number of at least 0; default 0",
     )
 
 
@@ -247,27 +252,27 @@ def add_region(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--roi",
         metavar="REGION",
-        help="the path of a mask, white where the image matters; a box in pixels, "
-        "x,y,width,height, several after semicolons; or auto for what stands out; "
-        "default: all of the image",
+        help="region that matters: the path of a mask, white where the image matters; "
+        "boxes in pixels, x,y,width,height, separated by semicolons; or auto for what "
+        "stands out; default: the whole image",
     )
     group.add_argument(
         "--roi-resize",
         action="store_true",
         default=None,
-        help="resize a mask of another size; default: it is refused",
+        help="resize a mask of another size; default: refuse it",
     )
     group.add_argument(
         "--roi-weight",
         metavar="W",
         type=unit_float,
-        help="share of the region in the error, 0 to 1; default 0.8",
+        help="the region's share of the error, from 0 to 1; default 0.8",
     )
     group.add_argument(
         "--roi-variant",
         metavar="V",
-        help="what the region weights: L1, the squared error alone, or L2, the "
-        "perceptual terms too; default L1",
+        help="what the region weights: L1 (the squared error alone) or L2 (the "
+        "perceptual terms too); default L1",
     )
 
 
@@ -294,6 +299,8 @@ def settings_of(
             if changes[name] is not None:
                 given = name.replace("_", "-")
                 raise ValueError(f"expected --gamma above 0 with --{given}, found 0")
+        if region["roi_variant"] == "L2":
+            raise ValueError("expected --gamma above 0 with --roi-variant L2, found 0")
     return settings
 
 
@@ -302,7 +309,7 @@ def _refuse_without(option: str, others: dict[str, Any]) -> None:
     for name, value in others.items():
         if value is not None:
             given = name.replace("_", "-")
-            raise ValueError(f"expected --{option} with --{given}, found none")
+            raise ValueError(f"--{given} needs --{option}")
 
 
 def refine_image(
@@ -314,8 +321,8 @@ def refine_image(
     name: str,
     progress: Callable[[str], None],
     note: Callable[[str], None],
-) -> tuple[bytes, int]:
-    """The file of a refined image, and how many steps it took.
+) -> tuple[bytes, int, bool]:
+    """Refine an image, until the end or Ctrl-C.
 
     Args:
       codec: of the file.
@@ -326,6 +333,9 @@ def refine_image(
       name: of the image, for people.
       progress: is told what is being done.
       note: is told what people are warned of.
+
+    Returns:
+      the file, the number of steps that were made, and whether there was a Ctrl-C.
     """
     from semlic_jax import refinement
 
@@ -344,7 +354,7 @@ def refine_image(
             progress=show,
             **budget,
         )
-    return result.data, result.steps
+        return result.data, result.steps, stop()
 
 
 def region_of(

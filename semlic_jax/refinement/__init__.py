@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent refinement of one image or a batch, at the time it is compressed.
+"""Refines the latents of one image, or of several, when they are compressed.
 
-May import: `model`, `objectives`, `images`. The codec comes as an argument.
+May import `model`, `objectives`, `images`, `compilation` and `memory` of this package.
+The codec is an argument of its functions.
 """
 
 from semlic_jax.refinement.batch import Progress, Refined

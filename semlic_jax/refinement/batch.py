@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch of images of one bucket, from the first latents to the files.
+"""Refines a batch of images of one bucket, from the first latents to the files.
 
-The weights stay as they are. Steps move y and z of each image to lower
+The weights of the model stay as they are. The steps move y and z of each image to lower
 
     alpha * D + gamma * (Perceptual and the terms beside it, see `objective.py`)
 
-with a rate R within the budget, through the fake-quantised twin of the entropy
-networks: Adam through a relaxed rounding (`steps.py`, `sga.py`) or Newton steps between
-whole numbers (`newton.py`). The multiplier of the rate follows by dual ascent: it rises
-while an image takes more than its budget and falls while it takes less. After each
-chunk of steps the rounded latents are scored with the coder's tables. Of a relaxed
-rounding the best are kept; of Newton steps the last, or for PSNR the best within the
-budget where that is better. `fit.py` then makes the files with the real coder.
+with a rate R within the budget, which is computed by the differentiable twin of the
+entropy networks. They are steps of Adam through a relaxed rounding (`steps.py`,
+`sga.py`) or Newton steps between whole numbers (`newton.py`). The multiplier of the
+rate follows by dual ascent: it rises while an image takes more than its budget and
+falls while it takes less. After each chunk of steps, the rounded latents are scored
+with the coder's tables. With a relaxed rounding, the best latents are kept; with Newton
+steps the last ones or, when refining for PSNR, the best ones within the budget if they
+are better. `fit.py` then makes the files with the real coder.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from semlic_jax.compilation import FloatProgram
 from semlic_jax.memory import require_memory
 from semlic_jax.refinement import fit, newton
 from semlic_jax.refinement import steps as relaxed
+from semlic_jax.refinement.jobs import LEVEL_PROBE, MAX_LEVEL, plan_job
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -58,31 +60,26 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
-# The relaxed rate is steered to slightly above the budget: what little is too much can
-# be cut off well, what is missing cannot be filled up as well.
+# The relaxed rate is steered to slightly above the budget, since `fit.py` can cut off a
+# small excess better than it can make use of bits that are left over.
 _AIM = 1.003
-# Newton steps aim a little below the budget: streams take a few bits more than their
-# ideal length. Half of the payload at most, where that is hardly anything.
+# Newton steps aim so many bits below the budget, since a stream takes a few bits more
+# than its ideal length; but never less than half of a tiny payload.
 _SPARE_BITS = 12
-_LEVEL_PROBE = 16
-# With a region whose pixels weigh so much more than others, the unrefined file that the
-# refinement starts from is larger than the budget by this share. On five photographs
-# at 0.15 bpp, foreground weight 0.9: +0.5 dB inside at 0.1, +0.9 at 0.3, +1.15 at 0.5.
-_REGION_RATIO = 10.0
-_REGION_OVERSHOOT = 0.5
-# How fast the weight of the error falls with the strictness of rounding.
+# A strictness s of the rounding multiplies the stiffness by exp(-_SOFTENING * s).
 _SOFTENING = 8.0
-_MAX_LEVEL = 255
 
 
 class Progress(NamedTuple):
-    """Where a refinement stands, after a chunk of steps.
+    """Where a refinement stands after a chunk of steps.
 
     Attributes:
-        step, steps: done, and in all.
-        bpp: payload bits per pixel of the rounded latents of each image, float [B]; by
-            `newton` those that files would be made of now, in tiles of the step before.
-        value: the objective of each image, float [B].
+        step: number of steps that are done.
+        steps: number of steps in all.
+        bpp: payload bits per pixel of each image's rounded latents, float [B]. With
+            `newton`, these are the latents that files would be made from now, but in
+            tiles those before the last step.
+        value: the objective of the same latents, float [B].
     """
 
     step: int
@@ -96,11 +93,12 @@ class Refined(NamedTuple):
 
     Attributes:
         data: the file, an ordinary `.semlic` file.
-        unrefined: the file without refinement within the same budget.
-        value: objective of `data` as decoded, lower is better.
-        unrefined_value: objective of `unrefined`; `value` is never above it.
-        steps: that were made; fewer than asked for where it was stopped.
-        history: of each chunk, the `step` and the image's `bpp`, `value` and `beta`.
+        unrefined: the unrefined file within the same budget.
+        value: objective of the image that `data` decodes to; lower is better.
+        unrefined_value: objective of `unrefined`, which `value` never exceeds.
+        steps: number of steps that were made, fewer than asked for if it was stopped.
+        history: for each chunk of steps, the last `step` and the image's `bpp`, `value`
+            and `beta` after it.
     """
 
     data: bytes
@@ -117,23 +115,25 @@ _lattice_weights = jax.jit(lattice_weights)
 
 
 class Batch:
-    """One batch from start to end; what is fixed, and what the files are made of.
+    """The refinement of one batch: what is fixed, and what the files are made from.
 
-    A subclass that works in another way overrides what does the work: `prepared`,
-    `pixels_at_once`, `make_stepper` and `score`, which `__init__` calls, and
-    `curvature`, `stepper`, `keep_within_budget`, `decoded_values` and `finish`.
+    A subclass that works in another way overrides the methods that do the work:
+    `prepared`, `pixels_at_once`, `make_stepper` and `score`, which `__init__` calls,
+    and `curvature`, `stepper`, `keep_within_budget`, `decoded_values` and `finish`.
 
     Attributes:
-        codec, settings: of the refinement.
-        jobs: what the files are made with; one for each image.
-        frozen, images, weights, target: what the steps are given.
-        rng: a key for each image, [B].
-        place: puts a pytree on the devices, split along an axis or (None) whole.
-        start: the first latents.
-        log_beta: of the multiplier of the rate at the start, float32 [B].
-        best, best_rounding, best_terms: latents to make the files of, how they are
-            rounded and the terms of that; those of the start before the first steps.
-        history: of each chunk of steps `step`, `bpp`, `value` and `beta`, [B] each.
+        codec: the codec of the model.
+        settings: the settings of the refinement.
+        jobs: what each image's file is made with, see `jobs.Job`.
+        frozen, images, weights, target: arguments of the steps, see `steps.Problem`.
+        rng: a random key for each image, [B].
+        place: function that puts a pytree on the devices, see `steps.placement`.
+        start: the first latents, y_scaled and z.
+        log_beta: logarithm of the rate's multiplier at the start, float32 [B].
+        best: the latents to make the files from, at first those of the start.
+        best_rounding: how the best latents are rounded.
+        best_terms: `Terms` of the best latents, rounded in this way.
+        history: `step`, `bpp`, `value` and `beta` after each chunk of steps, [B] each.
     """
 
     def __init__(
@@ -146,18 +146,21 @@ class Batch:
         icc_profiles: Sequence[bytes | None],
         unrefined: Sequence[bytes],
     ) -> None:
-        """A batch that is ready to be refined.
+        """Analyse the images and prepare their refinement up to the first step.
 
         Args:
-            codec, settings: of the refinement.
-            pixels: uint8 [H, W, 3] each, padded by the codec to the same size.
+            codec: the codec of the model.
+            settings: the settings of the refinement.
+            pixels: uint8 [H, W, 3] each, all of one bucket of the codec.
             budgets: the most bytes of each file.
-            regions, icc_profiles: of each image, or None.
-            unrefined: of each image the file within its budget.
+            regions: region of interest of each image, or None.
+            icc_profiles: ICC profile of each image, or None.
+            unrefined: unrefined file of each image within its budget.
 
         Raises:
-            ValueError: images of several buckets, or perceptual terms without feature
-                weights.
+            ValueError: the images are of several buckets, a region's mask has another
+                size than its image, an unrefined file exceeds its budget or is of
+                another size, or perceptual terms lack feature weights.
             MemoryError: there is no room for the steps.
         """
         self.codec = codec
@@ -167,16 +170,25 @@ class Batch:
         grids = {latents.y.shape for latents in analysed}
         if len(grids) != 1:
             raise ValueError(
-                "expected images of one bucket, found latents of the shapes "
+                "expected images of one padded size, found latents of the shapes "
                 f"{sorted(grids)}"
             )
         self.jobs = [
-            self._job(*parts)
-            for parts in zip(
+            plan_job(
+                codec,
+                latents,
+                budget_bytes=budget,
+                region=region,
+                icc_profile=profile,
+                unrefined=data,
+                overshoot=settings.overshoot,
+            )
+            for latents, budget, region, profile, data in zip(
                 analysed, budgets, regions, icc_profiles, unrefined, strict=True
             )
         ]
         sizes = np.array([job.size for job in self.jobs], np.int32)
+        levels = np.array([job.level for job in self.jobs])
         payload_bits = np.array([job.payload_bits for job in self.jobs])
 
         grid = grids.pop()
@@ -214,12 +226,12 @@ class Batch:
         images = Images(
             x=place(x, 0),
             sizes=place(sizes, 0),
-            quality=place(self._quality(0), 0),
+            quality=place(_quality(levels), 0),
             weights=place(weights, 0),
             feature_weights=place(feature_weights, 0),
         )
         self.images = self.prepared(images)
-        self.start = place(self._scaled(analysed, 0), 0)
+        self.start = place(self._scaled(analysed, levels), 0)
         self._require_memory()
         self.best, self.best_rounding = self.start, self._plain()
         self.best_terms = self.score(self.best, self.images, self.best_rounding)
@@ -247,7 +259,7 @@ class Batch:
         self.rng = place(jnp.stack(keys), 0)
 
     def prepared(self, images: Images) -> Images:
-        """With what the objective wants to know of the originals."""
+        """The images with all that the objective needs to know of the originals."""
         features = self.frozen.features
         if features is None:
             return images
@@ -262,9 +274,9 @@ class Batch:
         return images._replace(taps=taps, structure=structure, lattice=lattice)
 
     def _require_memory(self) -> None:
-        """MemoryError where there is no room for the steps.
+        """Raise MemoryError if there is no room for the steps.
 
-        Before anything of their size has run: a stepper with numbers of no meaning.
+        Since nothing as large has run by then, the stepper has placeholders as numbers.
         """
 
         def needed_bytes() -> int | None:
@@ -278,64 +290,14 @@ class Batch:
         require_memory("refining", self.pixels_at_once(), needed_bytes)
 
     def pixels_at_once(self) -> int:
-        """That a step works on."""
+        """The number of pixels that a step works on at once."""
         return math.prod(self.images.x.shape[:3])
 
-    def _job(
-        self,
-        latents: Analysed,
-        budget_bytes: int,
-        region: Region | None,
-        icc_profile: bytes | None,
-        unrefined: bytes,
-    ) -> fit.Job:
-        """What the image's file is made with, see there; also the level to start from.
-
-        What a file takes besides its symbols is measured near the unrefined file.
-        """
-        codec, size = self.codec, latents.size
-        level = round(codec.info(unrefined)["quality"] * _MAX_LEVEL)
-        probe = level + _LEVEL_PROBE
-        if probe > _MAX_LEVEL:
-            probe = level - _LEVEL_PROBE
-        symbols = codec.entropy.symbols(*codec.scaled(latents, probe), probe, size)
-        data = codec.encode_symbols(symbols, probe, size, icc_profile)
-        overhead_bits = 8 * len(data) - codec.entropy.ideal_bits(symbols, size)
-        growth = math.log(len(data) / len(unrefined)) / (probe - level)
-        wanted = math.log(budget_bytes * (1 + self._overshoot(region)) / len(unrefined))
-        level += round(wanted / max(growth, 1e-3))
-        return fit.Job(
-            size=size,
-            level=min(max(level, 0), _MAX_LEVEL),
-            budget_bytes=budget_bytes,
-            payload_bits=8 * float(budget_bytes) - overhead_bits,
-            icc_profile=icc_profile,
-            unrefined=unrefined,
-        )
-
-    def _overshoot(self, region: Region | None) -> float:
-        """How much larger than the budget the file is that an image starts from.
-
-        What matters gets no finer than the quantiser is, so a region starts from a
-        finer one, the more so the more it matters.
-        """
-        usual = self.settings.overshoot
-        if region is None:
-            return usual
-        reached = abs(math.log(region.weight_ratio())) / math.log(_REGION_RATIO)
-        extra = max(_REGION_OVERSHOOT - usual, 0.0)
-        return usual + extra * min(reached, 1.0)
-
-    def _quality(self, shift: int) -> np.ndarray:
-        """Quality, float32 [B], so many levels above those of the jobs."""
-        levels = np.array([job.level for job in self.jobs], np.float32)
-        return (levels + shift) / _MAX_LEVEL
-
-    def _scaled(self, analysed: Sequence[Analysed], shift: int) -> Latents:
-        """y_scaled and z, so many levels above those of the jobs."""
+    def _scaled(self, analysed: Sequence[Analysed], levels: np.ndarray) -> Latents:
+        """y_scaled and z of all images, each at its own quality level."""
         pairs = [
-            self.codec.scaled(latents, job.level + shift)
-            for latents, job in zip(analysed, self.jobs, strict=True)
+            self.codec.scaled(latents, level)
+            for latents, level in zip(analysed, levels.tolist(), strict=True)
         ]
         y_scaled, z = zip(*pairs, strict=True)
         return jnp.stack(y_scaled), jnp.stack(z)
@@ -343,23 +305,24 @@ class Batch:
     def _slope(
         self, analysed: Sequence[Analysed], here: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """log of beta to start with, and the loss's scale: both float32 [B].
+        """The logarithm of beta at the start, and the scale of the loss, float32 [B].
 
         The multiplier of a constraint is the slope of the best value over the
-        constraint, and the unrefined files of neighbouring qualities give that well.
+        constraint. The slope between unrefined files of neighbouring qualities is a
+        good estimate of it.
 
         Args:
-            analysed: the images.
+            analysed: latents of the images.
             here: `Terms` of the start, rounded to the nearest whole numbers.
         """
-        levels = [job.level for job in self.jobs]
-        shift = -_LEVEL_PROBE if min(levels) >= _LEVEL_PROBE else _LEVEL_PROBE
-        shift = min(shift, _MAX_LEVEL - max(levels)) or -1
-        images = self.images._replace(quality=self.place(self._quality(shift), 0))
-        start = self.place(self._scaled(analysed, shift), 0)
+        levels = np.array([job.level for job in self.jobs])
+        direction = np.where(levels >= LEVEL_PROBE, -1, 1)
+        levels = levels + direction * LEVEL_PROBE
+        images = self.images._replace(quality=self.place(_quality(levels), 0))
+        start = self.place(self._scaled(analysed, levels), 0)
         there = self.score(start, images, self._plain())
-        rise = (there.bpp - here.bpp) * np.sign(shift)
-        slope = (here.value - there.value) * np.sign(shift) / np.maximum(rise, 1e-6)
+        rise = (there.bpp - here.bpp) * direction
+        slope = (here.value - there.value) * direction / np.maximum(rise, 1e-6)
         usual = here.value / np.maximum(here.bpp, 1e-6)
         slope = np.clip(slope, 0.02 * usual, 5 * usual)
         if self.settings.beta is not None:
@@ -372,7 +335,7 @@ class Batch:
         return jax.tree.map(np.asarray, terms)
 
     def _plain(self) -> Rounding:
-        """To the nearest whole number."""
+        """The rounding to the nearest whole number."""
         return Rounding(jnp.zeros(len(self.jobs)))
 
     def _rounding(self, state: Any) -> Rounding:
@@ -385,7 +348,7 @@ class Batch:
         return self._plain()._replace(stiffness=stiffness)
 
     def _rounding_at(self, strictness: np.ndarray) -> Rounding:
-        """See `fit.fit_files`."""
+        """How the best latents are rounded at a strictness [B]; see `fit.fit_files`."""
         best = self.best_rounding
         if best.stiffness is None:
             return Rounding(jnp.asarray(strictness, jnp.float32))
@@ -393,7 +356,11 @@ class Batch:
         return best._replace(stiffness=best.stiffness * factor[:, None, None, None])
 
     def run(self, progress: Callable[[Progress], bool | None] | None) -> int:
-        """Refine, once; returns the number of steps that were made."""
+        """Make the steps, which works once; return how many were made.
+
+        After each chunk of steps `progress` is called; it stops them by returning
+        False.
+        """
         settings, steps = self.settings, self.settings.steps
         stepper = self.stepper()
         aim = self.target
@@ -408,7 +375,7 @@ class Batch:
                 hard = self.keep_within_budget(state)
             else:
                 hard = self._keep_better(state, beta)
-                # Relaxed latents take a little more or less than rounded ones.
+                # Relaxed latents take slightly more or fewer bits than rounded ones.
                 ratio = np.clip(taken_bpp / hard.bpp, 0.7, 1.4)
                 aim = aim._replace(bpp=self.target.bpp * ratio)
             self.history.append({"step": np.full(len(beta), done), "beta": beta})
@@ -419,7 +386,11 @@ class Batch:
         return done
 
     def _keep_better(self, state: relaxed.State, beta: np.ndarray) -> Any:
-        """Keeps the rounded latents of a state where they are better; their `Terms`."""
+        """Keep a state's latents where they are better when rounded.
+
+        Returns the `Terms` of the state's rounded latents, whether they are kept or
+        not.
+        """
         rounding = self._rounding(state)
         hard = self.score(state.latents, self.images, rounding)
         better = self._lagrangian(hard, beta) < self._lagrangian(self.best_terms, beta)
@@ -428,10 +399,10 @@ class Batch:
         return hard
 
     def keep_within_budget(self, state: newton.State) -> Any:
-        """Keeps the best within the budget, or the last latents; their `Terms`.
+        """Keep the last latents or the best within the budget; return their `Terms`.
 
-        Whichever has the lower Lagrangian; the last ones where no best was found, as
-        with perceptual terms.
+        The ones with the lower Lagrangian are kept; the last ones if no best ones were
+        found, which is always so with perceptual terms.
         """
         last, best = self._rounding(state), state.best
         self.best, self.best_rounding = state.latents, last
@@ -452,14 +423,14 @@ class Batch:
         return self.best_terms
 
     def stepper(self) -> Stepper:
-        """The steps of this batch, from its start."""
+        """A stepper that makes the steps of this batch, from its start."""
         problem = self._problem(self.target, self.rng)
         first = jnp.round(self.start[0])
         curvature = self.curvature(problem, first) if self._newton else first
         return self.make_stepper(problem, self.log_beta, curvature)
 
     def curvature(self, problem: Problem, y_hat: Array) -> Array:
-        """See `newton.curvature_of`."""
+        """The curvature at y_hat, as `newton.curvature_of` gives it."""
         return newton.curvature_of(
             *problem[:3], y_hat, problem.rng, self.settings.probes
         )
@@ -470,7 +441,7 @@ class Batch:
     def make_stepper(
         self, problem: Problem, log_beta: Array, curvature: Array
     ) -> Stepper:
-        """A stepper; the curvature is for the method `newton` alone."""
+        """Make a stepper; only the method `newton` uses the curvature."""
         if not self._newton:
             state = relaxed.start_state(self.start, log_beta)
             schedule = relaxed.make_schedule(self.settings)
@@ -480,18 +451,21 @@ class Batch:
         return Stepper(problem, newton_state, newton_schedule, newton.run_steps)
 
     def _lagrangian(self, terms: Terms, beta: np.ndarray) -> np.ndarray:
-        """Value and rate in one number; what is over the budget has to be cut off."""
+        """Value and rate in one number for each image, [B].
+
+        Bits above the target count twice, because they will have to be cut off.
+        """
         excess = terms.bpp - np.asarray(self.target.bpp)
         return terms.value + beta * (np.minimum(excess, 0) + 2 * np.maximum(excess, 0))
 
     def decoded_values(self, files: Sequence[Sequence[bytes]]) -> list[list[float]]:
-        """The objective of what each of the files of each image decodes to."""
+        """The objective of what each file decodes to; see `fit.decoded_values`."""
         return fit.decoded_values(
             self.codec, self.frozen, self.images, self.weights, files
         )
 
     def finish(self, steps: int) -> list[Refined]:
-        """The files."""
+        """Make the files from the best latents, after so many steps."""
         finished = fit.fit_files(
             self.codec,
             self.frozen,
@@ -517,8 +491,13 @@ class Batch:
         ]
 
 
+def _quality(levels: np.ndarray) -> np.ndarray:
+    """Quality in [0, 1] of levels from 0 to 255, float32 [B]."""
+    return levels.astype(np.float32) / np.float32(MAX_LEVEL)
+
+
 def _padded(pixels: Sequence[np.ndarray], grid: tuple[int, ...]) -> np.ndarray:
-    """float32 [B, H, W, 3] in [0, 1], the edge repeated, as the codec pads."""
+    """Images float32 [B, H, W, 3] in [0, 1], padded as the codec does: by the edge."""
     side = 16
     padded = []
     for image in pixels:

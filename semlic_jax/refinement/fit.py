@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From refined latents to files: the exact fit to the budget, and the guard.
+"""Makes files from refined latents, within the budget and never worse than unrefined.
 
-How strictly the refined latents are rounded towards cheap symbols is found for each
-image by bisection with the rate of the coder's tables, so that its size comes out just
-below the budget. It changes those symbols first that the refinement left undecided.
+For each image, a bisection with the rate of the coder's tables finds how strictly the
+refined latents are rounded towards cheap symbols, so that the file's size comes out
+just below the budget. This changes first those symbols that the refinement left
+undecided.
 
-The files are made by the real coder and judged as the real decoder shows them, the
-unrefined file among them: refinement never returns a file that is worse under its own
-objective, nor one above the budget. Steps take a sum of squares for 1 - MS-SSIM; here
-it is MS-SSIM itself, where the image is large enough and has no region of interest.
+The files are made by the real coder and judged by what the real decoder shows. The
+unrefined file is among them, so refinement never returns a file that is worse under its
+own objective, nor one above the budget. In the steps a sum of squares stands for
+1 - MS-SSIM; here it is replaced by MS-SSIM itself if the image is large enough and has
+no region of interest.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 
 from semlic_jax.compilation import FloatProgram
 from semlic_jax.objectives.similarity import MS_SSIM_LEAST_SIDE, ms_ssim_within
+from semlic_jax.refinement.jobs import Job
 from semlic_jax.refinement.objective import (
     Frozen,
     Images,
@@ -42,7 +45,7 @@ _STRICTEST = 0.45
 _LOOSEST = -0.2
 _BISECTIONS = 9
 _ROUNDS = 3
-# What a stream takes beyond its ideal length differs by at most so many bits.
+# The bits that a stream takes beyond its ideal length vary by at most so much.
 _STREAM_BITS = 8
 
 
@@ -54,27 +57,7 @@ class Fitted(NamedTuple):
     unrefined_value: float
 
 
-class Job(NamedTuple):
-    """What the file of one image is made with, besides its latents.
-
-    Attributes:
-        size: height and width of the image in pixels.
-        level: quality level of the latents, 0 to 255.
-        budget_bytes: the most bytes of the file.
-        payload_bits: about what the budget leaves for symbols.
-        icc_profile: stored in the file, or None.
-        unrefined: the file without refinement within the budget.
-    """
-
-    size: tuple[int, int]
-    level: int
-    budget_bytes: int
-    payload_bits: float
-    icc_profile: bytes | None
-    unrefined: bytes
-
-
-# Three programs in the place of one, since each is needed by itself too.
+# `score` runs three programs instead of one, since each is also needed by itself.
 coded_latents = FloatProgram(hard_latents)
 shown_image = FloatProgram(decoded_image)
 _image_terms = FloatProgram(image_terms)
@@ -89,11 +72,14 @@ def score(
     y_scaled: Array,
     z: Array,
 ) -> tuple[Terms, Array]:
-    """The terms of the rounded latents as the coder sees them, and y_hat_scaled.
+    """Round latents and return their terms, with the coder's rate, and y_hat_scaled.
 
     Args:
-        frozen, images, weights: of the refinement.
+        frozen, images, weights: those of the refinement, see `objective`.
         rounding, y_scaled, z: as in `symbols.hard_latents`.
+
+    Returns:
+        the terms, [B] each, and y_hat_scaled float32 [B, h, w, M].
     """
     bits, y_hat = coded_latents(frozen, images, rounding, y_scaled, z)
     x_hat = shown_image(frozen, images, y_hat)
@@ -109,21 +95,22 @@ def fit_files(
     values_of: Callable[[Sequence[Sequence[bytes]]], list[list[float]]],
     jobs: Sequence[Job],
 ) -> list[Fitted]:
-    """The best file of each image within its budget.
+    """Make the best file of each image within its budget.
 
     Args:
-        codec, frozen, images: of the refinement.
-        latents: y_scaled [B, h, w, M] and z [B, h/4, w/4, N], refined.
-        rounding_at: how they are rounded at a strictness [B] from -0.2 to 0.45: the
-            rate falls with it, and 0 is how the refinement left them.
-        values_of: gives the objectives of files, as `decoded_values`.
-        jobs: one for each image.
+        codec, frozen, images: those of the refinement.
+        latents: the refined y_scaled [B, h, w, M] and z [B, h/4, w/4, N].
+        rounding_at: gives the rounding of y_scaled at a strictness [B] from -0.2 to
+            0.45. The rate falls with the strictness; at 0, the latents are rounded as
+            in the refinement.
+        values_of: gives the objectives of files, as `decoded_values` does.
+        jobs: what the file of each image is made with.
     """
     count = len(jobs)
     y_scaled, z = latents
     z_symbols = np.round(np.asarray(z))
-    # Candidates for each image. The unrefined file is the first of them, so that the
-    # best is never worse than it.
+    # The candidates for each image. The unrefined file is the first of them, so that
+    # the best is never worse.
     files = [[job.unrefined] for job in jobs]
 
     def rounded(strictness: np.ndarray) -> tuple[np.ndarray, Array]:
@@ -133,7 +120,7 @@ def fit_files(
         return np.asarray(bits, np.float64), y_hat
 
     def make_files(y_hat: Array) -> np.ndarray:
-        """Keeps the files within their budgets; returns the bits above, [B]."""
+        """Keep the files within their budgets; return the bits above these, [B]."""
         excess = np.zeros(count)
         for i, (job, y) in enumerate(zip(jobs, np.asarray(y_hat), strict=True)):
             symbols = codec.entropy.symbols(y, z_symbols[i], job.level, job.size)
@@ -148,7 +135,7 @@ def fit_files(
     target = np.array([job.payload_bits for job in jobs])
     for _ in range(_ROUNDS):
         over = bits > target
-        low = np.where(over, 0.0, _LOOSEST)  # too many bits here, if anywhere
+        low = np.where(over, 0.0, _LOOSEST)  # above the target, if any point is
         high = np.where(over, _STRICTEST, 0.0)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
@@ -175,14 +162,14 @@ def decoded_values(
     weights: Weights,
     files: Sequence[Sequence[bytes]],
 ) -> list[list[float]]:
-    """The objective of what each file decodes to.
+    """Return the objective of what each file decodes to.
 
     Args:
-        codec, frozen, images, weights: of the refinement.
-        files: those of each image, of which one image may have more than another.
+        codec, frozen, images, weights: those of the refinement.
+        files: the files of each image; images may have different numbers of them.
 
     Returns:
-        the values of each image's files, in their order.
+        the values of each image's files, in the order of the files.
     """
     values: list[list[float]] = [[] for _ in files]
     original = np.asarray(images.x)
@@ -209,7 +196,7 @@ def decoded_values(
 
 
 def _with_ms_ssim(images: Images) -> np.ndarray:
-    """Whose objective has a term that MS-SSIM can take the place of: bool [B]."""
+    """Whether MS-SSIM can stand in for the structure term of each image, bool [B]."""
     sizes = np.asarray(images.sizes)
     if not images.structure:
         return np.zeros(len(sizes), bool)

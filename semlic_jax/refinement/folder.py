@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`semlic refine`: a folder of photographs, refined in batches, by one process or many.
+"""Refines a folder of photographs in batches, by one process or many: `semlic refine`.
 
-Images of one bucket are refined together. What was done is kept in a CSV file beside
-the results, one row per image, so that the same command goes on where it was killed:
-a file counts as finished when its row says that the same pixels were refined in the
-same way and the file is as it was written then (`folder_table.py`).
+Images of one bucket are refined together. A CSV file beside the results has a row for
+each image that is done, so that the same command goes on where it was killed: a file
+counts as finished if its row says that the same pixels were refined in the same way,
+and the file is still as it was written (`folder_table.py`).
 
-Of n processes each takes every n-th batch and writes a CSV of its own; nothing else
-is shared, so that they may run on machines that see the same folder.
+Each of n processes takes every n-th image, ordered by bucket, and writes a CSV of its
+own. They share nothing but the folder, so they may run on several machines that see it,
+with batches of different sizes.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ SUFFIX = ".semlic"
 
 @dataclass
 class Report:
-    """Of a run: a row per image of this process, and why others were left out.
+    """The result of a run: the images that this process finished, and those left out.
 
     Attributes:
-        rows: in the order of the names.
-        skipped: name of an image to the reason why it has no file.
-        stopped: whether it was stopped before the end.
+        rows: one row for each finished image, in the order of their names.
+        skipped: name of each image that has no file, to the reason why.
+        stopped: whether the run was stopped before the end.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -63,7 +64,13 @@ class Report:
 
 @dataclass(frozen=True)
 class FolderProgress:
-    """Where a run over a folder stands: images done, of these many, and the batch."""
+    """Where a run over a folder stands.
+
+    Attributes:
+        done: number of finished images, those of earlier runs included.
+        images: number of images in this process's share.
+        batch: where the current batch stands.
+    """
 
     done: int
     images: int
@@ -84,27 +91,29 @@ def refine_folder(
     force: bool = False,
     progress: Callable[[FolderProgress], bool | None] | None = None,
 ) -> Report:
-    """Refine many photographs to a rate; goes on where an earlier run stopped.
+    """Refine many photographs to a rate; go on where an earlier run stopped.
 
     Args:
-        codec: of the model.
-        images: image files, each with a stem of its own.
-        out: folder of the results, made where it is not there.
+        codec: the codec of the model.
+        images: image files, no two of which may have the same stem.
+        out: folder of the results; created if it is missing.
         bpp: most bits per pixel of each file.
-        settings: of the refinement.
-        batch: images refined together, at most.
-        process, processes: which share of the batches to do, and of how many.
-        background: RGB that transparent pixels are laid on; None: such images are
-            skipped.
-        force: replace files that this command did not make, or made otherwise.
-        progress: called after each chunk of steps; it stops the run by returning
-            False, and the files of that batch are what is reached by then. They are
-            refined again by the next run.
+        settings: the settings of the refinement.
+        batch: largest number of images to refine together.
+        process: number of this process, from 0; it does one share of the images.
+        processes: number of all processes.
+        background: RGB colour behind transparent pixels; None skips images that have
+            such pixels.
+        force: replace files that this command did not make, or made in another way.
+        progress: called after each chunk of steps; returning False stops the run. The
+            files of that batch are made from what was reached, and the next run refines
+            these images again.
 
     Raises:
-        ValueError: two images would have one file, a file or a table is there that was
-            not made like this, or a number is out of range. One image that cannot be
-            refined is in `Report.skipped` instead.
+        ValueError: two images would have the same file, a file or a table exists that
+            was not made like this, a number is out of range, or perceptual terms lack
+            feature weights. An image that cannot be refined is no error, but listed in
+            `Report.skipped`.
     """
     if batch < 1:
         raise ValueError(f"expected a batch of at least 1 image, found {batch}")
@@ -118,13 +127,9 @@ def refine_folder(
     outputs = _outputs(images, out)
     settings = replace(settings, features=settings.load_features())
     report = Report()
-    share = [
-        path
-        for group in _batches(images, batch, codec, settings, report)[
-            process::processes
-        ]
-        for path in group
-    ]
+    # Not a share of the batches: how large these may be differs between machines.
+    ordered = [path for (path,) in _batches(images, 1, codec, settings, report)]
+    share = ordered[process::processes]
     out.mkdir(parents=True, exist_ok=True)
     task = f"{codec.fingerprint.hex()} {bpp!r} {background} {_as_text(settings)}"
     table = Table(out / table_name(process, processes))
@@ -156,7 +161,7 @@ def refine_folder(
                 unrefined=[each.unrefined for each in ready],
                 progress=listener,
             )
-        except MemoryError as error:  # they are of one size
+        except MemoryError as error:  # all are of one size, so none fits
             for each in ready:
                 report.skipped[each.path.name] = _reason(error)
             continue
@@ -164,7 +169,7 @@ def refine_folder(
         for each, result in zip(ready, refined, strict=True):
             output = outputs[each.path]
             row = _row(each, output, result, seconds, task)
-            # The row first: a file without its row would be taken for a stranger's.
+            # The row comes first, since a file without one would count as not ours.
             table.add(row)
             write_file(output, result.data, force=True)
             report.rows.append(row)
@@ -177,7 +182,7 @@ def refine_folder(
 
 
 def _reuse(
-    known: Mapping[str, Row],
+    known: Mapping[str, Sequence[Row]],
     outputs: Mapping[Path, Path],
     report: Report,
     *,
@@ -186,29 +191,34 @@ def _reuse(
     background: tuple[int, int, int] | None,
     force: bool,
 ) -> list[Path]:
-    """Reports the images that an earlier run has done; returns those to refine.
+    """Report the images that earlier runs have done; return those to refine.
 
     Args:
-        known: rows of earlier runs, by the image's name.
-        outputs: the file of each image.
-        report: gets their rows, and why an image cannot be read.
-        task: of this run, without an image; see `_task_of`.
-        steps: that an image is refined in, unless it was stopped before.
+        known: rows of earlier runs, by the name of the image.
+        outputs: output file of each image.
+        report: gets the rows of images that are done, and the images that cannot be
+            read.
+        task: this run's task, without an image; see `_task_of`.
+        steps: number of steps of a refinement that was not stopped.
         background, force: see `refine_folder`.
 
     Raises:
-        ValueError: a file is there that was made otherwise, and is not to be replaced.
+        ValueError: a file exists that was made in another way, without `force`.
     """
     waiting: list[Path] = []
     for path, output in outputs.items():
-        row = known.get(path.name)
-        if row is not None and is_as_written(row, output):
+        rows = [row for row in known.get(path.name, ()) if is_as_written(row, output)]
+        if rows:
             photograph = _read(path, background, report)
             if photograph is None:
                 continue
-            alike = row.task == _task_of(task, photograph)
-            if alike and row.steps >= steps:
-                report.rows.append(row)
+            wanted = _task_of(task, photograph)
+            # Runs with other settings may have written the very same file.
+            ours = [row for row in rows if row.task == wanted]
+            alike = bool(ours)
+            finished = [row for row in ours if row.steps >= steps]
+            if finished:
+                report.rows.append(finished[0])
                 continue
         else:
             alike = not output.exists()
@@ -222,7 +232,7 @@ def _reuse(
 
 
 class _Listener:
-    """Progress of one batch within the folder; remembers whether it was stopped."""
+    """Passes on the progress of one batch; remembers whether it was stopped."""
 
     def __init__(
         self,
@@ -246,7 +256,7 @@ def _outputs(images: Sequence[Path], out: Path) -> dict[Path, Path]:
         output = out / f"{path.stem}{SUFFIX}"
         if output in taken:
             raise ValueError(
-                f"expected one image for each file, found {taken[output].name} and "
+                f"expected one image for each output, found {taken[output].name} and "
                 f"{path.name} for {output.name}"
             )
         taken[output] = path
@@ -256,9 +266,10 @@ def _outputs(images: Sequence[Path], out: Path) -> dict[Path, Path]:
 def _batches(
     images: Sequence[Path], most: int, codec: Codec, settings: Settings, report: Report
 ) -> list[list[Path]]:
-    """Images of one bucket, at most so many at a time; those of no size are skipped.
+    """Groups of at most `most` images of one bucket.
 
-    One at a time where they are refined in tiles, so that each is kept once it is done.
+    Images that are refined in tiles come one at a time, so that each is kept as soon as
+    it is done. Images whose size cannot be read are skipped.
     """
     buckets: dict[tuple[int, int], list[Path]] = {}
     for path in sorted(images, key=lambda path: path.name):
@@ -276,7 +287,7 @@ def _batches(
 
 
 class _Ready(NamedTuple):
-    """A photograph that can be refined, with its budget and the file within it."""
+    """A photograph that can be refined, with its budget and its unrefined file."""
 
     path: Path
     photograph: Photograph
@@ -291,9 +302,9 @@ def _ready(
     background: tuple[int, int, int] | None,
     report: Report,
 ) -> Iterator[list[_Ready]]:
-    """Of each group those to refine together.
+    """Yield the images of each group that are refined together.
 
-    They are of one bucket as they were read: the head of a file may say another.
+    They are of one bucket once decoded; the head of a file may state another size.
     """
     for group in groups:
         buckets: dict[tuple[int, int], list[_Ready]] = {}
@@ -310,7 +321,7 @@ def _compressed(
     background: tuple[int, int, int] | None,
     report: Report,
 ) -> Iterator[_Ready]:
-    """The photographs that the codec can compress; the others are skipped."""
+    """Yield the photographs that the codec can compress; the others are skipped."""
     for path in paths:
         photograph = _read(path, background, report)
         if photograph is None:
@@ -330,7 +341,7 @@ def _compressed(
 def _read(
     path: Path, background: tuple[int, int, int] | None, report: Report
 ) -> Photograph | None:
-    """The photograph; None where it cannot be read, and then it is skipped."""
+    """Read a photograph; if it cannot be read, skip it and return None."""
     try:
         return read_photograph(path, background=background)
     except (OSError, ValueError, MemoryError) as error:
@@ -366,7 +377,7 @@ def _row(
 
 
 def _as_text(settings: Settings) -> str:
-    """Settings with the numbers of their feature network, the same in every process."""
+    """Settings and a digest of their feature network, the same in every process."""
     digest = hashlib.sha256()
     network = settings.load_features()
     if network is not None:
@@ -377,7 +388,12 @@ def _as_text(settings: Settings) -> str:
 
 
 def _task_of(task: str, photograph: Photograph) -> str:
-    """Names a photograph and a run's task, its model, budget and settings."""
+    """A digest that names a photograph and what is done to it, 16 hexadecimal digits.
+
+    Args:
+        task: the model, the budget, the background and the settings, as text.
+        photograph: its pixels and its colour profile count.
+    """
     pixels = photograph.pixels
     digest = hashlib.sha256(f"{task} {pixels.shape} ".encode())
     digest.update(pixels.tobytes())

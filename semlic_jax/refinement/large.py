@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refinement of an image that is too large for its steps to be made at once.
+"""Refines an image that is too large for a step to work on all of it at once.
 
-A step of `newton` has two parts. One walks the latents in the order of coding, which
-takes tens of bytes a pixel and is done for all of the image. The other shows what the
-symbols decode to and asks for the gradient, which takes thousands. What a latent
-changes is near it, and the objective is a mean over places, so the gradient to the
-latents of a tile is that of the objective of a window, the tile with a margin. The same
-holds for the curvature. There is one budget, one multiplier of the rate and one set of
-symbols, and no seam that a decoder would show.
+A step of `newton` has two parts. The first walks the latents in the coding order, which
+takes tens of bytes per pixel and is done for the whole image. The second decodes the
+symbols and computes the gradient, which takes thousands of bytes per pixel. A latent
+changes only what is near it, and the objective is a mean over places. So the gradient
+with respect to the latents of a tile is that of the objective of a window, the tile
+with a margin around it. The same holds for the curvature. There is one budget, one
+multiplier of the rate and one set of symbols, and so no seam in the decoded image.
 
-A refinement of the whole differs in this: its latents see further than the margin
-(`windows.py`), its style and lattice terms have their places in the image and not in a
-window, it may keep the best of its steps where there are no perceptual terms, and it
-judges files by 1 - MS-SSIM and not by the sum of squares that stands for it.
+A refinement of the whole image at once differs in four ways: its latents see further
+than the margin (`windows.py`), its style and lattice terms lie on a grid of the image
+and not of a window, it may keep the best of its steps if there are no perceptual terms,
+and it judges files by 1 - MS-SSIM and not by the sum of squares that stands for it.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 
-# Larger images are refined in tiles. At once so many pixels take 2.7 GB with `small`
-# and 5.9 GB with `base`.
+# Images of more pixels are refined in tiles. So many pixels at once take 2.7 GB with
+# `small` and 5.9 GB with `base`.
 _MOST_PIXELS = 2**21
-# What is kept of a pixel of the whole image, over what a step takes of one of a window.
+# Memory that is kept for a pixel of the whole image, relative to what a step takes for
+# a pixel of a window.
 _WHOLE_SHARE = 1 / 32
 
 
@@ -74,15 +75,16 @@ def can_go_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
 
 
 def goes_in_tiles(bucket: tuple[int, int], settings: Settings) -> bool:
-    """Whether they are, however much memory there is."""
+    """Whether images of this padded size go in tiles however much memory there is."""
     return can_go_in_tiles(bucket, settings) and math.prod(bucket) > _MOST_PIXELS
 
 
 class LargeImage(Batch):
-    """One image, from the first latents to the file, its steps made tile by tile.
+    """The refinement of one image, with steps that are made tile by tile.
 
     Attributes:
-        tiling, windows: how the image is cut.
+        tiling: how the image is cut.
+        windows: the windows of its tiles.
     """
 
     def __init__(
@@ -95,9 +97,10 @@ class LargeImage(Batch):
         icc_profiles: Sequence[bytes | None],
         unrefined: Sequence[bytes],
     ) -> None:
-        """The arguments are those of `Batch`, for one image.
+        """Prepare the refinement; arguments and errors are those of `Batch`.
 
-        Between two looks at the latents is one step, since it takes long.
+        There is one image. The latents are looked at after every step, because a step
+        takes long.
         """
         features = settings.load_features()
         settings = dataclasses.replace(settings, chunk_steps=1, features=features)
@@ -108,7 +111,7 @@ class LargeImage(Batch):
             structure=features is not None and settings.structure > 0,
             lattice=features is not None and settings.lattice > 0,
         )
-        self._steps: Any = None  # `_Steps`, while they are under way
+        self._steps: Any = None  # the `_Steps` under way
         super().__init__(
             codec, settings, pixels, budgets, regions, icc_profiles, unrefined
         )
@@ -146,7 +149,7 @@ class LargeImage(Batch):
         return self._sum(images, shown)._replace(bpp=bpp)
 
     def _sum(self, images: Images, shown: Callable[[Images, Window], Any]) -> Terms:
-        """The terms, without a rate, of what is shown in each window."""
+        """The terms of an image, without a rate; `shown` gives its part in a window."""
         found = []
         for window in self.windows:
             own = view(self.tiling, images, window)
@@ -166,7 +169,7 @@ class LargeImage(Batch):
         return jax.tree.map(lambda *terms: np.sum(terms, axis=0), *found)
 
     def keep_within_budget(self, state: newton.State) -> Terms:
-        """Keeps the last latents. The terms are those that the last step saw."""
+        """Keep the last latents; return the terms that the last step saw."""
         self.best, self.best_rounding = state.latents, self._rounding(state)
         self.best_terms = self._steps.terms
         return self.best_terms
@@ -198,7 +201,7 @@ class LargeImage(Batch):
         return _Steps(problem, state, schedule, self.tiling, self.windows)
 
     def finish(self, steps: int) -> list[Refined]:
-        self._steps = None  # its memory is of use to the files
+        self._steps = None  # which frees memory for making the files
         return super().finish(steps)
 
     def decoded_values(self, files: Sequence[Sequence[bytes]]) -> list[list[float]]:
@@ -219,11 +222,11 @@ class LargeImage(Batch):
 
 
 class _Steps:
-    """A refinement under way, in the place of a `steps.Stepper`.
+    """A refinement under way, used like a `steps.Stepper`.
 
     Attributes:
-        state: after the steps so far.
-        terms: that the last step saw.
+        state: the state after the steps so far.
+        terms: the terms that the last step saw.
     """
 
     def __init__(
@@ -238,11 +241,11 @@ class _Steps:
         self._schedule = schedule
         self._tiling, self._windows = tiling, windows
         self._next = 0
-        self.state = jax.tree.map(jnp.copy, state)  # a step takes its memory
+        self.state = jax.tree.map(jnp.copy, state)  # a step overwrites its memory
         self.terms: Terms
 
     def __call__(self, count: int, target: Target) -> np.ndarray:
-        """See `steps.Stepper`."""
+        """Make steps as `steps.Stepper` does, but only to the end of the schedule."""
         taken_bpp = []
         for _ in range(count):
             now = newton.Schedule(*(values[self._next] for values in self._schedule))
@@ -278,7 +281,10 @@ class _Steps:
         self.terms = terms._replace(bpp=taken_bpp)
 
     def memory_bytes(self) -> int | None:
-        """What a step takes beside its arguments, as the compiler plans it."""
+        """The bytes that a step takes besides its arguments, as the compiler plans.
+
+        None if the compiler does not say.
+        """
         frozen, images, weights, target, rng = self._problem
         now = newton.Schedule(*(values[0] for values in self._schedule))
         window = self._windows[0]
@@ -342,7 +348,10 @@ def _walk(
     state: newton.State,
     now: newton.Schedule,
 ) -> tuple[newton.Walked, Callable[..., Any]]:
-    """The symbols of a step, and the way back from bits and y_hat to the latents."""
+    """The symbols of a step, and a function from gradients to those of the latents.
+
+    The function takes the gradients with respect to bits and y_hat.
+    """
     rounding, offset = newton.step_choice(images, rng, state, now)
 
     def walked(y: Array, z: Array) -> tuple[tuple[Array, Array], newton.Walked]:
@@ -364,7 +373,7 @@ def _gradient(
     window: Window,
     shift: Array,
 ) -> tuple[Terms, Array]:
-    """Terms of a tile, and the gradient of the window's objective to its y_hat."""
+    """Terms of a tile; gradient of its window's objective with respect to y_hat."""
 
     def value(y_hat: Array) -> tuple[Array, Terms]:
         x_hat = decoded_image(frozen, own, y_hat)

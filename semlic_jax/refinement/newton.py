@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refinement by symbols of least cost and Newton steps between them, without noise.
+"""Refinement that chooses symbols of least cost and makes Newton steps between them.
 
-Every step decodes whole numbers, as a decoder would. A latent y is where its symbol
-should be: with the gradient g of the objective to y_hat, and its curvature H, the
-minimum of the local parabola is at y_hat - g / H, and y moves a part of the way there,
-with g / H within one step of the quantiser.
-The symbol is the whole number r of the least
+Every step decodes whole numbers, as a decoder would. A latent y says where its symbol
+should be. With the gradient g of the objective with respect to y_hat and the curvature
+H, the local parabola has its minimum at y_hat - g / H, and y moves a part of the way
+there, with g / H clipped to one step of the quantiser. The symbol is the whole number r
+near v (see `symbols.Rounding`) with the least cost
 
     kappa / 2 * H * (r - v)^2 + beta * bits(r) / pixels,    v = y - mean
 
-under the tables of the coder. g holds the rate of the symbols that are coded later,
-through their means and scales; the rate of the symbol itself is in the choice.
+under the tables of the coder. g includes the rate of the symbols that are coded later,
+through their means and scales; the rate of the symbol itself is part of its cost.
 
 H is the diagonal of the Gauss-Newton matrix of the objective, which is a sum of squares
-of residuals with Jacobian J: the mean of (J^T e)^2 over random signs e (Hutchinson
-1990). It is smoothed to a product of channel and position. z has few symbols and
-follows the mean of its straight-through gradients, in units of their deviation over all
-of z (Adam with one second moment per image).
+of residuals with Jacobian J: twice the mean of (J^T e)^2 over random signs e
+(Hutchinson 1990). It is smoothed to a product of channel and position. z has few
+symbols and follows the mean of its straight-through gradients, in units of their root
+mean square over all of z (Adam with one second moment per image).
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ Array = jax.Array
 _B1, _B2 = 0.9, 0.99
 _STEEPEST = 4.0  # largest move of z, in learning rates
 _NOISY = 0.8  # share of the steps with noise
-_FLATTEST = 1e-3  # of the mean curvature
-# The smoothed curvature is far too small at some places. Unbounded, latents there ran
-# away in the first steps, and the others were spent on bringing them back: a few of the
-# files of Kodak gained nothing.
+_FLATTEST = 1e-3  # added to the curvature, relative to its mean
+# The smoothed curvature is far too small at some places. Without a bound, latents there
+# ran away in the first steps and the other steps were spent on bringing them back: a
+# few of the Kodak images gained nothing.
 _FARTHEST = 1.0  # from a symbol to the minimum, in steps of the quantiser
 
 
 class Schedule(NamedTuple):
-    """What a chunk of K steps scans over: arrays [K], one number each in a step.
+    """The schedule of K steps: arrays [K], or scalars for a single step.
 
     Attributes:
-        step: its number.
+        step: number of the step, from 0.
         kappa: factor of the curvature in the choice of symbols.
-        temperature: scale in bits of the noise in that choice.
-        trust: part of the way to the minimum that y goes.
-        learning_rate: of z.
-        shift: which of TRUNK_SHIFTS the trunk sees.
+        temperature: scale in bits of the noise in the choice of symbols.
+        trust: part of the way to the minimum that y moves.
+        learning_rate: learning rate of z.
+        shift: which of TRUNK_SHIFTS the trunk's input has.
     """
 
     step: Any
@@ -89,13 +89,13 @@ class Schedule(NamedTuple):
 class Best(NamedTuple):
     """The best latents within the budget, and how they were rounded.
 
-    None are kept with perceptual terms: the trunk sees another view in each step, so
-    values of two steps cannot be compared, and the last latents are the ones to take.
+    With perceptual terms none are kept: the trunk sees another view in each step, so
+    values of two steps cannot be compared, and the last latents are used instead.
 
     Attributes:
-        value: of the objective, [B]; infinite before any are found.
-        latents: y and z.
-        stiffness: [B, h, w, M].
+        value: objective of the latents, [B]; infinite before any are found.
+        latents: y [B, h, w, M] and z [B, h/4, w/4, N].
+        stiffness: stiffness with which y was rounded, [B, h, w, M].
     """
 
     value: Array
@@ -104,14 +104,14 @@ class Best(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step changes.
+    """The state of a refinement between two steps.
 
     Attributes:
         latents: y [B, h, w, M] and z [B, h/4, w/4, N].
-        first, second: Adam's moments of z, shaped like it.
-        curvature: H, [B, h, w, M].
-        log_beta: [B].
-        best: so far; as it was at the start with perceptual terms.
+        first, second: Adam's moments of z, both shaped like z.
+        curvature: H, [B, h, w, M]; it stays the same.
+        log_beta: logarithm of the rate's multiplier, [B].
+        best: the best latents so far; with perceptual terms those of the start.
     """
 
     latents: Latents
@@ -129,9 +129,9 @@ def stiffness(
 
     Args:
         curvature: H, [B, h, w, M].
-        log_beta: [B], of the multiplier per bit per pixel.
-        images: whose sizes count.
-        kappa: scalar.
+        log_beta: logarithm of the rate's multiplier, per bit per pixel, [B].
+        images: the batch, of which only the sizes are used.
+        kappa: factor of the curvature, a scalar.
     """
     pixels = images.pixel_counts
     return kappa * curvature * (pixels * jnp.exp(-log_beta))[:, None, None, None]
@@ -145,7 +145,7 @@ def curvature_of(
     rng: Array,
     probes: int,
 ) -> Array:
-    """H at y_hat, float32 [B, h, w, M], above 0; the arguments of `diagonal_of`."""
+    """H at y_hat, float32 [B, h, w, M], above 0; for arguments see `diagonal_of`."""
     return smoothed(diagonal_of(frozen, images, weights, y_hat, rng, probes))
 
 
@@ -157,15 +157,16 @@ def diagonal_of(
     rng: Array,
     probes: int,
 ) -> Array:
-    """An estimate of the Gauss-Newton matrix's diagonal, float32 [B, h, w, M].
+    """Estimate the diagonal of the Gauss-Newton matrix, float32 [B, h, w, M].
 
-    Its mean over the keys is the diagonal, its variance 2 / probes of the square at
-    most. Style has no part in it.
+    The estimate has no bias, and its variance is at most 2 / probes times the square of
+    the diagonal. The style terms are left out.
 
     Args:
-        y_hat: scaled, [B, h, w, M].
+        frozen, images, weights: those of the refinement, see `objective`.
+        y_hat: y_hat_scaled, [B, h, w, M].
         rng: one key per image, [B].
-        probes: random signs to take the mean over.
+        probes: number of arrays of random signs to take the mean over.
     """
     made, pull_back = _residuals(frozen, images, weights, y_hat)
     squares = jnp.zeros_like(y_hat)
@@ -174,12 +175,15 @@ def diagonal_of(
     return 2 * squares / probes
 
 
-# Two programs: in one the compiler would see the way back once for each probe.
+# Two programs: within one, the compiler would see the backward pass once per probe.
 @float_program()
 def _residuals(
     frozen: Frozen, images: Images, weights: Weights, y_hat: Array
 ) -> tuple[tuple[Array, ...], Callable[..., Any]]:
-    """The residuals of the objective at y_hat, and the product with J^T, a pytree."""
+    """Residuals of the objective at y_hat, and the product with J^T as a function.
+
+    The function is a pytree, so it can be returned and be an argument.
+    """
 
     def residuals(y: Array) -> tuple[Array, ...]:
         x_hat = decoded_image(frozen, images, y)
@@ -205,7 +209,11 @@ def _add_square(
 
 
 def _random_signs(rng: Array, probe: Array, part: int, shape: tuple[int, ...]) -> Array:
-    """float32 of the shape [B, ...], each 1 or -1; those of an image are its key's."""
+    """Random numbers 1 or -1, float32 of this shape [B, ...].
+
+    Those of an image depend on its key, the number of the probe and that of the
+    residual alone.
+    """
 
     def draw(key: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(key, probe), part)
@@ -215,7 +223,7 @@ def _random_signs(rng: Array, probe: Array, part: int, shape: tuple[int, ...]) -
 
 
 def smoothed(diagonal: Array) -> Array:
-    """A product of channel and position near the diagonal, [B, h, w, M], above 0."""
+    """Approximate a diagonal [B, h, w, M] by a product of channel and position."""
     channel = jnp.mean(diagonal, (1, 2), keepdims=True)
     channel = channel + _FLATTEST * jnp.mean(channel, -1, keepdims=True)
     position = jnp.mean(diagonal / channel, -1, keepdims=True)
@@ -223,12 +231,12 @@ def smoothed(diagonal: Array) -> Array:
 
 
 class Walked(NamedTuple):
-    """Latents as coded, from `hard_walk`.
+    """Latents as they would be coded, from `hard_walk`.
 
     Attributes:
-        bits: of the densities, float32 [B].
-        coded_bits: of the payload under the tables of the coder, float32 [B].
-        y_hat: scaled, [B, h, w, M].
+        bits: bits of the symbols under the densities, float32 [B].
+        coded_bits: bits of the symbols under the tables of the coder, float32 [B].
+        y_hat: y_hat_scaled, [B, h, w, M].
     """
 
     bits: Array
@@ -244,12 +252,12 @@ def hard_walk(
     rounding: Rounding,
     offset: Array,
 ) -> Walked:
-    """The chosen symbols in the order of coding, with gradients as the module says.
+    """Choose the symbols in the coding order, with gradients as the module describes.
 
     Args:
         y, z: latents, [B, h, w, M] and [B, h/4, w/4, N].
-        rounding: how symbols are chosen, with a stiffness.
-        offset: [B, h, w, M], added to the cost of the neighbour; see
+        rounding: how symbols of y are chosen, with a stiffness.
+        offset: added to the cost of the neighbour, [B, h, w, M]; see
             `symbols.chosen_symbols`.
     """
 
@@ -273,7 +281,7 @@ def hard_walk(
         coded_bits = jnp.sum(coded * masks.y, (1, 2, 3))
         coded = look_up(frozen.z_bits, jnp.arange(z.shape[-1]), z_hat)
         coded_bits = coded_bits + jnp.sum(coded * masks.z, (1, 2, 3))
-        # Bits fall and rise with the means of the symbols alone.
+        # The bits have no gradient to a symbol itself, only to its mean and scale.
         residual = residual - (y - jax.lax.stop_gradient(y)) * masks.y
         y_bits = gaussian_bits(residual, scale_from_index(index))
         y_bits = jnp.sum(y_bits * masks.y, (1, 2, 3))
@@ -292,15 +300,15 @@ def hard_step_terms(
     offset: Array,
     shift: Array,
 ) -> tuple[Terms, Array, Array]:
-    """The terms of the chosen symbols, with gradients as the module says.
+    """The terms of the chosen symbols, with gradients as the module describes.
 
     Args:
         y, z, rounding, offset: as in `hard_walk`.
         shift: as in `steps.soft_terms`.
 
     Returns:
-        the terms, with the bits of the densities; y_hat_scaled [B, h, w, M]; and the
-        bits of the payload under the tables of the coder, [B].
+        the terms, whose rate is that of the densities; y_hat_scaled [B, h, w, M]; and
+        the bits of the payload under the tables of the coder, [B].
     """
     walked = hard_walk(frozen, images, y, z, rounding, offset)
     x_hat = decoded_image(frozen, images, walked.y_hat)
@@ -314,10 +322,10 @@ def step_choice(
     """How a step chooses symbols: the last two arguments of `hard_walk`.
 
     Args:
-        images: whose sizes count.
+        images: the batch, of which only the sizes are used.
         rng: one key per image, [B].
-        state: before the step.
-        now: of the schedule, scalars.
+        state: the state before the step.
+        now: the schedule of this step, scalars.
     """
     keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
     shape = state.latents[0].shape
@@ -337,13 +345,13 @@ def moved(
     excess: Array,
     integral: Array,
 ) -> State:
-    """The state after a step, with the best of the state before.
+    """The state after a step, except that `best` is still that of the state before.
 
     Args:
-        state: before the step.
-        now: of the schedule, scalars.
-        gradients: of value and rate to y and z.
-        y_hat: of the step's symbols, [B, h, w, M].
+        state: the state before the step.
+        now: the schedule of this step, scalars.
+        gradients: gradients of the value plus beta times the rate to y and z.
+        y_hat: y_hat_scaled of the step's symbols, [B, h, w, M].
         excess: `rate_excess` of the step, [B].
         integral: gain of the dual ascent.
     """
@@ -372,7 +380,10 @@ def run_steps(
     state: State,
     schedule: Schedule,
 ) -> tuple[State, Terms]:
-    """Some steps, and the mean terms of their symbols, with the bits of the coder."""
+    """Make the steps of a schedule; return the state and the mean of their terms.
+
+    The rate in the terms is that of the coder's tables.
+    """
 
     def step(state: State, now: Schedule) -> tuple[State, Terms]:
         rounding, offset = step_choice(images, rng, state, now)
@@ -411,12 +422,12 @@ def start_state(start: Latents, curvature: Array, log_beta: Array) -> State:
 
 
 def make_schedule(settings: Settings) -> Schedule:
-    """The steps of a refinement."""
+    """The schedule of a refinement by Newton steps."""
     steps = settings.steps
     done = np.arange(steps) / max(steps - 1, 1)
     trust = settings.trust_start * (settings.trust_end / settings.trust_start) ** done
     rising = settings.trust_rise * steps
-    if rising >= 2:  # a shorter one is a lost first step and hardly a rise
+    if rising >= 2:  # a shorter rise would only waste the first step
         trust = trust * np.minimum(np.arange(steps) / rising, 1)
     cooling = np.clip(1 - done / _NOISY, 0, 1)
     return Schedule(

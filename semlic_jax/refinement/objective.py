@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What refinement minimises: the terms of one batch of images, soft or hard.
+"""The objective that refinement minimises, term by term, for one batch of images.
 
     alpha * D + gamma * (Perceptual + k * Style + m * MeanStyle + s * Structure
         + l * Lattice) + beta * R
 
 * D: mean squared error in 8-bit levels (100 is 28.1 dB), over the real pixels of the
   image, weighted by the region of interest.
-* Perceptual: `objectives.losses`' distance of channel-normalised features of a frozen
-  trunk; Style: distance of local Gram matrices of the same features.
-* MeanStyle: relative distance of local means of those features before they are
-  normalised. All other terms take texture away that is not where the original has it.
-* Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`; in a region of
-  interest its errors count as those of D.
-* Lattice: what repeats in every cell of the latents, see `structure.py`; with the
-  weights of D too. The terms before it let a mesh of dots pass for texture. No preset
-  has it.
+* Perceptual: distance of the channel-normalised features of a frozen trunk
+  (`objectives.features.feature_distance`).
+* Style: distance of local Gram matrices of the same features.
+* MeanStyle: relative distance of local means of the trunk's features before they are
+  normalised. The other terms remove all texture that is not where the original has it.
+* Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`. With a region of
+  interest, its errors are weighted like those of D.
+* Lattice: what repeats in every cell of the latents, see `structure.py`; it is also
+  weighted like D. The terms above let a mesh of dots pass for texture. No preset uses
+  this term.
 * R: bits per pixel, of relaxed latents under the densities or of rounded latents under
   the tables of the coder.
 
-The trunk's strided layers are blind to patterns of their own period. So its input is
-shifted by one of a few offsets, another one in each step; the features of an original
-that is seen at once are computed once for all of them.
+The strided layers of the trunk are blind to patterns of their own period. So the
+trunk's input is shifted by one of a few offsets, drawn anew for each step. The features
+of an original that is not refined in tiles are computed only once, for all offsets.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ Array = jax.Array
 Network = CompressionModel | MeanScaleModel
 _Found = TypeVar("_Found")
 
-# Corners of the trunk's input, row and column: every parity of both occurs.
+# Where the trunk's input starts, row and column: all pairs of parities occur.
 TRUNK_SHIFTS = ((0, 0), (1, 2), (2, 3), (3, 1))
-_TRUNK_MARGIN = 3  # the largest of them
+_TRUNK_MARGIN = 3  # the largest shift
 _MAX_LEVEL = 255.0
 
 
@@ -64,11 +65,11 @@ class Static(NamedTuple):
     """What the compiled programs are specialised for.
 
     Attributes:
-        config: of the model.
-        method: of the refinement, see `settings.METHODS`.
+        config: the model's architecture.
+        method: the method of the refinement, one of `settings.METHODS`.
         perceptual, style, mean_style: whether these terms have a weight.
-        padded: whether an image is smaller than its batch.
-        dtype: name of the type that g_s computes in.
+        padded: whether any image is smaller than the padded ones.
+        dtype: name of the type in which g_s computes.
     """
 
     config: Config
@@ -83,14 +84,14 @@ class Static(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What does not change during a refinement, besides the images: a pytree.
+    """What stays the same during a refinement, besides the images: a pytree.
 
     Attributes:
-        params: of the differentiable twin (`Codec.twin_params`).
-        y_bits, z_bits: `SymbolTables.bits_lookup()` matrices of the coder, float32
-            [T, 2 * radius + 1].
+        params: parameters of the differentiable twin (`Codec.twin_params`).
+        y_bits, z_bits: matrices from `SymbolTables.bits_lookup` of the coder's tables,
+            float32 [T, 2 * radius + 1].
         features: the trunk, or None without perceptual terms.
-        static: metadata of the pytree and no leaf: programs are compiled for it.
+        static: what programs are compiled for; metadata of the pytree, not a leaf.
     """
 
     params: Any
@@ -101,21 +102,23 @@ class Frozen:
 
 
 class Images(NamedTuple):
-    """A batch of images of one bucket, and what is wanted of each.
+    """A batch of images of one bucket, with what the objective needs of each.
 
     Attributes:
-        x: float32 [B, H, W, 3] in [0, 1], padded.
-        sizes: int32 [B, 2], real height and width.
-        quality: float32 [B] in [0, 1].
-        weights: float32 [B, H, W], of each pixel in D; 0 outside the image.
-        feature_weights: float32 [B, H, W], of each pixel in the perceptual terms.
-        taps: features of x for each of TRUNK_SHIFTS, each [S, B, h, w, C]. Where
-            these are not given they are computed when they are needed.
-        structure: `structure_weights` of x; empty where the term has no weight.
-        lattice: `lattice_weights` of x alone; empty where the term has no weight.
-        mean_powers: of the image that is seen through windows, see `mean_powers`;
-            empty where it is seen at once.
-        noise_origin: of a window in its image, see `CompressionModel.synthesis`.
+        x: the padded images, float32 [B, H, W, 3] in [0, 1].
+        sizes: real height and width of each image, int32 [B, 2].
+        quality: quality of each image, float32 [B] in [0, 1].
+        weights: weight of each pixel in D, float32 [B, H, W]; 0 outside the image.
+        feature_weights: weight of each pixel in the perceptual terms, float32
+            [B, H, W]; 0 outside the image.
+        taps: for each layer of the trunk, the features of x under all TRUNK_SHIFTS,
+            [S, B, h, w, C]; if empty, they are computed when they are needed.
+        structure: `structure_weights` of x; empty if the term has no weight.
+        lattice: one array, `lattice_weights` of x; empty if the term has no weight.
+        mean_powers: for an image that is refined in tiles, `mean_powers` of the whole
+            image; otherwise empty.
+        noise_origin: first latent of a window in its image, row and column, int32
+            [B, 2]; None means (0, 0). See `CompressionModel.synthesis`.
     """
 
     x: Array
@@ -131,12 +134,12 @@ class Images(NamedTuple):
 
     @property
     def pixel_counts(self) -> Array:
-        """How many real pixels each image has, float32 [B]."""
+        """The number of real pixels of each image, float32 [B]."""
         return jnp.prod(self.sizes.astype(jnp.float32), axis=1)
 
 
 class Weights(NamedTuple):
-    """Of the terms; float32 scalars, so that changing them compiles nothing anew."""
+    """Weights of the terms, float32 scalars: a change needs no new compilation."""
 
     alpha: Array
     gamma: Array
@@ -147,13 +150,13 @@ class Weights(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Of each image, float32 [B] each.
+    """Terms of the objective for each image, float32 [B] each.
 
     Attributes:
-        value: all terms but the rate, with their weights.
+        value: weighted sum of all terms but the rate.
         bpp: payload bits per real pixel.
-        mse: mean squared error in 8-bit levels, weighted as in the loss.
-        perceptual: 0 where it has no weight.
+        mse: mean squared error in 8-bit levels, with the weights of the pixels.
+        perceptual: the term Perceptual; 0 if there are no perceptual terms.
     """
 
     value: Array
@@ -163,14 +166,14 @@ class Terms(NamedTuple):
 
 
 def apply_twin(frozen: Frozen, forward: Callable[[Network], _Found]) -> _Found:
-    """What a function finds by the differentiable model, bound to its parameters."""
+    """Call a function with the differentiable twin, bound to its parameters."""
     static = frozen.static
     model = network_of(static.config, "twin", jnp.dtype(static.dtype))
     return nn.apply(forward, model)({"params": frozen.params})
 
 
 def decoded_image(frozen: Frozen, images: Images, y_hat: Array) -> Array:
-    """What the decoder shows of y_hat_scaled [B, h, w, M]: [B, H, W, 3] in [0, 1]."""
+    """The decoder's image of y_hat_scaled [B, h, w, M]: [B, H, W, 3] in [0, 1]."""
 
     return apply_twin(frozen, lambda model: reconstruct(model, frozen, images, y_hat))
 
@@ -182,23 +185,24 @@ def image_terms(
     bits: Array,
     x_hat: Array,
 ) -> Terms:
-    """The terms of decoded images, seen from the first corner.
+    """The terms of decoded images, with the trunk's input not shifted.
 
     Args:
-        bits: of the payload, float32 [B].
-        x_hat: float32 [B, H, W, 3] in [0, 1].
+        frozen, images, weights: those of the refinement.
+        bits: bits of the payload, float32 [B].
+        x_hat: decoded images, float32 [B, H, W, 3] in [0, 1].
     """
     return terms_of(frozen, images, weights, bits, x_hat, jnp.int32(0))
 
 
 def original_taps(features: FeatureNetwork, x: Array) -> tuple[Array, ...]:
-    """`Images.taps`."""
+    """Compute `Images.taps` of padded images x."""
     shifted = [features.apply(_shifted(x, *corner)) for corner in TRUNK_SHIFTS]
     return tuple(jnp.stack(taps) for taps in zip(*shifted, strict=True))
 
 
 def equal_weights(x: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Equal weights of all real pixels: float32 [B, H, W], 1 inside the images."""
+    """Equal weights for all real pixels, float32 [B, H, W]: 1 inside the images."""
     weights = np.zeros(x.shape[:3], np.float32)
     for image, (height, width) in zip(weights, sizes, strict=True):
         image[:height, :width] = 1
@@ -214,8 +218,11 @@ def pixel_weights(
 
     Args:
         x: the padded images, [B, H, W, 3].
-        sizes: real height and width of each.
-        regions: of interest, in each.
+        sizes: real height and width of each image.
+        regions: region of interest of each image, or None.
+
+    Raises:
+        ValueError: a region's mask has another size than its image.
     """
     equal = equal_weights(x, sizes)
     weights, feature_weights = equal.copy(), equal.copy()
@@ -258,9 +265,9 @@ def _shifted(x: Array, row: Array | int, column: Array | int) -> Array:
 def _trunk_view(
     frozen: Frozen, images: Images, x_hat: Array, shift: Array | int
 ) -> tuple[Array, Array]:
-    """What the trunk sees of x_hat, and the weights of its pixels.
+    """What the trunk sees of x_hat, and the weights of these pixels.
 
-    Beyond the images it sees the originals. Means with these weights over the padded
+    Beyond the real images it sees the padded originals. Weighted means over the padded
     image are means over the real one.
     """
     height, width = x_hat.shape[1:3]
@@ -286,9 +293,10 @@ def terms_of(
     """The terms of decoded images that take so many bits.
 
     Args:
-        bits: of the payload, float32 [B].
-        x_hat: float32 [B, H, W, 3] in [0, 1].
-        shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
+        frozen, images, weights: those of the refinement.
+        bits: bits of the payload, float32 [B].
+        x_hat: decoded images, float32 [B, H, W, 3] in [0, 1].
+        shift: which of TRUNK_SHIFTS the trunk's input has, int32 scalar.
     """
     pixels = images.pixel_counts
     square = jnp.mean(jnp.square(x_hat - images.x), -1) * _MAX_LEVEL**2
@@ -327,7 +335,7 @@ def terms_of(
 
 
 def mean_powers(frozen: Frozen, images: Images) -> tuple[Array, ...]:
-    """What the mean style is relative to: of each layer of the trunk float32 [B]."""
+    """What the mean style is relative to, float32 [B] for each layer of the trunk."""
     assert frozen.features is not None
     seen, cell_weights = _trunk_view(frozen, images, images.x, 0)
     taps = [_weigh(tap, cell_weights, 2) for tap in frozen.features.apply(seen)]
@@ -337,7 +345,7 @@ def mean_powers(frozen: Frozen, images: Images) -> tuple[Array, ...]:
 def _original_seen(
     features: FeatureNetwork, images: Images, shift: Array | int
 ) -> list[Array]:
-    """What the trunk makes of the originals, seen from one of TRUNK_SHIFTS."""
+    """The trunk's features of the originals under one of TRUNK_SHIFTS."""
     if images.taps:
         return [jax.lax.dynamic_index_in_dim(t, shift, 0, False) for t in images.taps]
     row, column = jnp.asarray(TRUNK_SHIFTS)[shift]
@@ -353,14 +361,15 @@ def structure_distance(images: Images, x_hat: Array) -> Array:
 def objective_residuals(
     frozen: Frozen, images: Images, weights: Weights, x_hat: Array
 ) -> tuple[Array, ...]:
-    """Residuals of x_hat whose squares add up to the objective without any style.
+    """Residuals whose squares add up to the objective without rate and style terms.
 
     Args:
-        x_hat: float32 [B, H, W, 3] in [0, 1].
+        frozen, images, weights: those of the refinement.
+        x_hat: decoded images, float32 [B, H, W, 3] in [0, 1].
 
     Returns:
-        of the pixels [B, H, W, 3]; where there are perceptual terms also of each tap
-        [B, h, w, C], of each scale of the structure, and of the lattice.
+        residuals of the pixels [B, H, W, 3]; with perceptual terms also those of each
+        tap [B, h, w, C], of each scale of the structure, and of the lattice.
     """
     pixels = images.pixel_counts[:, None, None, None]
     scale = jnp.sqrt(weights.alpha * images.weights[..., None] / (3 * pixels))
@@ -391,10 +400,10 @@ def _lattice_parts(images: Images, x_hat: Array) -> list[Array]:
 
 
 def _weigh(tap: Array, pixel_weights: Array, root: int) -> Array:
-    """Features times the square or fourth root of the weights of their pixels.
+    """Multiply features by a root of the weights of their pixels, of degree `root`.
 
-    So squares of features are weighted, or with the fourth root squares of their
-    Gram matrices.
+    The square root weights the squares of features, the fourth root the squares of
+    their Gram matrices.
     """
     cells = jax.image.resize(pixel_weights, tap.shape[:3], "linear")
     return tap * cells[..., None] ** (1 / root)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RefinementWarning(UserWarning):
-    """Refinement went on in another way than it was asked to."""
+    """Refinement goes on in another way than it was asked to."""
 
 
 @own_settings()
@@ -46,20 +46,20 @@ def refine(
     Give exactly one of `quality`, `bpp` and `max_bytes`.
 
     Args:
-        codec: of the model.
+        codec: the codec of the model.
         image: uint8 [H, W, 3].
-        quality: the budget is the size of the unrefined file of this quality.
+        quality: quality of the unrefined file, whose size is then the budget.
         bpp: the budget in bits per pixel of the whole file.
         max_bytes: the budget in bytes.
-        settings: None takes the preset `default`.
-        region: what matters in the image.
-        icc_profile: stored in the file.
-        progress: called after each chunk of steps; it stops the refinement by
-            returning False, and what is reached by then becomes the file.
+        settings: the settings of the refinement; None means the preset `default`.
+        region: what matters in the image; None means everything equally.
+        icc_profile: ICC profile to store in the file.
+        progress: called after each chunk of steps; returning False stops the
+            refinement, and the file is made from what was reached.
 
     Raises:
-        ValueError: as `Codec.compress`, and for a region of another size or
-            perceptual terms without feature weights.
+        ValueError: as for `Codec.compress`; also if the region has another size than
+            the image, or perceptual terms lack feature weights.
         MemoryError: the image is too large for this machine.
     """
     start = codec.compress(
@@ -98,22 +98,27 @@ def refine_batch(
 ) -> list[Refined]:
     """Refine images of one bucket together, each to its own budget.
 
-    The batch is split over the devices where its size is a multiple of their number.
-    Where the memory does not suffice it is halved, with a RefinementWarning. The method
-    `newton` refines one image for which it does not suffice in tiles, with the same
-    warning, and images of more than 2^21 pixels, padding included, always in tiles and
-    one by one.
+    The batch is split over the devices if its size is a multiple of their number. If
+    the memory does not suffice, the batch is halved, with a RefinementWarning. If it
+    does not suffice for one image, the method `newton` goes on in tiles, with the same
+    warning. With `newton`, images of more than 2^21 pixels, padding included, are
+    always refined in tiles and one by one.
 
     Args:
-        codec, settings, progress: as in `refine`.
-        images: uint8 [H, W, 3] each, padded by the codec to the same size.
-        max_bytes: of each.
-        regions, icc_profiles: of each, or None.
-        unrefined: of each the file within the budget, if it is known already.
+        codec, settings: as in `refine`.
+        images: uint8 [H, W, 3] each, all of one bucket of the codec.
+        max_bytes: the budget of each image in bytes.
+        regions: region of interest of each image, or None.
+        icc_profiles: ICC profile of each image, or None.
+        unrefined: unrefined file of each image within its budget; None: they are made.
+        progress: as in `refine`, called for the images that are refined at the time:
+            for parts of the batch if it is split. After False it is not called again,
+            and each part that is left makes one chunk of steps.
 
     Raises:
-        ValueError: as `refine`, and for images of several buckets.
-        MemoryError: one image is too large for this machine.
+        ValueError: as for `refine`; also if the images are of several buckets, or an
+            unrefined file exceeds its budget or is of another size than its image.
+        MemoryError: an image is too large for this machine.
     """
     settings = settings or preset("default")
     count = len(images)
@@ -127,18 +132,19 @@ def refine_batch(
             )
         ]
     arguments = (images, max_bytes, regions, icc_profiles, unrefined)
+    listener = progress if progress is None else _Listener(progress)
 
     def refined(kind: type[Batch]) -> list[Refined] | str:
-        """The images together, or what was missing for that."""
+        """Refine the images together; without enough memory, return what it says."""
         try:
-            return _refine_together(kind(codec, settings, *arguments), progress)
+            return _refine_together(kind(codec, settings, *arguments), listener)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             return str(error)
 
     buckets = {codec.bucket(image.shape[:2]) for image in images}
-    bucket = buckets.pop() if len(buckets) == 1 else (0, 0)  # a batch refuses others
+    bucket = buckets.pop() if len(buckets) == 1 else (0, 0)  # refused by the batch
     large = goes_in_tiles(bucket, settings)
     shares = [slice(i, i + 1) for i in range(count)]
     if count == 1 or not large:
@@ -146,14 +152,16 @@ def refine_batch(
         if not isinstance(found, str):
             return found
         if count == 1 and not large and can_go_in_tiles(bucket, settings):
-            _warn("not enough memory for the image at once: going on in tiles")
+            _warn("not enough memory for the whole image: continuing in tiles")
             found = refined(LargeImage)
             if not isinstance(found, str):
                 return found
         if count == 1:
             raise MemoryError(found)
         half = count // 2
-        _warn(f"not enough memory for a batch of {count}: going on with {count - half}")
+        _warn(
+            f"not enough memory for a batch of {count}: continuing with {count - half}"
+        )
         shares = [slice(half), slice(half, count)]
     parts: list[Refined] = []
     for share in shares:
@@ -165,9 +173,22 @@ def refine_batch(
             regions=regions[share],
             icc_profiles=icc_profiles[share],
             unrefined=unrefined[share],
-            progress=progress,
+            progress=listener,
         )
     return parts
+
+
+class _Listener:
+    """Remembers that a refinement was stopped, for the parts that are still to come."""
+
+    def __init__(self, progress: Callable[[Progress], bool | None]) -> None:
+        self._progress = progress
+        self._stopped = False
+
+    def __call__(self, now: Progress) -> bool:
+        if not self._stopped:
+            self._stopped = self._progress(now) is False
+        return not self._stopped
 
 
 def _warn(text: str) -> None:
@@ -177,12 +198,12 @@ def _warn(text: str) -> None:
 def _refine_together(
     batch: Batch, progress: Callable[[Progress], bool | None] | None
 ) -> list[Refined]:
-    # A function of its own, so that a batch that did not fit is gone when it returns.
+    # A function of its own, so that a batch that did not fit is freed when it returns.
     return batch.finish(batch.run(progress))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room for the work, on the host or on an accelerator."""
+    """Whether an error says that the host or an accelerator has too little memory."""
     text = str(error)
     return isinstance(error, MemoryError) or (
         "RESOURCE_EXHAUSTED" in text or "Out of memory" in text

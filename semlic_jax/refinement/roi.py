@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regions of interest: foreground masks and the pixel weights that come of them.
+"""Regions of interest: foreground masks and the pixel weights made from them.
 
-A mask is float32 [H, W], 1 where the image matters, 0 where it does not, with soft
-edges. With a region the distortion is
+A mask is float32 [H, W], 1 where the image matters and 0 where it does not, with soft
+edges. With a region, the distortion is
 
     D = w_fg * mean of the foreground + w_bg * mean of the background,
 
-each mean over its own pixels, so the weights mean the same for a small and for a large
-region. Variant `L1` weights the distortion alone, `L2` the perceptual terms too.
+where each mean is over its own pixels, so the weights mean the same for a small and for
+a large region. Variant `L1` weights the distortion alone, `L2` the perceptual terms
+too.
 
-`auto` finds what stands out, without any learnt model: minimum barrier distance to the
-border of the image, with the colour contrast to the border and a preference for the
+`auto` finds what stands out without any learnt model, by the minimum barrier distance
+to the border of the image, the colour contrast to the border and a preference for the
 centre (Zhang et al. 2015, "Minimum Barrier Salient Object Detection at 80 FPS").
 """
 
@@ -29,29 +30,34 @@ from semlic_jax.images import read_brightness
 
 VARIANTS = ("L1", "L2")
 DEFAULT_EDGE_PIXELS = 8.0
-# Cells of the longer side of the picture that `salient_mask` looks at.
+_MOST_WEIGHT = 1e6
+# Longer side, in pixels, of the small image in which `salient_mask` looks for objects.
 _SALIENCY_SIDE = 96
 _BARRIER_SCANS = 3
 _BORDER_SHARE = 0.1
 _CENTRE_STRENGTH = 0.5
-_CONTRAST = 45.0  # of the sigmoid that makes a saliency map a mask
-# Objects, not their texture: a latent covers 16 x 16 pixels, so that bits cannot follow
-# a mask with holes of a few.
+_CONTRAST = 45.0  # slope of the sigmoid that turns a saliency map into a mask
+# The blur lets the mask show objects and not their texture: a latent covers 16 x 16
+# pixels, so bits cannot follow a mask with holes of a few pixels.
 _SALIENCY_BLUR = 3.0  # pixels of the small image
 
 
 class RegionWarning(UserWarning):
-    """A region that changes nothing, or a box that is not all in the image."""
+    """A region changes nothing, or a box is not entirely in the image."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
-    """A mask with its weights.
+    """A foreground mask with the weights of foreground and background.
 
     Attributes:
-        mask: float32 [H, W] in [0, 1].
-        foreground, background: w_fg and w_bg, at least 0, not both 0.
+        mask: float32 [H, W] in [0, 1]; may be given as other numbers in this range, or
+            as uint8 in 0..255.
+        foreground, background: w_fg and w_bg, finite, at least 0, not both 0.
         variant: `L1` or `L2`.
+
+    Raises:
+        ValueError: an attribute is not of this form.
     """
 
     mask: np.ndarray
@@ -74,20 +80,25 @@ class Region:
             )
         for name in ("foreground", "background"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"expected a {name} weight from 0, found {value}")
+            if not 0 <= value <= _MOST_WEIGHT:
+                raise ValueError(
+                    f"expected a {name} weight from 0 to {_MOST_WEIGHT:g}, found "
+                    f"{value}"
+                )
         if self.foreground + self.background == 0:
-            raise ValueError("expected a weight above 0, found both weights 0")
+            raise ValueError(
+                "expected foreground or background weight above 0, found both 0"
+            )
         if self.variant not in VARIANTS:
             raise ValueError(
-                f"expected a variant of {' or '.join(VARIANTS)}, found {self.variant!r}"
+                f"expected the variant {' or '.join(VARIANTS)}, found {self.variant!r}"
             )
         object.__setattr__(self, "mask", mask)
 
     def pixel_weights(self, size: tuple[int, int]) -> np.ndarray:
-        """Weights whose mean with the pixels' errors is D: float32 [H, W].
+        """The weight of each pixel, float32 [H, W]: D is the mean of weighted errors.
 
-        Their mean is w_fg + w_bg. A region that is the same everywhere gives equal
+        The mean weight is w_fg + w_bg. A mask that is the same everywhere gives equal
         weights and a RegionWarning.
 
         Args:
@@ -113,9 +124,9 @@ class Region:
         return self._weights(self.mask).astype(np.float32)
 
     def weight_ratio(self) -> float:
-        """Weight of a pixel where the mask is highest over one where it is lowest.
+        """The weight where the mask is highest, divided by that where it is lowest.
 
-        Between 1e-3 and 1e3; 1 for a region that is the same everywhere.
+        It lies between 1e-3 and 1e3, and is 1 for a mask that is the same everywhere.
         """
         if self._is_even():
             return 1.0
@@ -124,7 +135,7 @@ class Region:
         return min(max(inside / max(outside, 1e-9), 1e-3), 1e3)
 
     def _weights(self, mask: np.ndarray) -> np.ndarray:
-        """Of pixels with these values of the mask."""
+        """Weights of pixels where the mask has these values."""
         share = float(self.mask.mean(dtype=np.float64))
         weights = self.foreground / share * mask
         weights += self.background / (1 - share) * (1 - mask)
@@ -140,24 +151,27 @@ def box_mask(
     boxes: Iterable[tuple[int, int, int, int]],
     edge_pixels: float = DEFAULT_EDGE_PIXELS,
 ) -> np.ndarray:
-    """Mask of boxes (x, y, width, height), clipped to the image: float32 [H, W].
+    """Make a mask of boxes (x, y, width, height), float32 [H, W], with soft edges.
 
-    A box that sticks out of the image gives a RegionWarning.
+    The boxes are clipped to the image, of size [H, W]; a box that sticks out of it
+    gives a RegionWarning. The edges are blurred as by `soften`.
 
     Raises:
-        ValueError: a box without area, or one that lies outside the image.
+        ValueError: a box has no area, or lies outside the image.
     """
     mask = np.zeros(size, np.float32)
     for x, y, width, height in boxes:
         if width < 1 or height < 1:
-            raise ValueError(f"expected a box of area, found {width} x {height}")
+            raise ValueError(
+                f"expected a box of at least 1 x 1, found {width} x {height}"
+            )
         box = f"the box {x},{y},{width},{height}"
         image = f"the image of {size[1]}x{size[0]}"
         if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
             raise ValueError(f"{box} lies outside {image}")
         if x < 0 or y < 0 or x + width > size[1] or y + height > size[0]:
             warnings.warn(
-                f"{box} sticks out of {image}: its part in the image counts",
+                f"{box} extends beyond {image}: only the part inside counts",
                 RegionWarning,
                 stacklevel=2,
             )
@@ -172,29 +186,30 @@ def read_mask(
     resize: bool = False,
     edge_pixels: float = DEFAULT_EDGE_PIXELS,
 ) -> np.ndarray:
-    """Mask of an image file, its brightness: float32 [H, W].
+    """Read a mask from an image file, whose brightness it is: float32 [H, W].
 
     Args:
         path: any image file that Pillow reads.
         size: height and width of the photograph.
-        resize: take a mask of another size and resize it.
+        resize: whether to resize a mask of another size instead of refusing it.
         edge_pixels: see `soften`.
 
     Raises:
-        ValueError: not an image, damaged, or another size.
+        ValueError: there is no such file, it is not an image, it is damaged, or it has
+            another size.
         OSError: the file cannot be opened.
     """
     try:
         image = Image.fromarray(read_brightness(path))
     except FileNotFoundError:
-        raise ValueError(f"expected a mask, found nothing at {path}") from None
+        raise ValueError(f"the mask {path} does not exist") from None
     wanted = (size[1], size[0])
     if image.size != wanted:
         if not resize:
             raise ValueError(
                 f"expected a mask of the image's size {wanted[0]} x {wanted[1]}, found "
-                f"{image.size[0]} x {image.size[1]}: resize it (--roi-resize) if it is "
-                "of the same picture"
+                f"{image.size[0]} x {image.size[1]}: resize it (--roi-resize) if it "
+                "shows the same picture"
             )
         image = image.resize(wanted, Image.Resampling.BILINEAR)
     return soften(np.asarray(image, np.float32) / 255, edge_pixels)
@@ -211,7 +226,8 @@ def parse_region(text: str, image: np.ndarray, *, resize: bool = False) -> np.nd
         resize: see `read_mask`.
 
     Raises:
-        ValueError: see `box_mask` and `read_mask`.
+        ValueError: a box does not have four numbers; see also `box_mask` and
+            `read_mask`.
         OSError: the file cannot be opened.
     """
     size = image.shape[:2]
@@ -229,7 +245,11 @@ def parse_region(text: str, image: np.ndarray, *, resize: bool = False) -> np.nd
 def as_region(
     given: Region | np.ndarray | str | os.PathLike[str] | None, image: np.ndarray
 ) -> Region | None:
-    """A region in any of the forms that `Codec.compress` takes."""
+    """Make a region from any of the forms that `Codec.compress` takes.
+
+    Raises:
+        ValueError, OSError: see `Region`, `parse_region` and `read_mask`.
+    """
     if given is None or isinstance(given, Region):
         return given
     if isinstance(given, str):
@@ -240,7 +260,7 @@ def as_region(
 
 
 def soften(mask: np.ndarray, edge_pixels: float) -> np.ndarray:
-    """Blur the edges of a mask with a Gaussian of this deviation, in pixels."""
+    """Blur a mask by a Gaussian with this deviation in pixels, float32 [H, W]."""
     if edge_pixels <= 0:
         return mask.astype(np.float32)
     # Three box filters are nearly a Gaussian; sums over a running window are exact
@@ -264,7 +284,7 @@ def _box_filter(values: np.ndarray, width: int, axis: int) -> np.ndarray:
 
 
 def salient_mask(image: np.ndarray) -> np.ndarray:
-    """Soft mask of what stands out in a photograph: float32 [H, W].
+    """Make a soft mask of what stands out in a photograph, float32 [H, W].
 
     Args:
         image: uint8 [H, W, 3].
@@ -290,7 +310,7 @@ def salient_mask(image: np.ndarray) -> np.ndarray:
 
 
 def _opponent_colours(rgb: np.ndarray) -> np.ndarray:
-    """Brightness, red-green and yellow-blue, gamma-coded; about even to the eye."""
+    """Gamma-coded brightness, red-green and yellow-blue, about even to the eye."""
     red, green, blue = np.moveaxis(rgb, -1, 0)
     return np.stack(
         [(red + green + blue) / 3, (red - green) / 2, (red + green - 2 * blue) / 4], -1
@@ -303,9 +323,10 @@ def _normalised(values: np.ndarray) -> np.ndarray:
 
 
 def _barrier_distance(channel: np.ndarray) -> np.ndarray:
-    """Minimum barrier distance to the border: least range of values on a path there.
+    """The minimum barrier distance of each pixel to the border of the image.
 
-    Raster scans, alternately from the top left and from the bottom right.
+    This is the least range of values on a path to the border. It is approximated by
+    raster scans, alternately from the top left and from the bottom right.
     """
     values = channel.tolist()
     height, width = channel.shape
@@ -334,7 +355,10 @@ def _barrier_distance(channel: np.ndarray) -> np.ndarray:
 
 
 def _border_contrast(colours: np.ndarray) -> np.ndarray:
-    """Least Mahalanobis distance to the colours of three of the four border strips."""
+    """Mahalanobis distance to the colours of three of the four border strips, summed.
+
+    It is scaled to [0, 1].
+    """
     height, width = colours.shape[:2]
     strip = max(1, round(_BORDER_SHARE * min(height, width)))
     distances = []
@@ -350,12 +374,12 @@ def _border_contrast(colours: np.ndarray) -> np.ndarray:
         offset = colours - samples.mean(0)
         square = np.einsum("hwi,ij,hwj->hw", offset, np.linalg.inv(covariance), offset)
         distances.append(_normalised(np.sqrt(np.maximum(square, 0))))
-    # The object may touch one side: the strip that differs most is left out.
+    # The object may touch one side, so for each pixel the largest distance is left out.
     return _normalised(sum(distances) - np.max(distances, axis=0))
 
 
 def _otsu_threshold(values: np.ndarray) -> float:
-    """The threshold in [0, 1] that separates two classes best."""
+    """The threshold in [0, 1] that separates the values best into two classes."""
     counts, edges = np.histogram(values, 64, (0.0, 1.0))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relaxed rounding: how a real-valued latent stands for the integers around it.
+"""Relaxed rounding, in which a real-valued latent stands for the integers around it.
 
 Stochastic Gumbel annealing (Yang, Bamler, Mandt 2020, arXiv:2006.04240) replaces the
 rounding of v by a random mixture of its candidates floor(v) and floor(v) + 1. Each
 candidate has a weight that falls with its distance u from v; the mixture is a sample
 of the Gumbel-softmax over those weights at a temperature that is lowered towards hard
-rounding. Per method the log-weight of a candidate, before division by the temperature:
+rounding. The log-weight of a candidate before division by the temperature, by method:
 
 ===============  ======================================================================
 `sga`            -atanh(u)
@@ -59,10 +59,10 @@ _SSL3_REACH = 0.98
 
 
 def check_method(method: str, known: Sequence[str] = METHODS) -> None:
-    """Raises ValueError for a method that is not among the known ones."""
+    """Raise ValueError for a method that is not among the known ones."""
     if method not in known:
         raise ValueError(
-            f"unknown rounding method {method!r}, known: {', '.join(known)}"
+            f"unknown rounding method {method!r}: expected one of {', '.join(known)}"
         )
 
 
@@ -75,8 +75,8 @@ def temperatures(
     is `temperatures(2000, 0.5, 0.136, 0.35)`.
 
     Args:
-        steps: length.
-        start: temperature of the first part.
+        steps: number of steps.
+        start: temperature of the constant part.
         end: temperature of the last step.
         hold: share of the steps before the fall.
 
@@ -84,7 +84,7 @@ def temperatures(
         float32 [steps].
 
     Raises:
-        ValueError: a temperature that is not positive, or a share outside 0..1.
+        ValueError: a temperature is not positive and finite, or `hold` is outside 0..1.
     """
     if not (start > 0 and end > 0 and math.isfinite(start) and math.isfinite(end)):
         raise ValueError(f"temperatures must be above 0, found {start} and {end}")
@@ -96,16 +96,19 @@ def temperatures(
 
 
 def draw_noise(method: str, rng: Array, shape: tuple[int, ...]) -> Array:
-    """The random numbers that `relaxed_round` mixes in.
+    """Draw the random numbers that `relaxed_round` mixes in.
 
     Args:
         method: one of METHODS.
         rng: one key for each image, [B].
-        shape: of the latents without the batch axis.
+        shape: shape of the latents without the batch axis.
 
     Returns:
         float32 [B, *shape], or [B, *shape, 3] for `ssl3`; zeros for methods without
         noise.
+
+    Raises:
+        ValueError: the method is unknown.
     """
     check_method(method)
     if method in ("ste", "deterministic"):
@@ -121,7 +124,7 @@ def draw_noise(method: str, rng: Array, shape: tuple[int, ...]) -> Array:
 
 
 def relaxed_round(v: Array, noise: Array, temperature: Array, method: str) -> Array:
-    """A relaxed sample of round(v).
+    """Return a relaxed sample of round(v).
 
     Args:
         v: float32, any shape.
@@ -131,7 +134,7 @@ def relaxed_round(v: Array, noise: Array, temperature: Array, method: str) -> Ar
         method: one of METHODS.
 
     Returns:
-        float32 of the shape of v. Gradients are finite everywhere, also where v is an
+        float32 of the shape of v. Gradients are finite everywhere, even where v is an
         integer.
     """
     if method == "ste":
@@ -150,7 +153,7 @@ def relaxed_round(v: Array, noise: Array, temperature: Array, method: str) -> Ar
 
 
 def _upper_minus_lower(u: Array, method: str) -> Array:
-    """Log-weight of floor(v) + 1 less that of floor(v), for v = floor(v) + u."""
+    """Log-weight of floor(v) + 1 minus that of floor(v), for v = floor(v) + u."""
     if method in ("sga", "deterministic"):
         # -atanh(1 - u) + atanh(u)
         return 0.5 * (jnp.log(u) - jnp.log(2 - u) + jnp.log1p(u) - jnp.log1p(-u))

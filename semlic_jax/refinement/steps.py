@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a refinement, compiled: gradients to the latents, Adam, dual ascent.
+"""Compiled steps of a refinement by relaxed rounding, with Adam and dual ascent.
 
-Those of `newton.py` have a state and a program of their own and share the rest.
+`newton.py` has a state and a program of its own and shares the rest of this module.
 
-One program does a chunk of steps in one `lax.scan`. XLA:CPU runs the input gradients of
-convolutions several times slower inside a loop than outside (jax issue 12868), and a
-call costs it next to nothing, so there a program does one step.
+One program makes a chunk of steps in one `lax.scan`. But XLA:CPU runs the input
+gradients of convolutions several times slower inside a loop than outside (jax issue
+12868), and calls cost next to nothing there, so on a CPU a program makes one step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ ADAM_EPS = 1e-8
 
 
 class Schedule(NamedTuple):
-    """What a chunk of K steps scans over: arrays [K], one number each in a step."""
+    """The schedule of K steps: arrays [K], or scalars for a single step.
+
+    Attributes:
+        step: number of the step, from 0.
+        temperature: temperature of the relaxed rounding.
+        learning_rate: Adam's learning rate.
+        shift: which of TRUNK_SHIFTS the trunk's input has.
+    """
 
     step: Any
     temperature: Any
@@ -52,7 +59,13 @@ class Schedule(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step changes: latents, Adam's moments, the multiplier [B]."""
+    """What a step changes.
+
+    Attributes:
+        latents: y_scaled and z.
+        first, second: Adam's moments of both latents, shaped like them.
+        log_beta: logarithm of the rate's multiplier, [B].
+    """
 
     latents: Latents
     first: Latents
@@ -61,11 +74,12 @@ class State(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Of the rate and the scale of each image, float32 [B], with the controller.
+    """The target of each image's rate, and how it is steered there.
 
     Attributes:
-        bpp: payload bits per pixel that the rate of the steps is steered to.
-        scale: factor of the loss.
+        bpp: payload bits per pixel to which the rate of the steps is steered, float32
+            [B].
+        scale: factor of each image's loss, float32 [B].
         integral, proportional: gains of the dual ascent, scalars.
     """
 
@@ -85,14 +99,15 @@ def soft_terms(
     temperature: Array,
     shift: Array,
 ) -> Terms:
-    """The terms at one relaxed sample of the latents.
+    """The terms of one relaxed sample of the latents.
 
     Args:
+        frozen, images, weights: those of the refinement, see `objective`.
         y_scaled: float32 [B, h, w, M].
         z: float32 [B, h/4, w/4, N].
         rng: one key per image, [B].
-        temperature: scalar.
-        shift: int32 scalar, which of TRUNK_SHIFTS the trunk sees.
+        temperature: temperature of the relaxed rounding, a scalar.
+        shift: which of TRUNK_SHIFTS the trunk's input has, int32 scalar.
     """
     method = frozen.static.method
     keys = jax.vmap(lambda key: jax.random.split(key))(rng)
@@ -129,7 +144,7 @@ def run_steps(
     state: State,
     schedule: Schedule,
 ) -> tuple[State, Terms]:
-    """Some steps, and the mean terms of their relaxed samples."""
+    """Make the steps of a schedule; return the state and the mean of their terms."""
 
     def step(state: State, now: Schedule) -> tuple[State, Terms]:
         keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(rng)
@@ -161,7 +176,7 @@ def run_steps(
 
 
 def rate_excess(bpp: Array, target: Target) -> Array:
-    """log of the rate [B] relative to its target, clipped, without gradient: [B]."""
+    """Logarithm of rate [B] over target, clipped and without gradient, float32 [B]."""
     excess = jnp.log(jax.lax.stop_gradient(bpp) / target.bpp)
     return jnp.clip(excess, -_MAX_EXCESS, _MAX_EXCESS)
 
@@ -188,7 +203,7 @@ def _adam(
 
 
 def pick(better: Array | np.ndarray, new: Any, old: Any) -> Any:
-    """Of each image the new arrays [B, ...] where better [B], else the old."""
+    """Choose for each image the new arrays [B, ...] if `better` [B], else the old."""
 
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(better.reshape([-1] + [1] * (a.ndim - 1)), a, b)
@@ -203,13 +218,13 @@ def start_state(start: Latents, log_beta: Array) -> State:
 
 
 def trunk_shifts(settings: Settings) -> np.ndarray:
-    """Which of TRUNK_SHIFTS each step takes, int [steps]."""
+    """Which of TRUNK_SHIFTS the trunk's input has in each step, int [steps]."""
     rng = np.random.default_rng(settings.seed)
     return rng.integers(len(TRUNK_SHIFTS), size=settings.steps)
 
 
 def make_schedule(settings: Settings) -> Schedule:
-    """The steps of a refinement by relaxed rounding."""
+    """The schedule of a refinement by relaxed rounding."""
     return Schedule(
         np.arange(settings.steps, dtype=np.int32),
         temperatures(
@@ -224,7 +239,7 @@ def make_schedule(settings: Settings) -> Schedule:
 
 
 class Problem(NamedTuple):
-    """What a batch's steps are given; see `run_steps`."""
+    """The arguments that all steps of a batch have in common; see `run_steps`."""
 
     frozen: Frozen
     images: Images
@@ -237,7 +252,7 @@ class Stepper:
     """A refinement under way.
 
     Attributes:
-        state: after the steps so far.
+        state: the state after the steps so far.
     """
 
     def __init__(
@@ -247,14 +262,14 @@ class Stepper:
         schedule: Any,
         program: Callable[..., tuple[Any, Terms]],
     ) -> None:
-        """A refinement that is about to start.
+        """Prepare the steps; none is made yet.
 
         Args:
-            problem: what does not change.
-            state: at the start; copied, since a step takes its state's memory.
+            problem: what all steps have in common.
+            state: the state at the start; copied, since a step overwrites its memory.
             schedule: a named tuple of arrays [steps].
-            program: `run_steps` or one with its signature; it has latents and log_beta
-                in its state.
+            program: `run_steps`, or another with this signature whose state also has
+                `latents` and `log_beta`.
         """
         self._problem = problem
         self._schedule = schedule
@@ -263,14 +278,14 @@ class Stepper:
         self.state = jax.tree.map(jnp.copy, state)
 
     def __call__(self, count: int, target: Target | None = None) -> np.ndarray:
-        """Makes so many steps; after the last of the schedule comes the first again.
+        """Make steps; after the last step of the schedule comes the first again.
 
         Args:
-            count: of steps.
-            target: in the place of the problem's own.
+            count: number of steps.
+            target: replaces the problem's own target.
 
         Returns:
-            mean bits per pixel of each image as the steps saw them, float [B].
+            each image's bits per pixel, as the mean of what the steps saw, float [B].
         """
         problem = self._problem
         if target is not None:
@@ -289,14 +304,17 @@ class Stepper:
         return np.mean(jax.device_get(taken_bpp), axis=0)
 
     def flops(self) -> float | None:
-        """Floating point operations of a step, as the compiler counts them."""
+        """Floating-point operations of a step, or None if the compiler does not say."""
         found: Any = self._one_step().cost_analysis() or {}
         if isinstance(found, list):
             found = found[0]
         return found.get("flops")
 
     def memory_bytes(self) -> int | None:
-        """What a step takes beside its arguments, as the compiler plans it."""
+        """The bytes that a step takes besides its arguments, as the compiler plans.
+
+        None if the compiler does not say.
+        """
         plan = self._one_step().memory_analysis()
         if plan is None:
             return None
@@ -318,10 +336,11 @@ class Stepper:
 
 
 def placement(count: int) -> Callable[[Any, int | None], Any]:
-    """A function that puts a tree of arrays on the devices, for so many images.
+    """Return a function that puts a tree of arrays of `count` images on the devices.
 
-    Its second argument is the axis of the images, along which arrays are split if the
-    devices divide it evenly; None: each device gets the whole.
+    Its second argument is the axis of the images, along which arrays are split over the
+    devices; with None, each device gets the whole arrays. If the number of devices does
+    not divide `count`, the default device gets everything.
     """
     devices = jax.local_devices()
     if len(devices) == 1 or count % len(devices):

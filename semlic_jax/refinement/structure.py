@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Terms of the objective that are weighted sums of squared errors.
 
-1 - MS-SSIM (Wang et al. 2003), nearly:
-
-The contrast-structure part of SSIM is exactly
+One of them is nearly 1 - MS-SSIM (Wang et al. 2003). The contrast-structure part of
+SSIM is exactly
 
     1 - var(x_hat - x) / (var(x) + var(x_hat) + c)
 
-over a window. With the variance of x for both, the mean of the window left in, and
-small distances, 1 - MS-SSIM is a sum over five scales of squared errors with weights
-that depend on x alone. On six photographs at 0.1 and 0.3 bpp it came to 0.86 to 1.25
-times the true distance.
+over a window. If var(x) stands for both variances, the mean of the error is not
+subtracted and distances are small, 1 - MS-SSIM becomes a sum over five scales of
+squared errors with weights that depend on x alone. On six photographs at 0.1 and
+0.3 bpp, the sum was 0.86 to 1.25 times the true distance.
 
-And the lattice term (`objectives/lattice.py`) as it is, in windows of 2 x 2 cells:
-refinement repeats itself over a few cells only.
+The other one is the lattice term (`objectives/lattice.py`) as it is, in windows of
+2 x 2 cells, because refinement repeats itself over a few cells only.
 
-A sum of squares has a Gauss-Newton matrix.
+Sums of squares have a Gauss-Newton matrix, which `newton.py` needs.
 """
 
 from __future__ import annotations
@@ -44,14 +43,18 @@ _CONTRAST = (0.03 * 255) ** 2  # c of SSIM, in 8-bit levels squared
 
 
 def structure_weights(x: Array, weights: Array, sizes: Array) -> tuple[Array, ...]:
-    """Of squared errors at each scale of MS-SSIM: float32 [B, H / 2^s, W / 2^s, 3].
+    """Weights of the squared errors at each scale s of MS-SSIM.
 
-    As many scales as leave a window, their weights scaled to a sum of 1.
+    There are as many scales as leave sides of a window, and MS-SSIM's weights of these
+    scales are scaled to a sum of 1.
 
     Args:
         x: float32 [B, H, W, 3] in [0, 1].
-        weights: of each pixel, [B, H, W]; 0 outside of the image.
-        sizes: real height and width of each, [B, 2].
+        weights: weight of each pixel, [B, H, W]; 0 outside the image.
+        sizes: real height and width of each image, [B, 2].
+
+    Returns:
+        for each scale float32 [B, H / 2^s, W / 2^s, 3].
     """
     pixels = jnp.prod(jnp.asarray(sizes).astype(jnp.float32), axis=1)
     shares = np.array(MS_SSIM_WEIGHTS)
@@ -71,7 +74,7 @@ def structure_weights(x: Array, weights: Array, sizes: Array) -> tuple[Array, ..
 
 
 def _window_mean(x: Array) -> Array:
-    """Means over windows of 7 x 7, those at the border smaller: [B, H, W, C]."""
+    """Means over windows of 7 x 7 pixels, cut off at the border: [B, H, W, C]."""
     reach = _WINDOW // 2
     for axis in (1, 2):
         place = np.arange(x.shape[axis])
@@ -90,14 +93,17 @@ def _window_mean(x: Array) -> Array:
 def structure_residuals(
     x: Array, x_hat: Array, weights: Array, structure: Sequence[Array]
 ) -> list[Array]:
-    """Residuals at each scale, whose squares add up to about 1 - MS-SSIM.
+    """Residuals at each scale whose squares add up to about 1 - MS-SSIM.
 
     Args:
         x, x_hat: float32 [B, H, W, 3] in [0, 1].
         weights: as in `structure_weights`.
-        structure: what that gave; empty for no residuals.
+        structure: the result of `structure_weights`; if empty, there are no residuals.
+
+    Returns:
+        for each scale float32 [B, H / 2^s, W / 2^s, 3].
     """
-    # What a decoder shows beyond the image must not reach into halved cells.
+    # Errors beyond the image must not reach into cells that lie partly within it.
     error = jnp.where(weights[..., None] > 0, _MAX_LEVEL * (x_hat - x), 0.0)
     residuals = []
     for tolerance in structure:
@@ -107,15 +113,21 @@ def structure_residuals(
 
 
 def lattice_weights(x: Array, weights: Array, sizes: Array) -> Array:
-    """Of what repeats in each window of the lattice term: float32 [B, n, m].
+    """Weights of the repeated parts in the windows of the lattice term.
 
-    Windows that reach beyond the image have none. Without a region of interest the
-    term is `objectives.lattice.lattice` of the image.
+    Windows that reach beyond the image have the weight 0. Without a region of interest,
+    the term is that of `objectives.lattice.lattice` with `tiles=REFINED_TILES`.
 
     Args:
         x: float32 [B, H, W, 3] in [0, 1].
-        weights: of each pixel, [B, H, W]; 0 outside of the image.
-        sizes: real height and width of each, [B, 2].
+        weights: weight of each pixel, [B, H, W]; 0 outside the image.
+        sizes: real height and width of each image, [B, 2].
+
+    Returns:
+        float32 [B, n, m] for n x m windows.
+
+    Raises:
+        ValueError: a side of x is smaller than a window.
     """
     shape = {"period": LATTICE_PIXELS, "tiles": REFINED_TILES}
     visible = visibility(x, **shape)
@@ -136,7 +148,7 @@ def lattice_residuals(x: Array, x_hat: Array, windows: Array) -> Array:
 
     Args:
         x, x_hat: float32 [B, H, W, 3] in [0, 1].
-        windows: what `lattice_weights` gave.
+        windows: the result of `lattice_weights`.
     """
     repeated = repeated_part(x_hat - x, period=LATTICE_PIXELS, tiles=REFINED_TILES)
     size = repeated.shape[3] * repeated.shape[4]

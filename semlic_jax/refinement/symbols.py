@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From latents to symbols: the coding order, the choice of symbols and their bits."""
+"""Turns latents into symbols: the coding order, the choice of symbols, their bits."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ Array = jax.Array
 
 
 class Rounding(NamedTuple):
-    """How latents become whole numbers.
+    """How latents v become whole numbers.
 
-    Without stiffness, to the nearest one but for the zone. With it a symbol is chosen
-    among the nearest number, its neighbour towards zero (or from zero towards v), and
-    zero: that with the least
+    Without stiffness, a symbol is the nearest whole number, but with the threshold that
+    `zone` says. With stiffness, it is chosen among that number, its neighbour towards
+    zero (or, from zero, towards v) and zero, as the one with the least cost
 
         stiffness / 2 * (symbol - v)^2 + bits of the symbol
 
     Attributes:
-        zone: float32 [B]; by how much the threshold of the nearest number lies beyond
-            1/2. Negative values round more away from zero.
-        stiffness: float32 [B, h, w, M], in bits, or None.
+        zone: how far the threshold between two numbers lies beyond 1/2, float32 [B].
+            Positive values round more towards zero, negative ones more away from it.
+        stiffness: weight of the squared distance in bits, float32 [B, h, w, M], or
+            None.
     """
 
     zone: Array
@@ -48,14 +49,17 @@ def hard_latents(
     y_scaled: Array,
     z: Array,
 ) -> tuple[Array, Array]:
-    """Rounded latents and their payload with the tables of the coder.
+    """Round the latents; return the bits of their payload and y_hat_scaled.
 
     Args:
+        frozen, images: those of the refinement, see `objective`.
+        rounding: how y is rounded; z goes to the nearest whole numbers.
         y_scaled: float32 [B, h, w, M].
         z: float32 [B, h/4, w/4, N].
 
     Returns:
-        bits, float32 [B], and y_hat_scaled [B, h, w, M] (the mean plus whole numbers).
+        bits under the tables of the coder, float32 [B], and y_hat_scaled float32
+        [B, h, w, M], the means plus whole numbers.
     """
 
     def forward(model: Network) -> tuple[Array, Array]:
@@ -84,15 +88,15 @@ def chosen_symbols(
     y_bits: Array,
     offset: Array | None = None,
 ) -> Array:
-    """Whole numbers of the least cost near v, see `Rounding`; float32 like v.
+    """Choose the whole numbers of least cost near v, see `Rounding`; float32 like v.
 
     Args:
-        v: float32 [B, h, w, C], relative to the mean.
-        index: of their tables.
-        channels: which of the M these are.
-        rounding: see there.
+        v: latents relative to their means, float32 [B, h, w, C].
+        index: table index of each latent, [B, h, w, C].
+        channels: which of the M channels these are.
+        rounding: how to choose, for all M channels.
         y_bits: see `Frozen`.
-        offset: float32 [B, h, w, M], added to the cost of the neighbour.
+        offset: added to the cost of the neighbour, float32 [B, h, w, M].
     """
     zone = rounding.zone[:, None, None, None]
     best = jnp.sign(v) * jnp.maximum(jnp.ceil(jnp.abs(v) - 0.5 - zone), 0.0)
@@ -122,16 +126,19 @@ def walk(
     z_hat: Array,
     round_y: Callable[[Array, Array, slice], Array],
 ) -> tuple[Array, Array, Array]:
-    """Residuals, table indexes and y_hat_scaled, each [B, h, w, M].
+    """Go through the coding order and round y.
 
     Args:
-        model: the twin, bound to its parameters.
+        model: the differentiable twin, bound to its parameters.
         quality: [B] in [0, 1].
-        masks: where the images are.
+        masks: the positions inside the images.
         y_scaled: [B, h, w, M].
-        z_hat: [B, h/4, w/4, N], whole numbers.
-        round_y: called as `round_y(v, index, channels)` for each pass, with v the
-            latents of its channels relative to their means. Returns the residuals.
+        z_hat: [B, h/4, w/4, N], rounded, maybe in a relaxed way.
+        round_y: called as `round_y(v, index, channels)` for each pass, with the latents
+            v of the pass's channels relative to their means. Returns the residuals.
+
+    Returns:
+        residuals, table indexes and y_hat_scaled, each [B, h, w, M].
     """
     grid = (y_scaled.shape[1], y_scaled.shape[2])
     residuals: list[Array] = []
@@ -160,7 +167,7 @@ def walk(
 
 
 def look_up(bits: Array, index: Array, symbol: Array) -> Array:
-    """Bits of symbols [...] under the tables `index`, which broadcasts to them."""
+    """Bits of symbols under the tables `index`, which broadcasts to their shape."""
     radius = (bits.shape[1] - 1) // 2
     column = jnp.clip(symbol, -radius, radius).astype(jnp.int32) + radius
     row = jnp.broadcast_to(index, column.shape).astype(jnp.int32)

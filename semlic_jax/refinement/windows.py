@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of an image: tiles that cover it once, each with a margin around it.
+"""Divides an image into tiles, each with a margin around it: its window.
 
-What they are used for is in `large.py`.
+`large.py` refines large images with them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ Array = jax.Array
 Place = tuple[Any, Any]  # row and column in latents
 
 _WINDOW = 64  # most latents along a side of a window
-# Latents. In windows of 16 latents with this margin, `default` of `small` came to -0.3
-# to +0.3 % of the objective of a refinement at once, on four photographs at 0.2 bpp.
+# Latents around a tile. With this margin and windows of 16 latents, the objective of
+# `default` with `small` came within 0.3 % of that of a refinement of the whole image,
+# on four photographs at 0.2 bpp.
 _MARGIN = 4
-# Tiles start where the patches of the mean style do, and the cells of z.
+# Tiles start where patches of the mean style and cells of z do.
 _UNIT = HYPER_STRIDE // STRIDE
 
 
 class Window(NamedTuple):
-    """Where a window is, and its tile.
+    """The places of a window and its tile, as rows and columns of latents.
 
     Attributes:
-        start: of the window in the image.
-        tile: start of the tile in the window.
-        fresh: start in the window of what no tile before has; the last ones overlap.
+        start: where the window starts in the image.
+        tile: where the tile starts in the window.
+        fresh: where, in the window, the part of the tile starts that no earlier tile
+            covers; the last tile along a side may overlap the one before.
     """
 
     start: Place
@@ -46,7 +48,12 @@ class Window(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How an image is cut, and which terms need weights of the originals."""
+    """How an image is cut, and which terms need weights made from the originals.
+
+    Attributes:
+        rows, columns: how the two sides of the image are cut.
+        structure, lattice: whether these terms have a weight.
+    """
 
     rows: Cuts
     columns: Cuts
@@ -54,7 +61,7 @@ class Tiling(NamedTuple):
     lattice: bool
 
     def windows(self, grid: Sequence[int]) -> list[Window]:
-        """Of all tiles of a grid of latents."""
+        """The windows of all tiles, for a grid of h x w latents."""
         sides = []
         for cut, side in zip(self[:2], grid, strict=True):
             starts = [max(first - _MARGIN, 0) for first in cut.firsts]
@@ -75,15 +82,15 @@ class Tiling(NamedTuple):
 def cut_image(
     size: tuple[int, int], padded: tuple[int, ...], *, structure: bool, lattice: bool
 ) -> tuple[Tiling, list[Window]]:
-    """How an image is cut, and its windows.
+    """Decide how an image is cut; return this and its windows.
 
     Args:
-        size: real height and width.
-        padded: height and width of its batch.
+        size: real height and width in pixels.
+        padded: padded height and width in pixels.
         structure, lattice: see `Tiling`.
     """
-    # What the decoder shows ends with the image, so latents beyond it that are in no
-    # margin matter to nothing.
+    # The decoder's image is cut off where the real one ends, so latents beyond that and
+    # outside every margin have no effect.
     grid = [
         min(_UNIT * -(-side // HYPER_STRIDE) + _MARGIN, most // STRIDE)
         for side, most in zip(size, padded, strict=True)
@@ -93,12 +100,12 @@ def cut_image(
 
 
 def more_than_one_window(bucket: tuple[int, int]) -> bool:
-    """Whether an image of this padded height and width may have several."""
+    """Whether an image of this padded height and width may have several windows."""
     return max(bucket) > STRIDE * _WINDOW
 
 
 def _cut_side(side: int) -> Cuts:
-    """How one side of so many latents is cut."""
+    """How one side of an image, of so many latents, is cut."""
     found = cuts(side // _UNIT, _WINDOW // _UNIT, _MARGIN // _UNIT)
     firsts = tuple(_UNIT * first for first in found.firsts)
     return Cuts(_UNIT * found.core, _UNIT * found.window, firsts)
@@ -107,7 +114,10 @@ def _cut_side(side: int) -> Cuts:
 def _cut(
     array: Array, start: Sequence[Any], lengths: Sequence[int], scale: int = 1
 ) -> Array:
-    """[B, h * scale, w * scale, ...] of an array; start and lengths h, w in latents."""
+    """A part [B, h * scale, w * scale, ...] of an array.
+
+    Start (row, column) and lengths (h, w) are in latents.
+    """
     rest = array.shape[3:]
     corner = (0, start[0] * scale, start[1] * scale, *(0 for _ in rest))
     sizes = (array.shape[0], lengths[0] * scale, lengths[1] * scale, *rest)
@@ -116,13 +126,13 @@ def _cut(
 
 @partial(jax.jit, static_argnums=0)
 def latents_in(tiling: Tiling, latents: Array, window: Window) -> Array:
-    """The latents in a window."""
+    """The latents [B, h, w, M] in a window."""
     return _cut(latents, window.start, (tiling.rows.window, tiling.columns.window))
 
 
 @partial(jax.jit, static_argnums=0)
 def view(tiling: Tiling, images: Images, window: Window) -> Images:
-    """A window of the image as an image of its own."""
+    """A window of the image, as an image of its own."""
     lengths = (tiling.rows.window, tiling.columns.window)
     x, weights, feature_weights = (
         _cut(array, window.start, lengths, STRIDE)
@@ -144,7 +154,7 @@ def view(tiling: Tiling, images: Images, window: Window) -> Images:
 
 
 def share(images: Images, own: Images) -> Array:
-    """Of the objective of a window in that of the image: the share of the pixels."""
+    """The share of a window's objective in the image's: its share of the pixels."""
     of_window, of_image = (
         jnp.prod(sizes.astype(jnp.float32)) for sizes in (own.sizes, images.sizes)
     )
@@ -160,9 +170,10 @@ def placed(
     own: Images,
     window: Window,
 ) -> Array:
-    """Writes what a window found for the latents of its tile onto the canvas.
+    """Write the part of a window that its tile covers onto the canvas [B, h, w, M].
 
-    What it found is of the objective of the window, what is written of the image's.
+    `part` is the gradient or curvature of the window's objective with respect to its
+    latents; what is written is that of the image's objective.
     """
     core = _cut(part, window.tile, (tiling.rows.core, tiling.columns.core))
     row, column = (
@@ -174,9 +185,10 @@ def placed(
 
 
 def only_tile(tiling: Tiling, own: Images, window: Window) -> Images:
-    """A window in which nothing but its tile has a weight.
+    """A window in which only its tile has weights, as far as no earlier tile covers it.
 
-    The structure's own weights stay: its errors are those where pixels have a weight.
+    The weights of the structure term stay, since its errors are 0 where the weight of a
+    pixel is.
     """
     height, width = own.x.shape[1:3]
     rows, columns = (
