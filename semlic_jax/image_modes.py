@@ -41,7 +41,7 @@ def samples_of(image: Image.Image) -> Samples:
     """Of an image that was opened and not loaded yet."""
     tags = getattr(image, "tag_v2", {})
     wide = image.mode in _WIDE
-    bits, note = 8, "16-bit samples were cut to 8 bits"
+    bits, note = 8, "16-bit samples were truncated to 8 bits"
     of_tiff = tags.get(_TIFF_BITS)
     if isinstance(of_tiff, tuple):  # whatever else a damaged file has there
         bits = max((each for each in of_tiff if isinstance(each, int)), default=8)
@@ -79,8 +79,8 @@ def without_transparency(
         return rgba.convert("L" if grey else "RGB")
     if background is None:
         raise ValueError(
-            f"{name} has transparent pixels: give as background the colour to lay them "
-            "on (--background white)"
+            f"{name} has transparent pixels: give a background colour to lay them on "
+            "(--background white)"
         )
     ground = Image.new("RGBA", rgba.size, (*background, 255))
     notes.append("transparent pixels were laid on the background colour")
@@ -105,6 +105,9 @@ def with_alpha(
         # Pillow scales the pixels, and leaves the key as it was stored.
         image = image.copy()
         image.info["transparency"] = key * 255 // (2**samples.bits - 1)
+    if image.mode == "1" and isinstance(key, int):  # as Pillow does from 12.1 on
+        image = image.copy()
+        image.info["transparency"] = 255 if key else 0
     if image.mode != "I;16":
         return image.convert("RGBA")
     # The transparent grey value of a 16-bit PNG counts in 16 bits.
@@ -139,7 +142,9 @@ def to_rgb(
         "P": "a palette image",
         "CMYK": "a CMYK image",
     }
-    notes.append(f"{kinds.get(image.mode, image.mode + ' pixels')} was made RGB")
+    notes.append(
+        f"{kinds.get(image.mode, f'a {image.mode} image')} was converted to RGB"
+    )
     if image.mode == "1":
         image = image.convert("L")
     if icc_profile and {b"GRAY": "L", b"CMYK": "CMYK"}.get(space or b"") == image.mode:

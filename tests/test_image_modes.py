@@ -32,7 +32,7 @@ def test_16_bit_colour_is_noted():
     data = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 0, 256))
     photograph = images.read_photograph(io.BytesIO(data))
     np.testing.assert_array_equal(photograph.pixels, [[[255, 0, 1]]])
-    assert photograph.notes == ("16-bit samples were cut to 8 bits",)
+    assert photograph.notes == ("16-bit samples were truncated to 8 bits",)
     data = b"P6 1 1 65535\n" + struct.pack(">HHH", 65535, 0, 255)
     photograph = images.read_photograph(io.BytesIO(data))
     np.testing.assert_array_equal(photograph.pixels, [[[255, 0, 1]]])
