@@ -43,8 +43,8 @@ def read_arrays_file(path: Path, dtypes: tuple[str, ...]) -> dict[str, np.ndarra
         limit = min(limit, MAX_FILE_BYTES)
         if len(entries) > MAX_ENTRIES or unpacked > limit:
             raise ValueError(
-                f"expected at most {MAX_ENTRIES} arrays of {limit} bytes together, "
-                f"found {len(entries)} of {unpacked}"
+                f"expected at most {MAX_ENTRIES} arrays of {limit} bytes in total, "
+                f"found {len(entries)} of {unpacked} bytes"
             )
         for entry in entries:
             name = entry.filename.removesuffix(".npy")
@@ -58,12 +58,15 @@ def _read_array(
     archive: zipfile.ZipFile, entry: zipfile.ZipInfo, dtypes: tuple[str, ...]
 ) -> np.ndarray:
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"expected {entry.filename} stored or deflated")
+        raise ValueError(
+            f"expected {entry.filename} stored or deflated, found compression method "
+            f"{entry.compress_type}"
+        )
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
             raise ValueError(
-                f"expected {entry.filename} in version (1, 0) of .npy, found {version}"
+                f"expected {entry.filename} in .npy version (1, 0), found {version}"
             )
         try:
             shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
@@ -99,8 +102,8 @@ def as_tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(folder, {})
             if not isinstance(node, dict):
                 both = "/".join(folders[:depth])
-                raise ValueError(f"expected one array {both}, found a folder too")
+                raise ValueError(f"expected only an array {both}, found a folder too")
         if leaf in node:
-            raise ValueError(f"expected one array {name}, found a folder too")
+            raise ValueError(f"expected only an array {name}, found a folder too")
         node[leaf] = array
     return tree

@@ -219,7 +219,7 @@ class Codec:
                 icc_profile=icc_profile,
             ).data
         if roi is not None:
-            raise ValueError("expected refine with a region of interest, found none")
+            raise ValueError("a region of interest (roi) needs refine")
         image = _checked_image(image)
         budget = _checked_budget(image, quality, bpp, max_bytes)
         if icc_profile is not None and not isinstance(icc_profile, bytes):
@@ -423,9 +423,9 @@ class Codec:
                 else ""
             )
             raise ValueError(
-                f"expected a budget from {low} to {high} bytes "
-                f"({low * 8 / pixels:.4f} to {high * 8 / pixels:.4f} bpp), which is "
-                f"what this model reaches for this image{profile}, found {budget} bytes"
+                f"expected a budget from {low} to {high} bytes ({low * 8 / pixels:.4f} "
+                f"to {high * 8 / pixels:.4f} bpp), the range of this model for this "
+                f"image{profile}, found {budget} bytes"
             )
         return files[level]
 
@@ -488,7 +488,9 @@ def _checked_budget(
     }
     if len(given) != 1:
         found = ", ".join(given) or "none"
-        raise ValueError(f"expected one of quality, bpp and max_bytes, found {found}")
+        raise ValueError(
+            f"expected exactly one of quality, bpp and max_bytes, found {found}"
+        )
     if max_bytes is not None:
         try:
             budget = operator.index(max_bytes)

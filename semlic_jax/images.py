@@ -170,7 +170,7 @@ def read_photograph(
             _check_size(image.size, name, max_pixels)
             photograph = _convert(image, name, background)
     notes = [
-        f"the reader warns: {_one_line(warning.message)}"
+        f"Pillow warns: {_one_line(warning.message)}"
         for warning in caught
         # Our own limit is the one that counts; see MAX_PIXELS.
         if not issubclass(warning.category, Image.DecompressionBombWarning)
@@ -247,7 +247,7 @@ def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
     try:
         image = Image.open(source)
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image in a format known here") from None
+        raise ValueError(f"{name} is not an image in a known format") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is refused for its size: {error}") from None
     except (FileNotFoundError, PermissionError):
@@ -268,7 +268,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if max(width, height) > MAX_SIDE:
         raise ValueError(
             f"{name} is too large: it is {width}x{height}, "
-            f"the longest side possible is {MAX_SIDE}"
+            f"sides can have at most {MAX_SIDE} pixels"
         )
     if width * height > max_pixels:
         raise ValueError(
@@ -346,7 +346,7 @@ def check_suffix(suffix: str, size: tuple[int, ...] = (1, 1)) -> None:
     if max(size[:2]) > longest:
         raise ValueError(
             f"expected sides of at most {longest} pixels for {suffix}, found "
-            f"{size[1]}x{size[0]}: another kind of file can be larger"
+            f"{size[1]}x{size[0]}: other formats allow larger images"
         )
 
 
@@ -370,7 +370,7 @@ def check_outputs(paths: Sequence[str | os.PathLike], *, force: bool) -> None:
         if path.is_dir():
             raise ValueError(f"the output {path} is a folder: expected a file name")
         if not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name}")
+            raise ValueError(f"the folder {path.parent} for {path.name} does not exist")
         if not _is_regular(path):
             continue
         if os.path.lexists(path) and not force:

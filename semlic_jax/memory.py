@@ -44,8 +44,8 @@ def require_memory(
     needed = needed_bytes()
     if needed is not None and needed > left:
         raise MemoryError(
-            f"{work} {pixels} pixels at once needs at least {needed / _GIB:.1f} GiB, "
-            f"found {left / _GIB:.1f} GiB"
+            f"{work} {pixels} pixels at once needs at least {needed / _GIB:.1f} GiB of "
+            f"memory, found {left / _GIB:.1f} GiB"
         )
 
 

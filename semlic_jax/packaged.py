@@ -43,8 +43,8 @@ def load_for(data: bytes) -> Codec:
             f"{name} {start.hex()}" for name, start in _fingerprints().items()
         )
         raise IncompatibleModelError(
-            f"the file needs the model {header.fingerprint.hex()}, the packaged ones "
-            f"are {ours or 'none'}: give its model file (--model)"
+            f"the file needs the model {header.fingerprint.hex()}, which is not "
+            f"packaged (packaged: {ours or 'none'}): give its model file (--model)"
         )
     from semlic_jax.codec import load
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of a program on a terminal."""
+"""Progress of a program on a terminal, and the exit statuses of all programs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+REFUSED, SKIPPED = 1, 4  # the second: all is done, but for some inputs
 
 
 @contextmanager

@@ -225,8 +225,8 @@ def prior_tables(
         likely = np.nonzero(pmf > 1e-6)[0]
         if not likely.size:
             raise ValueError(
-                f"expected a density of channel {channel} of z within +-{radius}, "
-                "found none there"
+                f"expected probability of channel {channel} of z within +-{radius}, "
+                "found next to none"
             )
         pmfs.append(pmf[likely[0] : likely[-1] + 1])
         offsets.append(int(z[likely[0]]))
@@ -281,8 +281,8 @@ def load_model(
     elif not path.suffix and not os.path.exists(path):
         known = ", ".join(sorted(pretrained_models())) or "none"
         raise ValueError(
-            f"expected a packaged model ({known}) or a model file, "
-            f"found neither under {str(name_or_path)!r}"
+            f"expected the name of a packaged model ({known}) or the path of a model "
+            f"file, found {str(name_or_path)!r}"
         )
     try:
         tree = as_tree(read_arrays_file(path, _DTYPES))
@@ -316,7 +316,7 @@ def load_model(
             prove_exact(integers, model.config)
             check_params(model.config, {**model.transforms, "prior": model.prior})
     except FileNotFoundError:
-        raise ValueError(f"expected a model file, found nothing at {path}") from None
+        raise ValueError(f"the model file {path} does not exist") from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged zip or header fails in any way it likes
@@ -398,7 +398,7 @@ def check_params(
             )
         array = present[path]
         if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(f"expected finite floats as {label}, found others")
+            raise ValueError(f"expected finite floats as {label}, found other values")
 
 
 def packaged_file(name: str) -> Path:

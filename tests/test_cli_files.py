@@ -93,7 +93,7 @@ def test_files_that_fail_are_skipped(folder, semlic):
     assert status == 4 and len(out.splitlines()) == 2
     assert err == (
         "skipped none.png: No such file or directory\n"
-        "skipped broken.png: broken.png is not an image in a format known here\n"
+        "skipped broken.png: broken.png is not an image in a known format\n"
     )
     assert sorted(os.listdir("out")) == ["a.semlic", "b.semlic"]
     stranger = pack(Header(8, 8, 99, b"\x12\x34\x56\x78"), b"payload!")
@@ -118,7 +118,7 @@ def test_nothing_is_done_where_something_is_in_the_way(folder, semlic):
     ("arguments", "words"),
     [
         (["a.png", "c/a.jpg"], "found a.png and c/a.jpg for out/a.semlic"),
-        (["a.png", "-"], "expected names of files with --out-dir, found -"),
+        (["a.png", "-"], "expected file names with --out-dir, found -"),
     ],
 )
 def test_inputs_that_do_not_fit_together(folder, semlic, arguments, words):
@@ -139,12 +139,15 @@ def test_refusals_before_the_work(folder, semlic):
     assert status == 1 and "whyte" in err
     os.link("a.png", "a.semlic")
     status, _, err = semlic(*command, ".", "--force")
-    assert status == 1 and "is the input" in err
+    assert status == 1 and "is also an input" in err
     status, _, err = semlic("decompress", "a.semlic", "--out-dir", "out", model="none")
     assert status == 1 and "'none'" in err
     for options, words in (
         (["--format", "gif"], "cannot write .gif"),
-        (["x.jpg", "--format", "png"], "suffix .png of --format, found x.jpg"),
+        (
+            ["x.jpg", "--format", "png"],
+            "OUT to end in .png, as --format says, found x.jpg",
+        ),
     ):
         status, _, err = semlic("decompress", "a.semlic", *options)
         assert status == 1 and words in err
@@ -187,7 +190,7 @@ def test_json(folder, semlic):
         "file_bytes": size,
         "bpp": pytest.approx(8 * size / (64 * 48), abs=1e-6),
         "quality": pytest.approx(0.4, abs=1e-6),
-        "notes": ["a greyscale image was made RGB"],
+        "notes": ["a greyscale image was converted to RGB"],
     }
     command = ("decompress", "grey.semlic", "again.png", "--json")
     status, out, err = semlic(*command)
@@ -213,7 +216,7 @@ def test_json_of_a_refinement(folder, semlic, mini_model):
     options = ("--gamma", 0, "--roi", "50,0,20,20", "--model", mini_model)
     status, out, err = semlic(*command, *options, model=None)
     facts = json.loads(out)
-    words = "the box 50,0,20,20 sticks out of the image of 64x48"
+    words = "the box 50,0,20,20 extends beyond the image of 64x48"
     assert status == 0 and facts["steps"] == 2 and len(facts["notes"]) == 1
     assert words in facts["notes"][0] and f"note: {words}" in err
 
@@ -257,7 +260,7 @@ def test_notes_and_refusals_of_streams(folder, semlic):
     Image.open("a.png").convert("L").save(stream, "PNG")
     command = ("compress", "-", "x.semlic", "--quality", 0.5)
     status, _, err = semlic(*command, stdin=stream.getvalue())
-    assert err == "note: standard input: a greyscale image was made RGB\n"
+    assert err == "note: standard input: a greyscale image was converted to RGB\n"
     status, out, err = semlic("compress", "-", "-", "--quality", 0.5, stdin=b"")
     assert (status, out) == (1, b"") and "the input is not an image" in err
 
@@ -271,10 +274,10 @@ def test_a_file_of_that_name_can_be_named(folder, semlic):
 
 def test_closed_streams_are_refused(folder, semlic, monkeypatch):
     status, _, err = semlic("info", "-", stdin=None)
-    assert status == 1 and "expected data on the standard input" in err
+    assert status == 1 and "expected data on standard input" in err
     monkeypatch.setattr(sys, "stdout", None)
     status, _, err = semlic("compress", "a.png", "-", "--quality", 0.5)
-    assert status == 1 and "expected the standard output for -" in err
+    assert status == 1 and "expected an open standard output for -" in err
 
 
 def test_pipes_of_programs(folder, tiny_model):
@@ -301,10 +304,10 @@ def test_folders_that_are_not_looked_into_are_named(folder, semlic, monkeypatch)
     os.makedirs("photos/out")
     command = ("refine", "photos", "photos/out", "--bpp", 0.2, "--gamma", 0)
     status, _, err = semlic(*command)
-    assert status == 1 and "no image files in photos (2 folders inside" in err
+    assert status == 1 and "no image files in photos (2 subfolders are not" in err
     os.rename("a.png", "photos/a.png")
     status, _, err = semlic(*command, "--model", "enormous")
-    note = "note: photos: folders in it are not looked into: holiday\n"
+    note = "note: photos: subfolders are not searched: holiday\n"
     assert status == 1 and err.startswith(note)
     options = ("--out", "photos/out", "--codecs", "none", "--bpp", 0.2)
     status, _, err = semlic("eval", "photos", *options)

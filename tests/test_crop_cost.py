@@ -32,7 +32,7 @@ def test_bits_are_those_of_the_files(codec):
 
 def test_an_image_of_one_tile_is_refused(codec):
     with pytest.raises(
-        ValueError, match="two tiles of 64 pixels at least, found 70x90"
+        ValueError, match="at least two tiles of 64 pixels, found 70x90"
     ):
         crop_cost(codec, [photograph_like(90, 70)], 64)
 

@@ -64,7 +64,7 @@ def test_a_rate_that_is_not_reached_is_said(tmp_path, photo):
         ("0,0,64", "expected PHOTO:x,y,width,height"),
         ("0,0,0,64", "expected PHOTO:x,y,width,height"),
         ("-1,0,64,64", "expected PHOTO:x,y,width,height"),
-        ("100,0,64,64", "128 x 96, found one that reaches to 164, 64"),
+        ("100,0,64,64", "128 x 96, found one that extends to 164, 64"),
     ],
 )
 def test_details_that_are_not_there(tmp_path, photo, capsys, box, said):

@@ -202,7 +202,7 @@ def test_mmd_of_pairs_is_unbiased():
     error = np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found) - truth) < 4 * error
     assert np.mean([polynomial_mmd(*pair) for pair in pairs]) < truth - 10 * error
-    with pytest.raises(ValueError, match="expected pairs, found 48 and 47"):
+    with pytest.raises(ValueError, match="on both sides, found 48 and 47"):
         polynomial_mmd(a, a[1:], paired=True)
 
 
@@ -270,7 +270,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         frechet_distance(a, statistics_of(vectors(20), label="VGG"))
     with pytest.raises(ValueError, match="different features"):
         a.merge(FeatureStatistics(5, label="Inception"))
-    with pytest.raises(ValueError, match="same place"):
+    with pytest.raises(ValueError, match="found one twice"):
         a.update(vectors(1), [3])
     with pytest.raises(ValueError, match=r"should be \[N, 12\]"):
         a.update(vectors(2, 5), [30, 31])

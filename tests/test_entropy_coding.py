@@ -505,7 +505,9 @@ def test_missing_and_extra_symbols_are_found_out(gaussian):
     data = encode((symbols, indexes, gaussian))
     for count in (0, 1, 4999):
         decoder = SymbolDecoder(data)
-        with pytest.raises(BitstreamError, match="out of step|end of the payload"):
+        with pytest.raises(
+            BitstreamError, match="does not: it is damaged|end of the payload"
+        ):
             decoder.pop(indexes[:count], gaussian)
             decoder.finish()
 

@@ -20,7 +20,9 @@ def test_folders_are_not_searched_and_what_is_left_out_is_known(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "a" / "deep.png").touch()
     assert folders_left_out(tmp_path) == [tmp_path / "a", tmp_path / "b"]
-    with pytest.raises(ValueError, match=r"no image files in .* \(2 folders inside"):
+    with pytest.raises(
+        ValueError, match=r"no image files in .* \(2 subfolders are not"
+    ):
         list_images([tmp_path])
     photo = tmp_path / "photo.png"
     photo.touch()

@@ -89,7 +89,7 @@ def test_greyscale(pixels):
     np.testing.assert_array_equal(
         photograph.pixels, np.repeat(pixels[..., :1], 3, axis=2)
     )
-    assert photograph.notes == ("a greyscale image was made RGB",)
+    assert photograph.notes == ("a greyscale image was converted to RGB",)
 
 
 def test_black_and_white():
@@ -146,13 +146,13 @@ def test_palette(pixels):
     image = Image.fromarray(pixels).quantize(16)
     photograph = read(image)
     np.testing.assert_array_equal(photograph.pixels, np.array(image.convert("RGB")))
-    assert photograph.notes == ("a palette image was made RGB",)
+    assert photograph.notes == ("a palette image was converted to RGB",)
 
 
 def test_cmyk():
     photograph = read(Image.new("CMYK", (3, 2), (255, 0, 0, 0)), kind="TIFF")
     np.testing.assert_array_equal(photograph.pixels[0, 0], [0, 255, 255])
-    assert photograph.notes == ("a CMYK image was made RGB",)
+    assert photograph.notes == ("a CMYK image was converted to RGB",)
 
 
 def test_floating_point_samples_are_refused():
@@ -177,7 +177,7 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("name", TRANSPARENT)
 def test_transparency_needs_a_background(name):
-    message = r"give as background .* \(--background white\)"
+    message = r"give a background colour .* \(--background white\)"
     with pytest.raises(ValueError, match=message):
         read(TRANSPARENT[name])
 
@@ -241,7 +241,7 @@ def test_damage_behind_the_first_frame_does_not_matter(tmp_path, kind, as_path):
         np.testing.assert_array_equal(photograph.pixels[..., 0], noise[0])
         notes.add(photograph.notes[0])
     assert "only the first of 3 frames is used" in notes
-    assert any("made RGB" in note for note in notes)  # where no other is whole
+    assert any("converted to RGB" in note for note in notes)  # where no other is whole
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ ALLOWED = {
         "model",
         "objectives",
         "refinement",
+        "terminal",
         "weights",
     },
     "evaluation": {

@@ -211,14 +211,14 @@ def test_damaged_tfjs_files_are_refused_in_a_sentence(tmp_path, capsys):
 
     for name in ("../w.bin", "/etc/passwd", "a/w.bin", "", "..", "w\0", 3):
         assert "names of files beside it" in refusal([name], good), name
-    assert "gone.bin, which is not there" in refusal(["gone.bin"], good)
-    assert "24 bytes, which end or go on after 1" in refusal(["w.bin"], good, good)
-    assert "after 0 of them" in refusal(["w.bin"])
-    assert "expected 2 weights of different names" in refusal(
+    assert "gone.bin, which does not exist" in refusal(["gone.bin"], good)
+    assert "found 1 in the first" in refusal(["w.bin"], good, good)
+    assert "found 0 in the first 0 of 24 bytes" in refusal(["w.bin"])
+    assert "exactly 2 different weights, found 1" in refusal(
         ["w.bin"], good | {"shape": [3]}, good | {"shape": [3]}
     )
     huge = good | {"shape": [1 << 40, 1 << 40]}
-    assert "after 0 of them" in refusal(["w.bin"], huge)
+    assert "found 0 in the first 0 of 24 bytes" in refusal(["w.bin"], huge)
     assert "shape (-2, -3)" in refusal(["w.bin"], good | {"shape": [-2, -3]})
     assert "type 'object'" in refusal(["w.bin"], good | {"dtype": "object"})
     broken = "not a readable model of TensorFlow.js"

@@ -83,7 +83,7 @@ def test_without_the_extra_it_is_one_sentence(tiny_model, tmp_path, capsys, phot
     assert main(["compress", *arguments, "--model", str(tiny_model)]) == 1
     error = capsys.readouterr().err
     assert "semlic_jax[tfc]" in error and error.count("\n") == 1
-    with pytest.raises(ValueError, match="a coder of ans, tfc, found 'rans'"):
+    with pytest.raises(ValueError, match="one of the coders ans, tfc, found 'rans'"):
         semlic_jax.load(tiny_model, coder="rans")
 
 

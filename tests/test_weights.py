@@ -129,16 +129,16 @@ def test_parameters_that_do_not_fit_are_not_exported(
 
 def test_a_density_far_from_zero_is_not_exported(tiny_params, tiny_config):
     far = changed(tiny_params, "prior/bias_3", put(-1e4))
-    with pytest.raises(ValueError, match="channel 0 of z within .*127, found none"):
+    with pytest.raises(
+        ValueError, match="channel 0 of z within .*127, found next to none"
+    ):
         export_model(tiny_config, far)
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(
-        ValueError, match="packaged model .* found neither under 'huge'"
-    ):
+    with pytest.raises(ValueError, match="packaged model .* found 'huge'"):
         load_model("huge")
-    with pytest.raises(ValueError, match="found nothing at .*none.npz"):
+    with pytest.raises(ValueError, match="none.npz does not exist"):
         load_model(tmp_path / "none.npz")
     with pytest.raises(ValueError, match="not a valid model file"):
         load_model(tmp_path)
@@ -146,7 +146,9 @@ def test_unknown_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + ".npz", "a\0b", "a/" * 3000])
 def test_names_that_the_system_refuses(name):
-    with pytest.raises(ValueError, match="found neither|not a valid model file"):
+    with pytest.raises(
+        ValueError, match="the name of a packaged|not a valid model file"
+    ):
         load_model(name)
 
 
@@ -160,7 +162,7 @@ def test_files_in_folders_that_may_not_be_read(monkeypatch):
         return stat(path, **options)
 
     monkeypatch.setattr(os, "stat", denied)
-    with pytest.raises(ValueError, match="found neither under '/locked/x'"):
+    with pytest.raises(ValueError, match="found '/locked/x'"):
         load_model("/locked/x")
 
 
@@ -285,7 +287,7 @@ def test_pickles_are_refused(rebuilt, tmp_path):
         ({"prior__bias_0": None}, "prior/bias_0"),
         ({"entropy__h_s_0__kernel": None}, "h_s_0"),
         ({"entropy__h_s_0__kernel": npy(np.zeros((3, 3, 9, 15), np.int8))}, "h_s_0/k"),
-        ({"entropy__h_s_0__shift": npy(np.zeros(16, np.int8))}, "shifts in 1..14"),
+        ({"entropy__h_s_0__shift": npy(np.zeros(16, np.int8))}, "shifts from 1 to 14"),
         ({"entropy__h_s_0": npy(np.zeros(16, np.int8))}, "h_s_0"),
         ({"entropy__h_s_0__kernel__x": npy(np.zeros(1, np.int8))}, "kernel"),
         ({"tables__z__counts": None}, "counts"),
@@ -345,11 +347,11 @@ def test_claims_cost_no_memory(rebuilt, tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.npy", npy(np.zeros(2**21, np.uint8)))
     assert path.stat().st_size < 2**14
-    refused(path, "of 1048576 bytes together, found 1 of 2097")
+    refused(path, "of 1048576 bytes in total, found 1 of 2097")
     monkeypatch.undo()
     monkeypatch.setattr(arrays_file, "ALLOWED_BYTES", 2**20)
     limit = 16 * path.stat().st_size + 2**20
-    refused(path, f"of {limit} bytes together, found 1 of 2097")
+    refused(path, f"of {limit} bytes in total, found 1 of 2097")
     monkeypatch.setattr(arrays_file, "MAX_ENTRIES", 3)
     refused(rebuilt(), "at most 3 arrays")
 

@@ -79,7 +79,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ValueError | OSError | MemoryError):
         return text, REFUSED
     kind = type(error).__name__
-    return f"internal error, {kind}: {text} (--debug shows where)", INTERNAL
+    return f"internal error, {kind}: {text} (--debug shows the traceback)", INTERNAL
 
 
 class _Parser(argparse.ArgumentParser):

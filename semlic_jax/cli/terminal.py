@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from semlic_jax.terminal import REFUSED as REFUSED
+from semlic_jax.terminal import SKIPPED as SKIPPED
 from semlic_jax.terminal import clear_line
 
 # In the place of a file: standard input or output. A file of that name is `./-`.
 STREAM = "-"
 _BAR_WIDTH = 24
 
-REFUSED, USAGE, INTERNAL, SKIPPED, INTERRUPTED = 1, 2, 3, 4, 130
+USAGE, INTERNAL, INTERRUPTED = 2, 3, 130
 
 
 def say(text: str) -> None:
@@ -48,7 +50,7 @@ def reason_of(error: Exception) -> str:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
-        return f"there is not enough memory: {text}"
+        return f"not enough memory: {text}"
     return text
 
 
@@ -71,7 +73,7 @@ def stops_when_asked() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        say("\nstopping with what is reached; once more to stop at once")
+        say("\nstopping with the result so far; press Ctrl-C again to stop at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

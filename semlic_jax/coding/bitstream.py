@@ -320,7 +320,9 @@ def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]
 def check_coder(coder: str) -> None:
     """Raise ValueError if this is not one of CODERS."""
     if coder not in CODERS:
-        raise ValueError(f"expected a coder of {', '.join(CODERS)}, found {coder!r}")
+        raise ValueError(
+            f"expected one of the coders {', '.join(CODERS)}, found {coder!r}"
+        )
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
@@ -373,7 +375,7 @@ class _Reader:
             if byte < 128:
                 if byte == 0 and shift > 0:
                     raise BitstreamError(
-                        "expected a number in as few bytes as it needs, found more"
+                        "expected a number in as few bytes as possible, found more"
                     )
                 return value
         raise BitstreamError(
@@ -391,7 +393,8 @@ class _Reader:
             tag = self.take(4)
             if tag <= last:
                 raise BitstreamError(
-                    f"expected chunk tags in rising order, found {tag!r} after {last!r}"
+                    f"expected chunk tags in ascending order, found {tag!r} after "
+                    f"{last!r}"
                 )
             chunks[tag] = self.take(self.varint())
             last = tag

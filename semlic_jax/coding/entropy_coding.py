@@ -121,8 +121,8 @@ class SymbolDecoder:
         data = bytes(data)
         if data.endswith(b"\0"):
             raise BitstreamError(
-                "expected a payload that ends in a byte other than zero, found zero: "
-                "it is damaged"
+                "expected a payload that ends in a non-zero byte, found zero: it is "
+                "damaged"
             )
         words = np.frombuffer(data + b"\0" * (-len(data) % 4), "<u4")
         self._coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
@@ -191,8 +191,8 @@ class SymbolDecoder:
         """
         if self._coder.pos() != (0, _INITIAL_STATE):  # (words left, state)
             raise BitstreamError(
-                "expected the payload to end with the last symbol, found it out of "
-                "step: it is damaged, or encoder and decoder used different tables"
+                "expected the payload to end with the last symbol, found that it does "
+                "not: it is damaged, or encoder and decoder used different tables"
             )
 
 

@@ -95,15 +95,16 @@ class FloatEntropyModel(PassCoder):
         found = _checksum(indexes, size)
         if len(index_check) != INDEX_CHECK_BYTES:
             raise BitstreamError(
-                "expected a check of the table indexes, which files of converted "
-                "models have, found none"
+                "expected a checksum of the table indexes, as in all files of "
+                "converted models, found none"
             )
         if found != index_check:
             raise IncompatibleMachineError(
                 "expected a machine that computes the same table indexes as the one "
-                f"that made the file (check {index_check.hex()}), found one that does "
-                f"not ({found.hex()}): a converted model works in floats, so its files "
-                "decode only on the machine and with the software that made them"
+                f"that made the file (checksum {index_check.hex()}), found one that "
+                f"does not ({found.hex()}): a converted model uses floating point, so "
+                "its files decode only on the machine and with the software that made "
+                "them"
             )
         return lambda pass_, y_hat: (indexes[None], mean_steps[None])
 

@@ -112,7 +112,9 @@ def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
     specs = entropy_model(config, "exact").layer_specs()
     if set(integers) != set(specs):
         odd = sorted(set(integers) ^ set(specs))
-        raise ValueError(f"expected the layers of {config.name}, these differ: {odd}")
+        raise ValueError(
+            f"expected the layers of {config.name}, found differences in {odd}"
+        )
     for name, spec in specs.items():
         layer = integers[name]
         shape = (spec.kernel, spec.kernel, spec.inputs, spec.features)
@@ -137,8 +139,8 @@ def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
         shift = layer["shift"].astype(np.int64)
         if shift.min() < 1 or shift.max() > SHIFT_MAX + spec.right:
             raise ValueError(
-                f"expected shifts in 1..{SHIFT_MAX + spec.right} in {name}, found "
-                f"{shift.min()}..{shift.max()}"
+                f"expected shifts from 1 to {SHIFT_MAX + spec.right} in {name}, found "
+                f"{shift.min()} to {shift.max()}"
             )
         total = products + np.abs(layer["bias"].astype(np.int64)) + (1 << (shift - 1))
         if weights.max(initial=0) > WEIGHT_MAX or products.max() >= ACCUMULATOR_LIMIT:

@@ -88,7 +88,7 @@ class SymbolTables:
             )
         if self.starts[0] != 0 or self.starts[-1] != self.counts.size:
             raise ValueError(
-                f"expected starts from 0 to the {self.counts.size} counts, "
+                f"expected starts from 0 to {self.counts.size}, the number of counts, "
                 f"found {self.starts[0]} to {self.starts[-1]}"
             )
         sizes = np.diff(self.starts.astype(np.int64))
@@ -110,7 +110,7 @@ class SymbolTables:
             worst = int(np.argmax(totals != 1 << PRECISION_BITS))
             raise ValueError(
                 f"expected counts >= 1 that sum to {1 << PRECISION_BITS} in each "
-                f"table, found a least count of {self.counts.min()} and the sum "
+                f"table, found a smallest count of {self.counts.min()} and the sum "
                 f"{totals[worst]} in table {worst}"
             )
 

@@ -198,8 +198,8 @@ class TfcSymbolDecoder:
         """
         if not self._ops.entropy_decode_finalize(self._handle).numpy():
             raise BitstreamError(
-                "expected the payload to end with the last symbol, found it out of "
-                "step: it is damaged, or encoder and decoder used different tables"
+                "expected the payload to end with the last symbol, found that it does "
+                "not: it is damaged, or encoder and decoder used different tables"
             )
 
 
@@ -215,7 +215,7 @@ def tfc_ops() -> Any:
         import tensorflow_compression_ops as tfc
     except ImportError as error:
         raise ValueError(
-            "expected TensorFlow Compression for the coder tfc, found no package "
-            f"{error.name}: pip install 'semlic_jax[tfc]' in an environment of its own"
+            f"the coder tfc needs the package {error.name}: "
+            "pip install 'semlic_jax[tfc]' in an environment of its own"
         ) from None
     return tfc

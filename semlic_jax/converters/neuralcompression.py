@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of facebookresearch/NeuralCompression: MS-ILLM and No-GAN autoencoders.
+"""Converts checkpoints of facebookresearch/NeuralCompression: MS-ILLM and No-GAN.
 
-In: the names, layouts and shapes of their tensors. Out: reading PyTorch's files
-(`objectives.torch_files`), the network (`model.mean_scale`).
+This module knows the names, layouts and shapes of the tensors of these autoencoders.
+`objectives.torch_files` reads the files; the network is in `model.mean_scale`.
 
-Their network is HiFiC's, with symmetric padding and a mean-scale Gaussian for y. What a
-converted model does differently is all outside of the network:
+It is the network of HiFiC, with symmetric padding and a mean-scale Gaussian for y. A
+converted model differs from the original only outside of the network:
 
-* z and y are coded with our tables and container, not with CompressAI's; scales lie in
-  the table 0.11..64, nearest in log, instead of 0.11..256, next larger.
+* z and y are coded with our tables and container, not with CompressAI's. A scale is the
+  one of the table 0.11..64 that is nearest in log, not the next larger one of the table
+  0.11..256.
 * An image is padded to a multiple of 64 by repeating its edge, not by reflection, and
   latents outside of it are not coded.
 * Other qualities than 128/255 scale the latents (`MeanScaleModel.gain`).
@@ -61,11 +62,11 @@ def convert_neuralcompression(
     *,
     force: bool = False,
 ) -> FloatModelFile:
-    """Writes a published checkpoint as a model file of ours.
+    """Convert a published checkpoint to a model file.
 
     Args:
-        checkpoint: such as `msillm_target_0.14bpp.ckpt`; read without executing any
-            pickle.
+        checkpoint: a file such as `msillm_target_0.14bpp.ckpt`; it is read without
+            executing any pickle.
         output: the model file, `.npz`.
         force: replace an existing file.
 
@@ -73,12 +74,13 @@ def convert_neuralcompression(
         the model that was written. Its files decode only on the machine that made them.
 
     Raises:
-        ValueError: an unreadable file, one of another kind, tensors that are missing
-            (named) or of another shape, or an output that exists.
+        ValueError: the checkpoint is unreadable or of another kind, tensors are missing
+            (the message names them) or of another shape, or the output exists or cannot
+            be written.
     """
     output = Path(output)
     if output.suffix != ".npz":
-        raise ValueError(f"expected a model file .npz as output, found {output}")
+        raise ValueError(f"expected a model file, .npz, as output, found {output}")
     check_outputs([output], force=force)
     source = Path(checkpoint)
     model = convert_state(read_torch_file(source), output.stem, source.name)
@@ -89,12 +91,12 @@ def convert_neuralcompression(
 def convert_state(
     state: Mapping[str, np.ndarray], name: str, file_name: str
 ) -> FloatModelFile:
-    """The model file's content of a state dict.
+    """Make the content of a model file from a state dict.
 
     Args:
-        state: arrays by PyTorch name, also with a prefix before all names.
-        name: of the model.
-        file_name: where they came from, for messages.
+        state: arrays by PyTorch name, maybe with a prefix before all names.
+        name: name of the model.
+        file_name: where the arrays came from, for messages.
 
     Raises:
         ValueError: see `convert_neuralcompression`.
@@ -105,7 +107,7 @@ def convert_state(
     if missing:
         raise ValueError(
             f"expected the tensors of NeuralCompression's autoencoder in {file_name}, "
-            f"found it without {_listed(missing)}"
+            f"found no {_listed(missing)}"
         )
     tree: dict[str, Any] = {}
     for path, source in sources.items():
@@ -116,7 +118,7 @@ def convert_state(
         node[leaf] = _array(state[source], path, source)
     config = _config(state, name, sources)
     width = config.widths[-1]
-    # Their g_s knows one rate only.
+    # Their g_s knows only one rate, so the quality must not change its input.
     tree["g_s"]["quality"] = {
         "kernel": np.zeros((2, width), np.float32),
         "bias": np.zeros(width, np.float32),
@@ -139,7 +141,10 @@ def _without_prefix(
 ) -> Mapping[str, np.ndarray]:
     """The tensors by the autoencoder's own names.
 
-    A checkpoint of a trainer has a name before all of them, such as `model.`.
+    In a checkpoint of a trainer, all names have a prefix such as `model.`.
+
+    Raises:
+        ValueError: the tensors are not those of such an autoencoder.
     """
     pattern = re.compile(rf"(|.*?\.)({'|'.join(map(re.escape, _OWN_PARTS))})")
     found = next(filter(None, map(pattern.match, state)), None)
@@ -162,7 +167,7 @@ def _without_prefix(
 
 
 def _sources(state: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The tensor of each parameter of ours, whether it is there or not."""
+    """The tensor's name for each parameter of ours, whether it is there or not."""
     modules: dict[str, str] = {}
 
     def conv(path: str, source: str) -> None:
@@ -204,10 +209,10 @@ def _sources(state: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
-    """How many different numbers the names have, at least 1.
+    """How many different numbers there are in the names, at least 1.
 
-    Not what the largest says, which could be anything: if there are gaps, one of the
-    first so many is missing, and is named.
+    The largest number is not used, since it could be anything. If there are gaps, one
+    of the names that follow from this count is missing and will be reported.
     """
     found = (re.match(pattern, key) for key in state)
     return max(1, len({match[1] for match in found if match}))
@@ -216,7 +221,7 @@ def _count(state: Mapping[str, np.ndarray], pattern: str) -> int:
 def _config(
     state: Mapping[str, np.ndarray], name: str, sources: Mapping[str, str]
 ) -> MeanScaleConfig:
-    """The architecture that the shapes of the tensors say."""
+    """The architecture that the shapes of the tensors imply."""
 
     def outputs(path: str) -> int:
         return int(state[sources[path]].shape[0])
@@ -233,7 +238,11 @@ def _config(
 
 
 def _array(value: np.ndarray, path: str, source: str) -> np.ndarray:
-    """A tensor in our layout, float32."""
+    """A tensor in our layout, float32.
+
+    Raises:
+        ValueError: it is empty or has another number of axes than expected.
+    """
     value = np.asarray(value, np.float32)
     ranks = {"kernel": 4, "gamma": 4, "beta": 4, "bias": 1}
     leaf = path.rpartition("/")[2]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What "good" means: feature networks, losses and metrics.
+"""Feature networks, losses and metrics: what makes a reconstruction good.
 
-May import `semlic_jax.model`; never `coding`, `refinement`, `training` or
-`evaluation`.
+May import `semlic_jax.model` and `semlic_jax.arrays_file`; never `coding`,
+`refinement`, `training` or `evaluation`.
 """

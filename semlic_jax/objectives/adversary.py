@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The non-binary adversary of MS-ILLM (arXiv:2301.11189): labeller and discriminator.
 
-In: the VQ-VAE whose codes label each 8 x 8 cell of an original, with what its training
-needs (losses of its codebook, re-seeding of dead codes, perplexity), and the U-Net
-discriminator that gives each cell C + 1 logits, class 0 being "fake". Out: the
-adversarial losses (`losses.py`), optimisers, schedules (`semlic_jax.training`).
+The labeller is the VQ-VAE whose codes label each 8 x 8 cell of an original. What its
+training needs is here too: losses of its codebook, re-seeding of dead codes and the
+perplexity. The discriminator is a U-Net that gives each cell C + 1 logits, of which
+class 0 is "fake". The adversarial losses are in `losses.py`, optimisers and schedules
+in `semlic_jax.training`.
 
-Both networks come in the reference's form and size by default. `patch` and narrower
+By default, both networks have the reference's form and size. `patch` and narrower
 `widths` make the small convolutional forms that train on a CPU. Everything is NHWC,
-parameters are float32, images are float [B, H, W, 3] in [0, 1].
+parameters are float32, and images are float [B, H, W, 3] in [0, 1].
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from semlic_jax.objectives.features import normalise_channels
 Array = jax.Array
 
 _NORMALISE_EPS = 1e-12
-_SLOPE = 0.2  # of the discriminator's leaky ReLU
+_SLOPE = 0.2  # slope of the discriminator's leaky ReLU
 _TAP_SCALE = 4.0
 
 
@@ -40,12 +41,13 @@ class Quantised(NamedTuple):
     """The labeller's output for a batch.
 
     Attributes:
-        x_hat: float32 [B, H, W, 3], the reconstruction, not clipped.
-        codes: int32 [B, H/8, W/8] in 0 ... C - 1.
-        embeddings: float32 [B, H/8, W/8, E], unit vectors before quantisation.
-        commitment: float32 scalar, mean squared distance of embeddings to their fixed
-            codes; `embedding` is the same with the codes moving instead.
-        embedding: see `commitment`.
+        x_hat: the reconstruction, float32 [B, H, W, 3], not clipped.
+        codes: the code of each cell, int32 [B, H/8, W/8] in 0 ... C - 1.
+        embeddings: unit vectors before quantisation, float32 [B, H/8, W/8, E].
+        commitment: mean squared distance of embeddings and their codes, float32 scalar,
+            with a gradient to the embeddings alone.
+        embedding: mean squared distance of embeddings and their codes, float32 scalar,
+            with a gradient to the codebook alone.
     """
 
     x_hat: Array
@@ -56,7 +58,7 @@ class Quantised(NamedTuple):
 
 
 def upsample(x: Array, factor: int = 2) -> Array:
-    """Nearest-neighbour up-sampling of [B, H, W, C]."""
+    """Upsample [B, H, W, C] by repeating each cell `factor` times along both sides."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(
         x[:, :, None, :, None], (batch, height, factor, width, factor, channels)
@@ -78,7 +80,10 @@ def _unit_vectors(x: Array, axis: int = -1) -> Array:
 
 
 class _SwishBlock(nn.Module):
-    """VQGAN's residual block: norm, swish, conv, twice; 1x1 shortcut where needed."""
+    """VQGAN's residual block: twice norm, swish and convolution, beside a shortcut.
+
+    The shortcut is a 1x1 convolution if the number of channels changes.
+    """
 
     features: int
     dtype: Any
@@ -96,7 +101,7 @@ class CrossCovarianceAttention(nn.Module):
     """x + XCA(ChannelNorm(x)), one head (XCiT, arXiv:2106.09681).
 
     The attention map is channels x channels, so its cost is linear in the pixels. Its
-    statistics span the image: the codes of a crop depend on the crop.
+    statistics span the image, so the codes of a crop depend on the crop.
     """
 
     dtype: Any = jnp.float32
@@ -118,17 +123,17 @@ class CrossCovarianceAttention(nn.Module):
 class Labeller(nn.Module):
     """The VQ-VAE whose codes are the discriminator's classes.
 
-    By default MS-ILLM's: a VQGAN-like network with cross-covariance attention at its
-    coarsest level, stride 8, 1024 unit codes of 8 channels, 18.1 M parameters.
+    The default is MS-ILLM's: a VQGAN-like network with cross-covariance attention at
+    its coarsest level, stride 8, 1024 unit codes of 8 channels and 18.1 M parameters.
 
     Attributes:
         widths: channels per level, finest first; each further level halves the grid.
         blocks: residual blocks per level of the encoder; the decoder has one more.
-        attention: at the coarsest level and in the middle.
-        patch: pixels per side of a block at the finest level.
-        code_count: C.
-        code_channels: E.
-        dtype: of the convolutions.
+        attention: whether there is attention at the coarsest level and in the middle.
+        patch: side in pixels of the blocks that are the cells of the finest level.
+        code_count: C, the number of codes.
+        code_channels: E, the number of channels of a code.
+        dtype: the type of the convolutions.
     """
 
     widths: tuple[int, ...] = (64, 128, 128, 256)
@@ -141,7 +146,7 @@ class Labeller(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels per code."""
+        """Side in pixels of the cell that a code stands for."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
     def setup(self) -> None:
@@ -160,10 +165,10 @@ class Labeller(nn.Module):
         )
 
     def embed(self, images: Array) -> Array:
-        """Unit vectors float32 [B, H/8, W/8, E] before quantisation.
+        """Unit vectors before quantisation, float32 [B, H/8, W/8, E] at stride 8.
 
         Raises:
-            ValueError: a side that is not a multiple of the stride.
+            ValueError: a side of the images is not a multiple of the stride.
         """
         height, width = images.shape[1:3]
         if height % self.stride or width % self.stride:
@@ -175,7 +180,7 @@ class Labeller(nn.Module):
         return _unit_vectors(self.to_code(h))
 
     def nearest(self, embeddings: Array) -> Array:
-        """Code int32 [...] of each unit vector [..., E]: the largest cosine."""
+        """The code of largest cosine for each unit vector [..., E], int32 [...]."""
         cosines = embeddings @ _unit_vectors(self.codebook).T
         return jnp.argmax(cosines, axis=-1).astype(jnp.int32)
 
@@ -184,7 +189,11 @@ class Labeller(nn.Module):
         return self.nearest(self.embed(images))
 
     def __call__(self, images: Array) -> Quantised:
-        """The whole auto-encoder, with straight-through gradients."""
+        """Apply the whole auto-encoder, with straight-through gradients.
+
+        Raises:
+            ValueError: see `embed`.
+        """
         embeddings = self.embed(images)
         codes = self.nearest(embeddings)
         chosen = _unit_vectors(self.codebook)[codes]
@@ -265,16 +274,16 @@ def perplexity(frequencies: Array) -> Array:
 
 
 def diversity_loss(embeddings: Array, codebook: Array, temperature: float) -> Array:
-    """log C - entropy of the mean soft assignment, float32 scalar, 0 at even use.
+    """log C minus the entropy of the mean soft assignment, a float32 scalar.
 
-    Spreads the embeddings of a batch over the codes, as in Yu et al. 2023
-    (arXiv:2310.05737, without their term for confident assignments, which the
-    commitment serves here).
+    It is 0 if all codes are used evenly, and spreads the embeddings of a batch over the
+    codes, as in Yu et al. 2023 (arXiv:2310.05737). Their term for confident assignments
+    is left out, since the commitment serves this purpose here.
 
     Args:
         embeddings: float32 [..., E], unit vectors.
         codebook: float32 [C, E].
-        temperature: of the softmax over cosines.
+        temperature: temperature of the softmax over cosines.
     """
     flat = embeddings.reshape(-1, codebook.shape[1])
     cosines = flat @ _unit_vectors(codebook).T
@@ -285,21 +294,22 @@ def diversity_loss(embeddings: Array, codebook: Array, temperature: float) -> Ar
 def reseed_dead_codes(
     codebook: Array, usage: Array, embeddings: Array, rng: Array, *, threshold: float
 ) -> tuple[Array, Array, Array]:
-    """Moves codes that are hardly used onto embeddings of the batch.
+    """Move codes that are hardly used onto embeddings of the batch.
 
     A codebook that learns by gradients alone collapses: a code that is never the
-    nearest never moves. (Dhariwal et al. 2020, arXiv:2005.00341, restart codes the same
-    way; the recipe of MS-ILLM's labeller is not published.)
+    nearest never moves. (Dhariwal et al. 2020, arXiv:2005.00341, restart codes in the
+    same way; the recipe of MS-ILLM's labeller is not published.)
 
     Args:
         codebook: float32 [C, E].
-        usage: float32 [C], running mean of `code_frequencies`.
-        embeddings: float32 [..., E] of a batch, unit vectors.
-        rng: key; picks the embeddings.
-        threshold: a code is dead below this share of the even 1 / C.
+        usage: running mean of `code_frequencies`, float32 [C].
+        embeddings: unit vectors of a batch, float32 [..., E].
+        rng: random key that picks the embeddings.
+        threshold: a code is dead if its usage is below this share of the even 1 / C.
 
     Returns:
-        The codebook, the usage (even for the moved codes) and bool [C], which moved.
+        the codebook; the usage, which is 1 / C for moved codes; and whether each code
+        moved, bool [C].
     """
     count = codebook.shape[0]
     flat = lax.stop_gradient(embeddings).reshape(-1, codebook.shape[1])
@@ -312,27 +322,29 @@ def reseed_dead_codes(
 class Discriminator(nn.Module):
     """U-Net with C + 1 logits for each cell, given the latents as context.
 
-    By default MS-ILLM's, 17.9 M parameters with 220 latent channels and 1024 codes. Its
-    name notwithstanding, that network has no connections between the two paths, and its
-    in-place activations reach the shortcuts: both are options here.
+    The default is MS-ILLM's, which has 17.9 M parameters with 220 latent channels and
+    1024 codes. Despite its name, that network has no connections between the two paths,
+    and its in-place activations reach the shortcuts; both are options here.
 
     Attributes:
-        classes: C + 1; 2 for a binary discriminator.
-        widths: channels of the levels of the downward path, finest first; each halves
-            the grid.
-        up_widths: channels of the upward path, finest first; each doubles the grid.
-        context_channels: of the latents' projection that joins the image; 0 for a
-            discriminator that does not see them.
-        context_log: compress the latents to sign(y) * log(1 + |y|) first, for latents
-            whose magnitude spans decades.
-        patch: pixels per side of a block at the input.
-        lateral_skips: concatenate the downward path's maps to the upward path's.
-        feature_channels: of each tap of a frozen feature network that joins the last
-            grid; 0 for a discriminator of pixels alone.
-        mix_widths: 3x3 convolutions after that, ahead of the logits.
-        preactivated_shortcut: the shortcuts see the activated maps.
-        remat: recompute the levels in the backward pass.
-        dtype: of the convolutions.
+        classes: C + 1, the number of logits; 2 for a binary discriminator.
+        widths: channels of the levels of the downward path, finest first; each level
+            halves the grid.
+        up_widths: channels of the levels of the upward path, finest first; each level
+            doubles the grid.
+        context_channels: channels of a projection of the latents that is concatenated
+            to the image; 0 for a discriminator that does not see the latents.
+        context_log: whether the latents are first compressed to sign(y) * log(1 + |y|),
+            for latents whose magnitude spans decades.
+        patch: side in pixels of the blocks that are the cells of the input.
+        lateral_skips: whether to concatenate the maps of the downward path to those of
+            the upward path.
+        feature_channels: channels of the projection of each tap of a frozen feature
+            network that is concatenated to the last grid; 0 for no such taps.
+        mix_widths: channels of 3x3 convolutions between the last grid and the logits.
+        preactivated_shortcut: whether the shortcuts see the activated maps.
+        remat: whether to recompute the levels in the backward pass.
+        dtype: the type of the convolutions.
     """
 
     classes: int = 1025
@@ -350,35 +362,36 @@ class Discriminator(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels per cell of the output."""
+        """Side in pixels of a cell of the output."""
         return self.patch * 2 ** (len(self.widths) - len(self.up_widths))
 
     @property
     def multiple(self) -> int:
-        """Sides of the images must be multiples of this."""
+        """The number whose multiples the sides of the images must be, in pixels."""
         return self.patch * 2 ** len(self.widths)
 
     @nn.compact
     def __call__(
         self, images: Array, y_hat: Array, taps: Sequence[Array] = ()
     ) -> Array:
-        """Logits float32 [B, H/8, W/8, C + 1].
+        """Logits float32 [B, H/8, W/8, C + 1] at stride 8.
 
         Args:
             images: float [B, H, W, 3], unclamped; H and W multiples of `multiple`.
             y_hat: float [B, H/16, W/16, M]; no gradient reaches it.
-            taps: feature maps [B, h, w, C] of the images, with `feature_channels`. A
-                discriminator that starts from what a trained network sees learns in
-                hundreds of steps (Sauer et al. 2021, arXiv:2111.01007).
+            taps: feature maps [B, h, w, C] of the images, if there are
+                `feature_channels`. A discriminator that starts from what a trained
+                network sees learns in hundreds of steps (Sauer et al. 2021,
+                arXiv:2111.01007).
 
         Raises:
-            ValueError: a side that is not such a multiple; taps without
-                `feature_channels` or the other way round.
+            ValueError: a side is not a multiple of `multiple`, or there are taps
+                without `feature_channels` or the other way round.
         """
         if bool(taps) != bool(self.feature_channels):
             raise ValueError(
-                f"expected taps with feature_channels alone, found {len(taps)} taps "
-                f"and feature_channels {self.feature_channels}"
+                f"expected taps exactly if feature_channels is set, found {len(taps)} "
+                f"taps and feature_channels {self.feature_channels}"
             )
         height, width = images.shape[1:3]
         if height % self.multiple or width % self.multiple:
@@ -421,7 +434,7 @@ class Discriminator(nn.Module):
         return Conv(self.classes, 1, name="head")(h.astype(jnp.float32))
 
     def _seen(self, index: int, tap: Array, grid: tuple[int, ...]) -> Array:
-        # Unit vectors have entries of about 1 / sqrt(C); these, about 1 / 3.
+        # Entries of unit vectors are about 1 / sqrt(C); the scale makes them about 1/3.
         tap = _TAP_SCALE * normalise_channels(tap).astype(self.dtype)
         conv = Conv(self.feature_channels, 1, dtype=self.dtype, name=f"tap_{index}")
         shape = (tap.shape[0], *grid, self.feature_channels)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bjontegaard deltas: two rate curves in one number (VCEG-M33, with PCHIP).
+"""Bjontegaard deltas, which compare two rate curves in one number (VCEG-M33).
 
-In: `RateCurve`, `bd_rate`, `bd_metric`. Piecewise cubic Hermite interpolation (PCHIP,
-scipy) of log10 bpp against the metric, or the other way round, integrated over the
-range that both curves cover. What cannot be compared is refused. Imports numpy, scipy.
+`bd_rate` and `bd_metric` interpolate log10 bpp over the metric, or the metric over
+log10 bpp, by piecewise cubic Hermite polynomials (scipy's PCHIP), and integrate over
+the range that both curves cover. Curves that cannot be compared are refused. Imports
+numpy and scipy only.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-LEAST_POINTS = 4  # VCEG-M33 and everyone since
-# A share of the shorter curve's range: a mean over less says nothing of the curves.
+LEAST_POINTS = 4  # as in VCEG-M33 and ever since
+# Least common range, as a share of the shorter curve's range: a mean over less says
+# nothing about the curves.
 LEAST_OVERLAP = 0.1
 
 
@@ -25,11 +27,15 @@ class RateCurve:
 
     Attributes:
         bpp: bits per pixel of each point, positive.
-        values: the metric at each point.
-        metric: its name; curves of different metrics are not compared.
+        values: value of the metric at each point.
+        metric: name of the metric; curves of different metrics are not compared.
         images: names of the images that the points are means over; curves over
-            different sets are not compared. Empty: not known, not checked.
-        name: of the codec, for messages.
+            different images are not compared. If empty, they are unknown and unchecked.
+        name: name of the codec, for messages.
+
+    Raises:
+        ValueError: there are fewer than 4 points, not as many values as rates, values
+            that are not finite or rates that are not positive.
     """
 
     bpp: Sequence[float]
@@ -55,7 +61,8 @@ class RateCurve:
         """log10 bpp, ascending, and the metric there; both float64.
 
         Raises:
-            ValueError: the metric does not move one way with the rate.
+            ValueError: the metric does not strictly rise or strictly fall with the
+                rate, or two points have the same rate.
         """
         order = np.argsort(self.bpp, kind="stable")
         rate = np.asarray(self.bpp, np.float64)[order]
@@ -65,7 +72,7 @@ class RateCurve:
         if bad.size:
             i = int(bad[0])
             raise ValueError(
-                f"{self.name} does not move one way: {self.metric} "
+                f"{self.name} is not monotonic: {self.metric} "
                 f"{values[i]:g} at {rate[i]:g} bpp, then {values[i + 1]:g} at "
                 f"{rate[i + 1]:g} bpp"
             )
@@ -73,15 +80,16 @@ class RateCurve:
 
 
 def bd_rate(anchor: RateCurve, test: RateCurve) -> float:
-    """Mean difference in rate at equal metric, in percent of the anchor's.
+    """Mean difference in rate at equal metric, in percent of the anchor's rate.
 
-    (10^(mean over the common range of log10 R_test(m) - log10 R_anchor(m)) - 1) * 100;
-    negative where `test` needs fewer bits. For any metric that moves one way with the
-    rate, rising or falling.
+    (10^(mean over the common range of log10 R_test(m) - log10 R_anchor(m)) - 1) * 100,
+    which is negative if `test` needs fewer bits. The metric must rise or fall
+    monotonically with the rate.
 
     Raises:
-        ValueError: other metric or images, curves that are not monotonic, a common
-            range of less than a tenth of the shorter curve's.
+        ValueError: the curves have different metrics or images, are not monotonic, run
+            in opposite directions, or have a common range of less than a tenth of the
+            shorter one's.
     """
     _require_comparable(anchor, test)
     (rate_a, value_a), (rate_b, value_b) = anchor.points(), test.points()
@@ -94,10 +102,11 @@ def bd_rate(anchor: RateCurve, test: RateCurve) -> float:
 def bd_metric(anchor: RateCurve, test: RateCurve) -> float:
     """Mean difference in metric at equal rate, in the metric's unit.
 
-    Over log10 bpp; positive where `test` has the larger values.
+    The mean is over log10 bpp. It is positive if `test` has the larger values.
 
     Raises:
-        ValueError: as `bd_rate`.
+        ValueError: as for `bd_rate`, but the metric may rise in one curve and fall in
+            the other.
     """
     _require_comparable(anchor, test)
     return _mean_difference(anchor.points(), test.points(), "bpp of {}", anchor, test)
@@ -114,7 +123,7 @@ def _require_comparable(anchor: RateCurve, test: RateCurve) -> None:
         odd = sorted(ours ^ theirs)
         raise ValueError(
             f"{anchor.name} and {test.name} are curves over different images: "
-            f"{len(odd)} are in only one of them, {odd[0]} first"
+            f"{len(odd)} are in only one of them, such as {odd[0]}"
         )
 
 
@@ -136,7 +145,7 @@ def _mean_difference(
             ends = curve[0][[0, -1]]
             ends = 10**ends if axis.startswith("bpp") else ends
             spans.append(f"{axis.format(name)} goes from {ends[0]:g} to {ends[1]:g}")
-        little = "hardly a" if low < high and rising[0] == rising[1] else "no"
+        little = "almost no" if low < high and rising[0] == rising[1] else "no"
         raise ValueError(f"{little} common range: " + ", ".join(spans))
     integrals = []
     for abscissa, value in (a, b):

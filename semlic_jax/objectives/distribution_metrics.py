@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances of two sets of images: Fréchet (FID) and kernel (KID), under any trunk.
 
-In: HiFiC's two-grid patches, statistics that stream and merge, and the two distances.
-With Inception-v3's "Mixed_7c" and patches of 256 pixels these are the FID/256 and
-KID/256 of HiFiC and MS-ILLM (arXiv:2006.09965, appendix A.7; arXiv:2301.11189).
+The module has HiFiC's patches on two grids, feature statistics that can be updated and
+merged, and the two distances. With Inception-v3's "Mixed_7c" and patches of 256 pixels,
+these are the FID/256 and KID/256 of HiFiC and MS-ILLM (arXiv:2006.09965, appendix A.7;
+arXiv:2301.11189).
 
 Statistics are float64 on the host. Mean and scatter matrix are updated in place (Chan
-et al. 1983), so a set of any size fits in memory; for the kernel distance a sample of
-features is kept, chosen by a hash of each patch's place in the set. So a set split over
-processes gives, merged, what one process gives. Imports jax, numpy and this package's
-`features`.
+et al. 1983), so a set of any size fits in memory. For the kernel distance, a sample of
+features is kept, chosen by a hash of each patch's place in the set. So the merged
+statistics of several processes are those that one process would have. Imports jax,
+numpy and this package's `features`.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ import numpy as np
 from semlic_jax.objectives.features import FeatureNetwork
 
 PATCH_SIDE = 256
-_PATCHES_PER_IMAGE = 1 << 24  # room in a patch's number for a 2^28-pixel image
+_PATCHES_PER_IMAGE = 1 << 24  # numbers reserved for the patches of each image
 _MAX_KEPT = 10_000
 _PENDING_ROWS = 256
 
 
 def patch_grids(image: np.ndarray, side: int = PATCH_SIDE) -> np.ndarray:
-    """Non-overlapping patches on HiFiC's two grids.
+    """Cut an image into patches on HiFiC's two grids, each without overlap.
 
-    The first grid starts at (0, 0), remainders at the right and bottom dropped; the
-    second is shifted by side // 2 and used only if both sides of the image are at least
-    1.5 * side. A 768x512 image has 6 + 2 patches of 256.
+    The first grid starts at (0, 0), and remainders at the right and bottom are dropped.
+    The second is shifted by side // 2 and used only if both sides of the image are at
+    least 1.5 * side. A 768x512 image has 6 + 2 patches of 256 pixels.
 
     Args:
         image: uint8 [H, W, 3].
-        side: of a patch, in pixels.
+        side: side of a patch in pixels.
 
     Returns:
         uint8 [N, side, side, 3].
 
     Raises:
-        ValueError: not a uint8 image, or one that is smaller than a patch.
+        ValueError: the image is not of this form, or smaller than a patch.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -79,13 +80,13 @@ class FeatureStatistics:
     """Count, mean and scatter of feature vectors, and a sample of them.
 
     Attributes:
-        label: what the features are; statistics of different labels do not mix.
-        count: vectors seen.
-        mean: float64 [D].
-        scatter: float64 [D, D], sum of outer products of deviations from the mean.
-        numbers: int64 [K], ascending: places in the set of the vectors kept.
-        kept: float32 [K, D], those vectors.
-        max_kept: largest K.
+        label: what the features are; statistics with different labels do not mix.
+        count: number of vectors seen.
+        mean: mean of the vectors, float64 [D].
+        scatter: sum of outer products of deviations from the mean, float64 [D, D].
+        numbers: places in the set of the kept vectors, int64 [K], ascending.
+        kept: the kept vectors, float32 [K, D].
+        max_kept: the most vectors to keep, the largest K.
     """
 
     def __init__(
@@ -101,7 +102,11 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Unbiased covariance, float64 [D, D]."""
+        """Unbiased covariance, float64 [D, D].
+
+        Raises:
+            ValueError: fewer than 2 vectors were seen.
+        """
         if self.count < 2:
             raise ValueError(
                 f"a covariance needs at least 2 vectors, found {self.count}"
@@ -116,8 +121,9 @@ class FeatureStatistics:
             numbers: N places in the whole set, over all processes, none twice.
 
         Raises:
-            ValueError: other dimension, values that are not finite, or a place that a
-                kept vector has already. Nothing is added then.
+            ValueError: the vectors have another dimension, another number or values
+                that are not finite, or a place is given twice or is that of a kept
+                vector. Nothing is added then.
         """
         rows = np.asarray(features, np.float64)
         if rows.ndim != 2 or rows.shape[1] != len(self.mean):
@@ -125,7 +131,10 @@ class FeatureStatistics:
                 f"features should be [N, {len(self.mean)}], found {rows.shape}"
             )
         if len(rows) != len(numbers):
-            raise ValueError(f"{len(rows)} vectors came with {len(numbers)} numbers")
+            raise ValueError(
+                f"expected a number for each of {len(rows)} vectors, found "
+                f"{len(numbers)}"
+            )
         if not np.isfinite(rows).all():
             raise ValueError("features hold values that are not finite")
         if not len(rows):
@@ -138,11 +147,11 @@ class FeatureStatistics:
         self._keep(numbers, rows.astype(np.float32))
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Add everything that another has seen.
+        """Add all vectors that other statistics have seen.
 
         Raises:
-            ValueError: statistics of other features, or with another `max_kept`: a
-                sample of both would not be spread evenly over the set.
+            ValueError: the others are of different features, share a place with these,
+                or have another `max_kept`, which would make the sample of both uneven.
         """
         _require_alike(self, other)
         if other.count:
@@ -166,7 +175,7 @@ class FeatureStatistics:
     def _require_new(self, numbers: np.ndarray) -> None:
         every = np.concatenate([self.numbers, numbers])
         if len(np.unique(every)) != len(every):
-            raise ValueError("the same place in the set was given twice")
+            raise ValueError("expected each number in the set once, found one twice")
 
     def _keep(self, numbers: np.ndarray, features: np.ndarray) -> None:
         numbers = np.concatenate([self.numbers, numbers])
@@ -176,7 +185,7 @@ class FeatureStatistics:
         self.numbers, self.kept = numbers[order], features[order]
 
     def to_bytes(self) -> bytes:
-        """An .npz of everything, without pickle."""
+        """All attributes as the bytes of an .npz file, without pickle."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -192,10 +201,10 @@ class FeatureStatistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FeatureStatistics:
-        """Read back what `to_bytes` wrote.
+        """Read back what `to_bytes` made.
 
         Raises:
-            ValueError: anything else.
+            ValueError: the bytes are anything else.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -213,15 +222,16 @@ class FeatureStatistics:
         return statistics
 
     def save(self, path: str | Path) -> None:
-        """Write to a file, for another process to merge."""
+        """Write the statistics to a file, for another process to merge."""
         Path(path).write_bytes(self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """Read what `save` wrote.
+        """Read the statistics that `save` wrote.
 
         Raises:
-            ValueError: not such a file.
+            ValueError: it is not such a file.
+            OSError: the file cannot be read.
         """
         return cls.from_bytes(Path(path).read_bytes())
 
@@ -229,7 +239,7 @@ class FeatureStatistics:
 def _check_statistics(
     count: int, max_kept: int, values: Mapping[str, np.ndarray]
 ) -> None:
-    """Refuse arrays that no `FeatureStatistics` has."""
+    """Raise ValueError for arrays that no `FeatureStatistics` can have."""
     dimension = values["mean"].size
     kept = min(count, max_kept)
     for name, dtype, shape in (
@@ -245,9 +255,9 @@ def _check_statistics(
                 f"{array.shape}"
             )
         if not np.isfinite(array).all():
-            raise ValueError(f"expected finite values as {name}, found others")
+            raise ValueError(f"expected finite values as {name}, found other values")
     if (np.diff(values["numbers"]) <= 0).any():
-        raise ValueError("expected ascending numbers, found others")
+        raise ValueError("expected ascending numbers, found them out of order")
 
 
 def _require_alike(a: FeatureStatistics, b: FeatureStatistics) -> None:
@@ -259,9 +269,12 @@ def _require_alike(a: FeatureStatistics, b: FeatureStatistics) -> None:
 
 
 def gather_statistics(statistics: FeatureStatistics) -> FeatureStatistics:
-    """The statistics of all processes of a `jax.distributed` run, merged, on each.
+    """Merge the statistics of all processes of a `jax.distributed` run, on each one.
 
-    Sent as bytes, since JAX would round float64 to float32.
+    They are sent as bytes, since JAX would round float64 to float32.
+
+    Raises:
+        ValueError: see `FeatureStatistics.merge`.
     """
     if jax.process_count() == 1:
         return statistics
@@ -287,9 +300,9 @@ class PatchStatistics:
     """Statistics of the patches of a set of images under one network.
 
     Args:
-        network: its last tap's spatial mean is the feature vector of a patch; for FID,
-            `load_features(..., "inception_v3")`.
-        patch_side: in pixels; smaller than 256 for small sets.
+        network: the network, whose last tap's spatial mean is the feature vector of a
+            patch; for FID, `load_features(..., "inception_v3")`.
+        patch_side: side of a patch in pixels; smaller than 256 for small sets.
         batch: patches per call of the network; one compiled program serves all images.
         max_kept: see `FeatureStatistics`.
     """
@@ -322,7 +335,7 @@ class PatchStatistics:
 
         Args:
             image: uint8 [H, W, 3].
-            index: its place in the whole set, over all processes.
+            index: the image's place in the whole set, over all processes.
 
         Returns:
             the number of patches.
@@ -366,11 +379,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), float64 (arXiv:1706.08500).
 
     The trace of the root is the sum of the roots of the eigenvalues of
-    C_a^(1/2) C_b C_a^(1/2), which is symmetric: no complex parts, and covariances of
-    fewer vectors than dimensions are no trouble (but the distance is biased then).
+    C_a^(1/2) C_b C_a^(1/2). This matrix is symmetric, so there are no complex parts,
+    and covariances of fewer vectors than dimensions are no trouble (but the distance is
+    biased then).
 
     Raises:
-        ValueError: statistics of other features, or of fewer than 2 vectors.
+        ValueError: the statistics are of different features, or have seen fewer than 2
+            vectors.
     """
     _require_alike(a, b)
     values, vectors = np.linalg.eigh(a.covariance)
@@ -383,7 +398,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 class KernelDistance(NamedTuple):
-    """Mean and standard deviation over subsets."""
+    """Mean and standard deviation of the kernel distance over random subsets."""
 
     mean: float
     std: float
@@ -394,14 +409,14 @@ def polynomial_mmd(a: np.ndarray, b: np.ndarray, *, paired: bool = False) -> flo
 
     Args:
         a, b: float [N, D] and [M, D], computed in float64.
-        paired: row i of b shows the same place as row i of a, so that the two are not
-            independent. Pairs are left out then (Gretton et al. 2012, lemma 6); with
-            them the distance of small sets would be far too small, below 0 for a set
-            and itself.
+        paired: whether row i of b shows the same place as row i of a, so that the two
+            are not independent. Such pairs are then left out (Gretton et al. 2012,
+            lemma 6); with them, the distance of small sets would be far too small,
+            below 0 for a set and itself.
 
     Raises:
-        ValueError: fewer than 2 vectors, or different dimensions or, where paired,
-            numbers of vectors.
+        ValueError: there are fewer than 2 vectors, their dimensions differ or, if they
+            are paired, their numbers differ.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
@@ -410,7 +425,9 @@ def polynomial_mmd(a: np.ndarray, b: np.ndarray, *, paired: bool = False) -> flo
             f"sides, found {a.shape} and {b.shape}"
         )
     if paired and len(a) != len(b):
-        raise ValueError(f"expected pairs, found {len(a)} and {len(b)} vectors")
+        raise ValueError(
+            f"expected as many vectors on both sides, found {len(a)} and {len(b)}"
+        )
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -434,16 +451,18 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID: `polynomial_mmd` over random subsets, as torch-fidelity draws them.
 
-    Its defaults are theirs, and so are the subsets, where all vectors were kept.
+    The defaults are those of torch-fidelity; so are the subsets if all vectors were
+    kept.
 
     Raises:
-        ValueError: statistics of other features, or fewer vectors than `subset_size`.
+        ValueError: the statistics are of different features, or have kept fewer vectors
+            than `subset_size`.
     """
     _require_alike(a, b)
     least = min(len(a.kept), len(b.kept))
     if least < subset_size:
         raise ValueError(
-            f"subsets of {subset_size} vectors do not fit into the {least} kept; "
+            f"subsets of {subset_size} vectors need as many, found {least} kept: "
             "give a smaller subset size or smaller patches"
         )
     rng = np.random.RandomState(seed)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen feature networks: a network with its weights, and distances of features.
 
-In: `load_features`, the `FeatureNetwork` it returns, `convert_features`, and the
-channel-normalised distance of two sets of feature maps. Out: the networks themselves
-(`trunks.py`, `inception.py`, `mobilenet.py`), the names and layouts of published
-weights (`feature_weights.py`), losses and metrics. Imports jax, flax and numpy only.
+The module has `load_features`, the `FeatureNetwork` that it returns,
+`convert_features`, and the channel-normalised distance of two sets of feature maps. The
+networks themselves are in `trunks.py`, `inception.py` and `mobilenet.py`, the names and
+layouts of published weights in `feature_weights.py`, losses and metrics in modules of
+their own. Imports jax, flax, numpy and other modules of this package's objectives.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ NETWORKS: dict[str, nn.Module] = {
 # The network whose weights come with the package: used where a user names none.
 PACKAGED = "compact"
 PACKAGED_FILE = Path(__file__).parents[1] / "pretrained" / "features" / "compact.npz"
-_USUAL = "squeezenet1_0"  # taken from weights that are given without a name
+_USUAL = "squeezenet1_0"  # assumed where neither user nor file names a network
 
 
 @jax.tree_util.register_dataclass
@@ -82,12 +83,12 @@ _USUAL = "squeezenet1_0"  # taken from weights that are given without a name
 class FeatureNetwork:
     """A network with its weights: a pytree, so it can be an argument of `jax.jit`.
 
-    Passed as an argument (not closed over), its weights are not baked into the
+    If it is passed as an argument (not closed over), its weights are not baked into the
     compiled program as constants.
 
     Attributes:
         params: the Linen parameter tree, float32.
-        module: the network, static; fields `taps`, `preprocessing`, `dtype`.
+        module: the network, static, with fields `taps`, `preprocessing` and `dtype`.
     """
 
     params: Mapping[str, Any]
@@ -95,7 +96,7 @@ class FeatureNetwork:
 
     @property
     def name(self) -> str:
-        """Its name in `NETWORKS`: distances of different networks must not be mixed."""
+        """Name in `NETWORKS`: distances of different networks must not be mixed."""
 
         def kind(module: Any) -> tuple[type, str]:
             return type(module), getattr(module, "version", "")
@@ -114,7 +115,7 @@ class FeatureNetwork:
         return [found[name] for name in self.taps]
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """One float32 vector [B, C] per image: the spatial mean of the last tap."""
+        """The spatial mean of the last tap, float32 [B, C]: one vector per image."""
         return jnp.mean(self.apply(images)[-1].astype(jnp.float32), axis=(1, 2))
 
     def replace(self, **fields: Any) -> FeatureNetwork:
@@ -131,23 +132,25 @@ def load_features(
 ) -> FeatureNetwork:
     """Load a feature network from an .npz file; no pickle is ever executed.
 
-    Without any argument it is the packaged one, unless the environment variable
+    Without any argument, it is the packaged network, unless the environment variable
     SEMLIC_FEATURES names a folder of others.
 
     Args:
         path: the file, or a folder that holds `<name>*.npz`; None takes the packaged
-            file for the packaged network, else SEMLIC_FEATURES.
-        name: one of `NETWORKS`; None takes the network that the file says it is of,
-            SqueezeNet 1.0 from a folder.
+            file for the packaged network, and SEMLIC_FEATURES for others.
+        name: one of `NETWORKS`; None takes the network that a file names, and from a
+            folder SqueezeNet 1.0.
         taps: layers to return; None takes the network's own choice.
         dtype: compute type, such as jnp.bfloat16; None computes in float32.
 
     Raises:
-        ValueError: unknown name or tap, no such file, or weights that do not fit.
+        ValueError: the name or a tap is unknown, there is no such file, or its weights
+            do not fit.
     """
     if name is not None and name not in NETWORKS:
         raise ValueError(
-            f"unknown feature network {name!r}, known: {', '.join(sorted(NETWORKS))}"
+            f"unknown feature network {name!r}: expected one of "
+            f"{', '.join(sorted(NETWORKS))}"
         )
     if path is None and name != PACKAGED:
         path = os.environ.get("SEMLIC_FEATURES") or None
@@ -178,7 +181,7 @@ def load_features(
 def _checked_params(
     params: Mapping[str, Any], module: nn.Module, file: Path
 ) -> dict[str, Any]:
-    """The weights that a network has, float32.
+    """Return those weights that a network has, float32.
 
     Raises:
         ValueError: a layer is missing, has another shape, or holds anything but finite
@@ -205,19 +208,22 @@ def _checked_params(
 
 
 def convert_features(path: str | Path, name: str | None = None) -> tuple[str, bytes]:
-    """A published file of weights in the form that this package loads, checked.
+    """Convert a published file of weights to the form that this package loads.
 
     Args:
-        path: .pth, .pt, .npz or TensorFlow.js's model.json; never executed.
+        path: a .pth, .pt or .npz file or a model.json of TensorFlow.js; nothing in it
+            is executed.
         name: one of `NETWORKS`; "lpips_alex", "lpips_vgg" or "lpips_squeeze" for the
             heads of LPIPS; "dists" for alpha and beta of DISTS; None recognises what
             the file holds.
 
     Returns:
-        the name under which a folder of weights should hold it, and the .npz itself.
+        the name that the file should have in a folder of weights, and the bytes of the
+        .npz.
 
     Raises:
-        ValueError: unknown name, an unreadable file, or weights that do not fit.
+        ValueError: the name is unknown, the file cannot be read, or its weights do not
+            fit.
     """
     path = Path(path)
     arrays: dict[str, Any] = read_arrays(path)
@@ -242,7 +248,9 @@ def convert_features(path: str | Path, name: str | None = None) -> tuple[str, by
         file_name = "dists_alpha_beta.npz"
     else:
         known = [*sorted(NETWORKS), "lpips_alex", "lpips_vgg", "lpips_squeeze", "dists"]
-        raise ValueError(f"unknown feature weights {name!r}, known: {', '.join(known)}")
+        raise ValueError(
+            f"unknown feature weights {name!r}: expected one of {', '.join(known)}"
+        )
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return file_name, buffer.getvalue()
@@ -275,8 +283,8 @@ _unit_length.defvjp(_unit_length_forward, _unit_length_backward)
 def normalise_channels(features: jax.Array, *, eps: float = 1e-8) -> jax.Array:
     """f / sqrt(sum_c f^2 + eps): unit length over channels, finite gradient at 0.
 
-    The gradient is written by hand: XLA:CPU sums the products of the automatic one
-    number by number, many times slower than a contraction.
+    The gradient is written by hand, because XLA:CPU sums the products of the automatic
+    one number by number, which is many times slower than a contraction.
     """
     return _unit_length(features, eps)
 
@@ -292,27 +300,28 @@ def feature_distance(
     """Distance of two sets of feature maps (the form of LPIPS, arXiv:1801.03924).
 
     sum_l mean_hw sum_c w_lc (a_lhwc - b_lhwc)^2, with a and b of unit length over
-    channels; every w is 1 where none are given.
+    channels.
 
     Args:
-        taps_a, taps_b: per tap [B, h, w, C]; computed in float32.
-        weights: per tap [C], or None.
-        eps: inside the square root of the channel norm.
-        pixel_weights: float [B, H, W] at the images' size; resized to each tap and
-            multiplied to the squares before the mean. Weights of mean 1 keep the
+        taps_a, taps_b: feature maps of each tap, [B, h, w, C]; computed in float32.
+        weights: channel weights w of each tap, [C]; None means that all are 1.
+        eps: added inside the square root of the channel norm.
+        pixel_weights: float [B, H, W] at the images' size. Resized to each tap, they
+            multiply the squares before the mean; weights with a mean of 1 keep the
             scale.
 
     Returns:
         float32 [B].
 
     Raises:
-        ValueError: a different number of taps or weights.
+        ValueError: the numbers of taps or weights differ.
     """
     counts = {len(taps_a), len(taps_b), len(taps_a if weights is None else weights)}
     if len(counts) > 1:
         raise ValueError(
-            f"taps and weights must be as many, found {len(taps_a)} and {len(taps_b)} "
-            f"taps and {'no' if weights is None else len(weights)} weights"
+            f"expected as many taps on both sides as weights, found {len(taps_a)} and "
+            f"{len(taps_b)} taps and {'no' if weights is None else len(weights)} "
+            "weights"
         )
     total = jnp.zeros(taps_a[0].shape[0], jnp.float32)
     for index, (a, b) in enumerate(zip(taps_a, taps_b, strict=True)):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inception-v3 in the variant that FID is defined with, in Flax Linen.
 
-The network of the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
+This is the network of the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
 arXiv:1706.08500), as pytorch-fid and torch-fidelity run it. It differs from the
 Inception-v3 of torchvision: average pools leave their padding out of the mean, and
 the last block's pool is a max-pool. Batch norms are folded into the convolutions
-when weights are converted. Imports jax and flax only.
+when weights are converted. Imports jax, flax and numpy only.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ INPUT_SIDE = 299
 def resize_bilinear(
     images: jax.Array, size: tuple[int, int], *, half_pixel: bool
 ) -> jax.Array:
-    """Bilinear resizing without antialiasing, as FID's networks apply it.
+    """Resize images bilinearly without antialiasing, as FID's networks do.
 
     Args:
         images: float [B, H, W, C].
         size: output height and width.
-        half_pixel: source position (i + 1/2) * scale - 1/2 (PyTorch's
-            align_corners=False); otherwise i * scale (TensorFlow 1's default).
+        half_pixel: whether the source position of pixel i is (i + 1/2) * scale - 1/2
+            (PyTorch's align_corners=False) or i * scale (TensorFlow 1's default).
     """
     for axis, outputs in zip((1, 2), size, strict=True):
         length = images.shape[axis]
@@ -59,7 +59,7 @@ def _average_pool(x: jax.Array) -> jax.Array:
 
 
 class _Block(nn.Module):
-    """Shared shorthand: a named convolution with its (folded) norm and ReLU."""
+    """Base of the blocks, with a shorthand for named convolutions."""
 
     dtype: Any = None
 
@@ -72,7 +72,10 @@ class _Block(nn.Module):
         *,
         stride: int = 1,
     ) -> jax.Array:
-        """Stride 1 keeps the size, stride 2 pads nothing."""
+        """Apply a convolution, with its norm folded in, and a ReLU.
+
+        Stride 1 keeps the size, stride 2 pads nothing.
+        """
         size = (size, size) if isinstance(size, int) else size
         padding = "SAME" if stride == 1 else "VALID"
         layer = nn.Conv(
@@ -82,7 +85,7 @@ class _Block(nn.Module):
 
 
 class InceptionA(_Block):
-    """35x35 grid: 1x1, 5x5, double 3x3 and pool branches."""
+    """Block on the 35x35 grid, with 1x1, 5x5, double 3x3 and pool branches."""
 
     pool_features: int = 32
 
@@ -101,7 +104,7 @@ class InceptionA(_Block):
 
 
 class InceptionB(_Block):
-    """35x35 to 17x17."""
+    """Block from the 35x35 grid to the 17x17 grid."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,7 +119,7 @@ class InceptionB(_Block):
 
 
 class InceptionC(_Block):
-    """17x17 grid: 7x7 convolutions factored into 1x7 and 7x1."""
+    """Block on the 17x17 grid, with 7x7 convolutions factored into 1x7 and 7x1."""
 
     channels_7x7: int = 128
 
@@ -139,7 +142,7 @@ class InceptionC(_Block):
 
 
 class InceptionD(_Block):
-    """17x17 to 8x8."""
+    """Block from the 17x17 grid to the 8x8 grid."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -156,7 +159,7 @@ class InceptionD(_Block):
 
 
 class InceptionE(_Block):
-    """8x8 grid: 3x3 convolutions split into 1x3 beside 3x1."""
+    """Block on the 8x8 grid, with 3x3 convolutions split into 1x3 beside 3x1."""
 
     last: bool = False
 
@@ -181,12 +184,12 @@ class InceptionV3(nn.Module):
     """FID's Inception-v3 up to its last convolutional block.
 
     Attributes:
-        taps: layers to return, of `INCEPTION_TAPS`; the spatial mean of "Mixed_7c"
-            is the 2048-vector of FID and KID.
+        taps: layers to return, some of `INCEPTION_TAPS`; the spatial mean of
+            "Mixed_7c" is the 2048-vector of FID and KID.
         preprocessing: "torch_fidelity" (TensorFlow 1's resizing to 299x299, then
             (255 x - 128) / 128; what published image-compression results use) or
-            "pytorch_fid" (half-pixel resizing, then 2 x - 1).
-        dtype: compute type.
+            "pytorch_fid" (half-pixel resizing to 299x299, then 2 x - 1).
+        dtype: compute type; None computes in the type of images and weights.
     """
 
     taps: tuple[str, ...] = ("Mixed_7c",)
@@ -208,7 +211,11 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
+        """Map images float [B, H, W, 3] in [0, 1] to taps [B, h, w, C] by name.
+
+        Raises:
+            ValueError: a tap or the preprocessing is unknown.
+        """
         unknown = set(self.taps) - set(INCEPTION_TAPS)
         if unknown or not self.taps:
             raise ValueError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patterns of the decoder's own grid: what it repeats in every cell of the latents.
+"""The lattice term: how much the decoder repeats itself in every cell of the latents.
 
-In: the lattice term, which training, refinement and metrics share, and its parts. Out:
-the other terms of the loss (`losses.py`). Imports jax alone.
+Training, refinement and metrics share this term and its parts. The other terms of the
+loss are in `losses.py`. Imports jax only.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-LATTICE_PIXELS = 16  # of the latents, and so of what a decoder may repeat
+LATTICE_PIXELS = 16  # side of a latent's cell, the period of what a decoder may repeat
 LATTICE_TILES = 3
-REFINED_TILES = 2  # of the term in refinement
-_CONTRAST = 4 / 255  # what hides a pattern in a plain surface: sensor noise
+REFINED_TILES = 2  # side of a window in cells, in refinement
+_CONTRAST = 4 / 255  # sensor noise, which hides a pattern even in a plain surface
 
 
 def lattice(
@@ -23,26 +23,27 @@ def lattice(
     period: int = LATTICE_PIXELS,
     tiles: int = LATTICE_TILES,
 ) -> jax.Array:
-    """Pattern of the decoder's own grid, relative to the local contrast, float32 [B].
+    """Strength of what repeats in every cell, relative to local contrast, float32 [B].
 
     A decoder repeats what it does in every cell of the latents, which shows as a weave
     on plain surfaces. Photographs have no such period: the error r = x_hat - x,
     averaged over neighbouring cells at equal places within the cell, is small unless
     the decoder repeats itself. With t[i, j] the mean of r at place (i, j) of the cells
-    of a window, less the mean of t, and v the variance of x in the window:
+    of a window, less the mean over all places, and v the variance of x in the window,
+    the term is
 
         mean over windows of (mean of t^2) / (v + c^2)
 
-    Errors that do not repeat count 1/tiles^2 of their energy. This term is ours.
+    Errors that do not repeat count with 1/tiles^2 of their energy. This term is ours.
 
     Args:
         x, x_hat: float [B, H, W, C] in [0, 1]; no gradient flows to x. Rows and columns
             beyond whole cells are left out.
         period: side of a cell in pixels.
-        tiles: side of a window in cells; windows overlap, one starts at each cell.
+        tiles: side of a window in cells. Windows overlap: one starts at each cell.
 
     Raises:
-        ValueError: a side under `tiles` cells.
+        ValueError: a side has fewer than `tiles` cells.
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
     repeated = repeated_part(x_hat.astype(jnp.float32) - x, period=period, tiles=tiles)
@@ -51,28 +52,28 @@ def lattice(
 
 
 def repeated_part(error: jax.Array, *, period: int, tiles: int) -> jax.Array:
-    """t of `lattice`, float32 [B, n, m, period^2, C] for n x m windows.
+    """The repeated part t of `lattice`, [B, n, m, period^2, C] for n x m windows.
 
     Args:
         error: float32 [B, H, W, C].
         period, tiles: as in `lattice`.
 
     Raises:
-        ValueError: a side under `tiles` cells.
+        ValueError: a side has fewer than `tiles` cells.
     """
     repeated = window_means(error, period=period, tiles=tiles)
     return repeated - jnp.mean(repeated, axis=3, keepdims=True)
 
 
 def visibility(x: jax.Array, *, period: int, tiles: int) -> jax.Array:
-    """1 / (v + c^2) of `lattice`, float32 [B, n, m].
+    """The factor 1 / (v + c^2) of `lattice`, float32 [B, n, m] for n x m windows.
 
     Args:
         x: float32 [B, H, W, C] in [0, 1].
         period, tiles: as in `lattice`.
 
     Raises:
-        ValueError: a side under `tiles` cells.
+        ValueError: a side has fewer than `tiles` cells.
     """
     means, squares = (
         jnp.mean(window_means(values, period=period, tiles=tiles), axis=3)
@@ -83,14 +84,17 @@ def visibility(x: jax.Array, *, period: int, tiles: int) -> jax.Array:
 
 
 def window_means(image: jax.Array, *, period: int, tiles: int) -> jax.Array:
-    """Means over the cells of each window at each place: [B, n, m, period^2, C].
+    """Means over the cells of each window, by place within the cell.
 
     Args:
         image: float32 [B, H, W, C].
         period, tiles: as in `lattice`.
 
+    Returns:
+        float32 [B, n, m, period^2, C] for n x m windows.
+
     Raises:
-        ValueError: a side under `tiles` cells.
+        ValueError: a side has fewer than `tiles` cells.
     """
     batch, height, width, channels = image.shape
     rows, columns = height // period, width // period

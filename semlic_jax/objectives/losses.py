@@ -6,10 +6,11 @@
         + k_style*Style + k_local_style*LocalStyle + k_mean_style*MeanStyle
         + k_adversarial*Adversarial
 
-In: each term as a function that returns one value per image, float32 [B], so that
-rate targets and region weights act per sample; `ensemble_terms`, which computes the
-terms with a weight and skips the others; the rate weight. Out: the networks whose
-outputs the terms compare (`features.py`, `adversary.py`), optimisers and schedules.
+Each term is a function that returns one value per image, float32 [B], so that rate
+targets and region weights act per sample. `ensemble_terms` computes the terms that have
+a weight and skips the others. The rate weight is here too. The networks whose outputs
+the terms compare are in `features.py` and `adversary.py`, optimisers and schedules in
+`semlic_jax.training`.
 
 Images are float [B, H, W, 3] in [0, 1]; reconstructions are compared unclamped.
 Imports jax and other modules of this package's objectives.
@@ -44,13 +45,13 @@ def charbonnier(
 ) -> jax.Array:
     """Mean over pixels and channels of sqrt((x - x_hat)^2 + eps^2), float32 [B].
 
-    Nearly the absolute error, smooth at 0; equal images give eps.
+    This is nearly the absolute error, but smooth at 0; equal images give eps.
 
     Args:
         x, x_hat: float [B, H, W, C].
         eps: width of the smooth part, in units of the images.
-        pixel_weights: float [B, H, W], multiplied to each pixel's value before the
-            mean; weights of mean 1 keep the scale.
+        pixel_weights: factors of the pixels' values before the mean, float [B, H, W];
+            weights with a mean of 1 keep the scale.
     """
     error = x.astype(jnp.float32) - x_hat.astype(jnp.float32)
     pixels = jnp.mean(jnp.sqrt(jnp.square(error) + eps**2), axis=-1)
@@ -72,14 +73,15 @@ def squared_error(x: jax.Array, x_hat: jax.Array) -> jax.Array:
 def structural(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     """1 - MS-SSIM, float32 [B] (Wang et al. 2003), for crops of any size.
 
-    As many scales as leave 11 pixels, their weights scaled to a sum of 1. Factors are
-    at least 1e-3: a power of a smaller one has no useful gradient.
+    There are as many of the five scales as leave sides of 11 pixels, with their weights
+    scaled to a sum of 1. Factors are at least 1e-3, because a power of a smaller one
+    has no useful gradient.
 
     Args:
         x, x_hat: float [B, H, W, 3] in [0, 1].
 
     Raises:
-        ValueError: a side under 11 pixels.
+        ValueError: a side is under 11 pixels.
     """
     smallest = side = min(x.shape[1:3])
     scales = 0
@@ -110,14 +112,17 @@ def perceptual(
     """LPIPS-type distance under a frozen trunk, float32 [B] (arXiv:1801.03924).
 
     sum_l mean_hw sum_c w_lc (f_l(x) - f_l(x_hat))^2 with f of unit length over
-    channels, f / sqrt(|f|^2 + 1e-8): stock LPIPS adds its epsilon outside of the root,
-    whose gradient explodes where all features are 0.
+    channels, f / sqrt(|f|^2 + 1e-8). Stock LPIPS adds its epsilon outside of the root,
+    whose gradient then explodes where all features are 0.
 
     Args:
         network: the trunk; its taps are the layers l. No gradient reaches its weights.
         x, x_hat: float [B, H, W, 3] in [0, 1]; no gradient flows to x.
-        heads: learnt channel weights w, one [C] per tap; None: all 1.
+        heads: learnt channel weights w, one [C] per tap; None means that all are 1.
         pixel_weights: see `feature_distance`.
+
+    Raises:
+        ValueError: there are not as many heads as taps.
     """
     taps, taps_hat = _taps_of(network, x, x_hat)
     return feature_distance(taps, taps_hat, heads, pixel_weights=pixel_weights)
@@ -153,8 +158,8 @@ def adversarial_generator(logits_fake: jax.Array, labels: jax.Array) -> jax.Arra
     """The codec's loss, CE(D(x_hat), c(x) + 1), float32 [B] (arXiv:2301.11189).
 
     Args:
-        logits_fake: float [B, h, w, C + 1] of the reconstructions.
-        labels: int [B, h, w], codes 0 ... C - 1 of the originals x of those x_hat.
+        logits_fake: float [B, h, w, C + 1] of the reconstructions x_hat.
+        labels: int [B, h, w], codes 0 ... C - 1 of the originals x of the same images.
     """
     return _cross_entropy(logits_fake, labels + 1)
 
@@ -164,12 +169,16 @@ class RateTarget:
     """A two-sided switch of the rate weight around a target (HiFiC, MS-ILLM).
 
     Attributes:
-        bpp: the target.
-        lmbda_high: weight of the rate above the target, per bpp.
-        lmbda_low: weight at or below it.
-        warm_up_steps: for so many batches the target is 0.20/0.14 as high and
-            lmbda_high half. The reference counts optimiser steps and so ends after
-            half as many batches; we count batches.
+        bpp: the target in bits per pixel.
+        lmbda_high: weight of the rate, per bpp, above the target.
+        lmbda_low: weight of the rate, per bpp, at or below the target.
+        warm_up_steps: number of batches at the start for which the target is 0.20/0.14
+            times as high and `lmbda_high` half as large. The reference counts optimiser
+            steps and so ends its warm-up after half as many batches.
+
+    Raises:
+        ValueError: the target or a weight is not positive, or lmbda_low is above
+            lmbda_high.
     """
 
     bpp: float
@@ -186,11 +195,11 @@ class RateTarget:
             )
 
     def lmbda(self, bpp: jax.Array, step: jax.Array | int | None = None) -> jax.Array:
-        """Rate weight [B] of images that cost `bpp` [B] bits per pixel, quantised.
+        """The rate weight [B] of images that cost `bpp` [B] bits per pixel.
 
         Args:
-            bpp: of rounded latents; no gradient flows through the choice.
-            step: batches trained so far; None: after the warm-up.
+            bpp: the rate of rounded latents; no gradient flows through the choice.
+            step: number of batches trained so far; None means after the warm-up.
         """
         early = jnp.asarray(False if step is None else step < self.warm_up_steps)
         target = self.bpp * jnp.where(early, WARM_UP_TARGET_FACTOR, 1.0)
@@ -209,14 +218,17 @@ MSILLM_RATE_TARGETS = {
 
 
 def quality_lmbda(quality: jax.Array, low: float, high: float) -> jax.Array:
-    """Rate weight of a quality in [0, 1], geometric between its two ends.
+    """The rate weight of a quality, geometric between its values at the two ends.
 
     Args:
         quality: float [B] in [0, 1].
         low, high: weights at quality 0 and at quality 1, both positive.
 
+    Returns:
+        float [B].
+
     Raises:
-        ValueError: an end that is not positive.
+        ValueError: a weight is not positive.
     """
     if not (low > 0 and high > 0):
         raise ValueError(f"rate weights must be positive, found {low} and {high}")
@@ -225,10 +237,13 @@ def quality_lmbda(quality: jax.Array, low: float, high: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights k of the ensemble; a term of weight 0 is not computed.
+    """Weights k of the ensemble's terms; a term of weight 0 is not computed.
 
-    The defaults are the plainest loss; what a stage of the training uses is its
-    configuration's to say.
+    The defaults are the plainest loss; the configuration of a training stage sets its
+    own weights.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
     """
 
     charbonnier: float = 1.0
@@ -267,20 +282,23 @@ def ensemble_terms(
     labels: jax.Array | None = None,
     style_map: Callable[[jax.Array], jax.Array] = lambda features: features,
 ) -> dict[str, jax.Array]:
-    """Every term with a weight, unweighted, by name; each float32 [B].
+    """Compute every term that has a weight; return them unweighted, float32 [B] each.
 
-    Perceptual and style terms share one pass of the trunk. `weighted_sum` adds them.
+    Perceptual and style terms share one pass of the trunk. `weighted_sum` adds the
+    terms up.
 
     Args:
         x, x_hat: float [B, H, W, 3] in [0, 1].
-        weights: which terms.
-        network, heads: see `perceptual`; needed by it and by the styles.
+        weights: their values are not applied; terms of weight 0 are left out.
+        network: see `perceptual`; needed by the perceptual term and the style terms.
+        heads: see `perceptual`.
         logits_fake, labels: see `adversarial_generator`.
         style_map: applied to feature maps before their Gram matrices, such as
             `features.normalise_channels`.
 
     Raises:
-        ValueError: a term has a weight but not its inputs.
+        ValueError: a term has a weight but lacks its inputs, or the images are too
+            small for it.
     """
     terms: dict[str, jax.Array] = {}
     if weights.charbonnier:
@@ -318,7 +336,11 @@ def ensemble_terms(
 
 
 def weighted_sum(terms: Mapping[str, jax.Array], weights: LossWeights) -> jax.Array:
-    """sum of k * term over `ensemble_terms`, float32 [B]."""
+    """The sum of k * term over the result of `ensemble_terms`, float32 [B].
+
+    Raises:
+        ValueError: there are no terms.
+    """
     values = [getattr(weights, name) * term for name, term in terms.items()]
     if not values:
         raise ValueError("every weight of the loss is 0")
@@ -328,6 +350,6 @@ def weighted_sum(terms: Mapping[str, jax.Array], weights: LossWeights) -> jax.Ar
 def _taps_of(
     network: FeatureNetwork, x: jax.Array, x_hat: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Feature maps of originals and reconstructions, gradients to x_hat alone."""
+    """Feature maps of originals and reconstructions, with gradients to x_hat alone."""
     network = jax.lax.stop_gradient(network)
     return network.apply(jax.lax.stop_gradient(x)), network.apply(x_hat)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of one reconstruction against its original: batched, jitted, of 8-bit images.
+"""Metrics of reconstructions against their originals, for batches of 8-bit images.
 
-In: feature distance, LPIPS, DISTS, SSIMULACRA2, and `ImageMetrics`, which loads what a
-list of names needs and measures batches. Out: PSNR and MS-SSIM (`similarity.py`),
-metrics of a set of images (`distribution_metrics.py`) and of rate-distortion curves
-(`bd_rates.py`).
+These are feature distance, LPIPS, DISTS, SSIMULACRA2, and `ImageMetrics`, which loads
+what a list of names needs and measures batches. PSNR and MS-SSIM are in
+`similarity.py`, metrics of a set of images in `distribution_metrics.py`, and those of
+rate-distortion curves in `bd_rates.py`.
 
 Every metric takes uint8 images, [H, W, 3] or [B, H, W, 3], or float images in [0, 1],
-which are taken as they are except where a definition rounds. One value per image.
-Matrix products run in full float32 on every device: a metric that changes with the
-accelerator is none. Imports jax, numpy and other modules of this package's objectives.
+which are not rounded unless the definition of a metric says so. It gives one value per
+image. Matrix products run in full float32 on every device, since a metric must not
+change with the accelerator. Imports jax, numpy and other modules of this package's
+objectives.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _network_distance(
     image: Images,
 ) -> jax.Array:
     x, x_hat = as_pair(reference, image)
-    # 1e-20 in the root is stock LPIPS's 1e-10 beside it; no gradient is taken here.
+    # 1e-20 in the root stands for stock LPIPS's 1e-10 outside; no gradient is taken.
     return feature_distance(
         network.apply(x / 255), network.apply(x_hat / 255), heads, eps=1e-20
     )
@@ -69,8 +70,8 @@ class FeatureDistance:
     """LPIPS (arXiv:1801.03924) with learnt heads, a plain feature distance without.
 
     Attributes:
-        network: trunk; its taps are compared.
-        heads: channel weights [C] per tap, or None: all 1.
+        network: the trunk whose taps are compared.
+        heads: channel weights [C] per tap; None means that all are 1.
     """
 
     network: FeatureNetwork
@@ -92,10 +93,10 @@ def _mean_style_distance(
 
 @dataclasses.dataclass(frozen=True)
 class MeanStyleDistance:
-    """How much texture there is, patch by patch: `style_losses.local_mean_style`.
+    """Difference in how much texture there is: `style_losses.local_mean_style`.
 
     Attributes:
-        network: trunk; its taps are compared.
+        network: the trunk whose taps are compared.
     """
 
     network: FeatureNetwork
@@ -109,7 +110,7 @@ _LPIPS_TRUNKS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
 
 def load_lpips(folder: str | Path, trunk: str = "alex") -> FeatureDistance:
-    """LPIPS v0.1 from a folder with the trunk's weights and the heads.
+    """Load LPIPS v0.1 from a folder with the weights of the trunk and of the heads.
 
     Args:
         folder: holds `alexnet*.npz`, `vgg16*.npz` or `squeezenet1_1*.npz`, and
@@ -117,7 +118,7 @@ def load_lpips(folder: str | Path, trunk: str = "alex") -> FeatureDistance:
         trunk: "alex", "vgg" or "squeeze".
 
     Raises:
-        ValueError: unknown trunk, or a file that is missing or does not fit.
+        ValueError: the trunk is unknown, or a file is missing or does not fit.
     """
     heads = load_lpips_heads(folder, trunk)
     network = load_features(folder, _LPIPS_TRUNKS[trunk], taps=LPIPS_TAPS[trunk])
@@ -154,9 +155,10 @@ def _dists(
 class DISTS:
     """Deep image structure and texture similarity (arXiv:2004.07728).
 
-    1 - sum over maps and channels of alpha * texture + beta * structure, over the image
-    and five layers of VGG-16 with L2 pooling, at the images' own size (as in MS-ILLM's
-    evaluation; the authors' example scales the short side to 256 first).
+    1 - sum over maps and channels of alpha * texture + beta * structure, with weights
+    scaled to a sum of 1. The maps are the image and five layers of VGG-16 with L2
+    pooling, at the images' own size (as in MS-ILLM's evaluation; the authors' example
+    first scales the short side to 256).
 
     Attributes:
         network: VGG-16 with `pooling="l2"`.
@@ -173,10 +175,10 @@ class DISTS:
 
 
 def load_dists(folder: str | Path) -> DISTS:
-    """DISTS from a folder that holds `vgg16*.npz` and `dists_alpha_beta.npz`.
+    """Load DISTS from a folder that holds `vgg16*.npz` and `dists_alpha_beta.npz`.
 
     Raises:
-        ValueError: a file that is missing or does not fit.
+        ValueError: a file is missing or does not fit.
     """
     alpha, beta = load_dists_weights(folder)
     network = load_features(folder, "vgg16", taps=LPIPS_TAPS["vgg"])
@@ -193,6 +195,9 @@ def lattice_pattern(reference: Images, image: Images) -> jax.Array:
 
     This is `lattice.lattice` in windows of 2 x 2 cells, as in the objective of
     refinement.
+
+    Raises:
+        ValueError: a side is under 32 pixels.
     """
     x, x_hat = as_pair(reference, image)
     return lattice(x / 255, x_hat / 255, tiles=REFINED_TILES)
@@ -202,9 +207,9 @@ _NO_SSIMULACRA2 = "SSIMULACRA2 needs its package: pip install ssimulacra2"
 
 
 def ssimulacra2(reference: Images, image: Images) -> np.ndarray:
-    """SSIMULACRA2 through its PyPI package, float64 [B]; 100 for equal images.
+    """SSIMULACRA2 from its PyPI package, float64 [B]; 100 for equal images.
 
-    Runs in NumPy on the host, image by image; float images are rounded to 8 bits.
+    It runs in NumPy on the host, image by image. Float images are rounded to 8 bits.
 
     Raises:
         ValueError: the package is not installed.
@@ -234,9 +239,9 @@ class MetricInfo:
     """What a table or plot must know about a metric.
 
     Attributes:
-        label: for axes and headings, with the unit.
-        higher_is_better: direction.
-        least_side: smallest side of an image in pixels.
+        label: name of the metric for axes and headings, with the unit.
+        higher_is_better: whether larger values are better.
+        least_side: least side in pixels of an image that can be measured.
     """
 
     label: str
@@ -264,20 +269,21 @@ class ImageMetrics:
     """Several metrics at once, loaded by name.
 
     Args:
-        names: of `IMAGE_METRICS`.
-        weights: folder of feature weights; None: the environment's SEMLIC_FEATURES.
-            Looked at only for metrics that need one.
+        names: names in `IMAGE_METRICS`.
+        weights: folder of feature weights; None takes that of the environment variable
+            SEMLIC_FEATURES. Only metrics that need such weights look there.
 
     Raises:
-        ValueError: unknown name, or weights that are missing or do not fit.
+        ValueError: a name is unknown, weights are missing or do not fit, or the package
+            of SSIMULACRA2 is not installed.
     """
 
     def __init__(self, names: Sequence[str], weights: str | Path | None = None) -> None:
         unknown = [name for name in names if name not in IMAGE_METRICS]
         if unknown:
             raise ValueError(
-                f"unknown metric {', '.join(unknown)}; "
-                f"known: {', '.join(IMAGE_METRICS)}"
+                f"unknown metric {', '.join(unknown)}: "
+                f"expected some of {', '.join(IMAGE_METRICS)}"
             )
         self._functions = {name: self._load(name, weights) for name in names}
 
@@ -317,7 +323,7 @@ class ImageMetrics:
         return load_lpips(folder, name.removeprefix("lpips_"))
 
     def refusals(self, height: int, width: int) -> dict[str, str]:
-        """Metrics that images of this size are too small for, with the reason."""
+        """The metrics that images of this size are too small for: name to reason."""
         return {
             name: f"needs {least}x{least} pixels, found {width}x{height}"
             for name in self._functions
@@ -325,13 +331,13 @@ class ImageMetrics:
         }
 
     def __call__(self, reference: Images, image: Images) -> dict[str, np.ndarray]:
-        """Values of every metric that the images are large enough for.
+        """Measure with every metric that the images are large enough for.
 
         Args:
             reference, image: uint8 (or float in [0, 1]), [H, W, 3] or [B, H, W, 3].
 
         Returns:
-            name: float64 [B]; metrics among `refusals` are left out.
+            name to values, float64 [B]; metrics among `refusals` are left out.
         """
         height, width = reference.shape[-3:-1]
         refused = self.refusals(height, width)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MobileNetV2's convolutional part, of width 1: a witness that no model was trained by.
+"""MobileNetV2's convolutional part, a judge with which no model was trained.
 
-The network of keras.applications (Sandler et al. 2018, arXiv:1801.04381), whose strided
-convolutions pad below and to the right only. Batch norms are folded into the
-convolutions when weights are converted. Imports jax and flax only.
+This is the network of keras.applications at width 1 (Sandler et al. 2018,
+arXiv:1801.04381), whose strided convolutions pad at the bottom and at the right only.
+Batch norms are folded into the convolutions when weights are converted. Imports jax and
+flax only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 
 from semlic_jax.objectives.trunks import preprocess, require_side, require_taps
 
-# Channels and stride of each inverted residual, the unnumbered first one left out.
+# Channels and stride of each inverted residual except the first, which has no number.
 _BLOCKS = (
     *((24, 2), (24, 1)),
     *((32, 2), (32, 1), (32, 1)),
@@ -52,7 +53,11 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
+        """Map images float [B, H, W, 3] in [0, 1] to taps [B, h, w, C] by name.
+
+        Raises:
+            ValueError: a tap is unknown, or the images have a side under 32 pixels.
+        """
         require_taps(self.taps, _KNOWN_TAPS)
         require_side(images, 32, "MobileNetV2")
         taps: dict[str, jax.Array] = {}
@@ -66,7 +71,7 @@ class MobileNetV2(nn.Module):
             stride: int = 1,
             groups: int = 1,
         ) -> jax.Array:
-            # "SAME" would put half of the padding of an odd side above and to the left.
+            # "SAME" would put half of an odd side's padding at the top and the left.
             before, after = ((size - 1) // 2 if stride == 1 else 0, size // 2)
             layer = nn.Conv(
                 features,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PSNR and MS-SSIM of images, and the pixels that all metrics start from.
 
-In: these two in the field's forms, the parts of MS-SSIM that losses and refinement
-build on, and `as_pair` and `exact` for other metrics. Out: metrics of networks, and
-metrics by name (`metrics.py`). Imports jax and numpy only.
+Both metrics have the forms that are usual in the field. Losses and refinement build on
+the parts of MS-SSIM, other metrics on `as_pair` and `exact`. Metrics that use networks,
+and metrics by name, are in `metrics.py`. Imports jax and numpy only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ class ImageTooSmallError(ValueError):
 
 
 def as_pixels(images: Images) -> jax.Array:
-    """float32 [B, H, W, 3] in 0..255, unrounded."""
+    """Images as float32 [B, H, W, 3] in 0..255, unrounded.
+
+    Args:
+        images: uint8, or float in [0, 1]; [H, W, 3] or [B, H, W, 3].
+
+    Raises:
+        ValueError: the images are not of this form.
+    """
     images = jnp.asarray(images)
     if images.ndim == 3:
         images = images[None]
@@ -46,7 +53,11 @@ def as_pixels(images: Images) -> jax.Array:
 
 
 def as_pair(reference: Images, image: Images) -> tuple[jax.Array, jax.Array]:
-    """Both images as `as_pixels` gives them; refused if their shapes differ."""
+    """Both images as `as_pixels` gives them.
+
+    Raises:
+        ValueError: their shapes differ; see also `as_pixels`.
+    """
     x, x_hat = as_pixels(reference), as_pixels(image)
     if x.shape != x_hat.shape:
         raise ValueError(
@@ -57,7 +68,7 @@ def as_pair(reference: Images, image: Images) -> tuple[jax.Array, jax.Array]:
 
 
 def exact(function: Callable) -> Callable:
-    """jit, with float32 products that are float32 on accelerators too."""
+    """Compile a function by `jax.jit`, with full float32 products on any device."""
     compiled = jax.jit(function)
 
     @functools.wraps(function)
@@ -72,8 +83,8 @@ def exact(function: Callable) -> Callable:
 def psnr_db(reference: Images, image: Images) -> jax.Array:
     """Peak signal-to-noise ratio of 8-bit images in dB, float32 [B].
 
-    10 log10(255^2 / mean of squared differences over pixels and channels), float
-    images rounded to 8 bits first; infinite for equal images.
+    10 log10(255^2 / mean of squared differences over pixels and channels), where float
+    images are first rounded to 8 bits. It is infinite for equal images.
     """
     x, x_hat = as_pair(reference, image)
     x, x_hat = (jnp.clip(jnp.round(pixels), 0, 255) for pixels in (x, x_hat))
@@ -82,9 +93,9 @@ def psnr_db(reference: Images, image: Images) -> jax.Array:
 
 
 def _blur(x: jax.Array) -> jax.Array:
-    """Gaussian window over rows and columns, without padding.
+    """Apply MS-SSIM's Gaussian window to rows and columns, without padding.
 
-    Shifted additions: a depthwise convolution is many times slower on CPU.
+    It adds up shifted images: a depthwise convolution is many times slower on a CPU.
     """
     offsets = np.arange(_WINDOW_SIDE) - _WINDOW_SIDE // 2
     window = np.exp(-(offsets**2) / (2 * _WINDOW_SIGMA**2))
@@ -102,7 +113,7 @@ def _blur(x: jax.Array) -> jax.Array:
 def ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Means over pixels of SSIM and of its contrast-structure part, [B, 3] each.
 
-    Pixels 0..255 come shifted by -128.
+    The arguments are pixels 0..255, shifted by -128.
     """
     ssim, contrast = _ssim_maps(x, x_hat)
     return jnp.mean(ssim, axis=(1, 2)), jnp.mean(contrast, axis=(1, 2))
@@ -111,8 +122,8 @@ def ssim_terms(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _ssim_maps(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     """SSIM and its contrast-structure part in each window, [B, H - 10, W - 10, 3].
 
-    Pixels 0..255 come shifted by -128: variances do not change, and float32 keeps two
-    more of their bits.
+    The arguments are pixels 0..255, shifted by -128: this does not change variances,
+    and float32 keeps two more of their bits.
     """
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     maps = jnp.concatenate([x, x_hat, x * x + x_hat * x_hat, x * x_hat], axis=-1)
@@ -126,9 +137,10 @@ def _ssim_maps(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def halve(x: jax.Array) -> jax.Array:
-    """2x2 means of pixels shifted by -128.
+    """Means over 2 x 2 pixels [B, H, W, C] that are shifted by -128.
 
-    An odd side gets a row of black on both ends, as the field does.
+    An odd side gets a row of black at both ends, as is usual in the field; the one at
+    the far end then makes no whole cell.
     """
     pads = [(n % 2, n % 2) for n in x.shape[1:3]]
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-128.0)
@@ -142,12 +154,13 @@ def halve(x: jax.Array) -> jax.Array:
 def ms_ssim(reference: Images, image: Images) -> jax.Array:
     """Multi-scale structural similarity, float32 [B], 1 for equal images.
 
-    Wang et al. 2003 in the field's form (pytorch-msssim): Gaussian window of 11 pixels
-    and sigma 1.5, five scales, range 255, each channel alone, then their mean; negative
-    factors count as 0.
+    This is Wang et al. 2003 in the usual form (pytorch-msssim): a Gaussian window of 11
+    pixels and sigma 1.5, five scales, a range of 255, and the mean over the channels.
+    Negative factors count as 0.
 
     Raises:
-        ImageTooSmallError: a side under 161 pixels.
+        ImageTooSmallError: a side is under 161 pixels.
+        ValueError: see `as_pair`.
     """
     x, x_hat = as_pair(reference, image)
     _require_side(x.shape, MS_SSIM_LEAST_SIDE, "MS-SSIM")
@@ -164,12 +177,16 @@ def ms_ssim(reference: Images, image: Images) -> jax.Array:
 
 @exact
 def ms_ssim_within(reference: Images, image: Images, sizes: jax.Array) -> jax.Array:
-    """`ms_ssim` of the upper left part of each image, of any size by one program.
+    """`ms_ssim` of the upper left part of each image, with one program for all sizes.
 
     Args:
         reference, image: [B, H, W, 3], see `ms_ssim`.
-        sizes: int [B, 2], height and width of each part; what one gives for sides under
-            161 pixels means nothing.
+        sizes: height and width of each part, int [B, 2]. The result for a part with a
+            side under 161 pixels means nothing.
+
+    Raises:
+        ImageTooSmallError: a side of the whole images is under 161 pixels.
+        ValueError: see `as_pair`.
     """
     x, x_hat = as_pair(reference, image)
     _require_side(x.shape, MS_SSIM_LEAST_SIDE, "MS-SSIM")
@@ -177,9 +194,11 @@ def ms_ssim_within(reference: Images, image: Images, sizes: jax.Array) -> jax.Ar
 
 
 def _ms_ssim_within(x: jax.Array, x_hat: jax.Array, size: jax.Array) -> jax.Array:
-    """MS-SSIM of the upper left part, of a size [2], of one pair: a scalar.
+    """MS-SSIM of the upper left part of one pair, a scalar.
 
-    The pair is [H, W, 3], shifted by -128.
+    Args:
+        x, x_hat: pixels 0..255, shifted by -128, [H, W, 3].
+        size: height and width of the part, int [2].
     """
     product = jnp.ones(3, jnp.float32)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
@@ -196,18 +215,18 @@ def _ms_ssim_within(x: jax.Array, x_hat: jax.Array, size: jax.Array) -> jax.Arra
 
 
 def _inside(x: jax.Array, size: jax.Array) -> jax.Array:
-    """A mask of the upper left part of x [H, W, C], of a size [2]: bool [H, W, 1]."""
+    """A mask of the upper left part, of this size [2], of x [H, W, C]: [H, W, 1]."""
     rows, columns = (jnp.arange(side) for side in x.shape[:2])
     return (rows[:, None] < size[0])[..., None] & (columns < size[1])[None, :, None]
 
 
 def _halve_within(x: jax.Array, size: jax.Array) -> jax.Array:
-    """`halve` of the upper left part of x [H, W, C], in its upper left part."""
+    """Apply `halve` to the upper left part, of this size [2], of x [H, W, C]."""
     height, width, channels = x.shape
     even = (height + height % 2, width + width % 2, channels)
     pads = ((1, height % 2), (1, width % 2), (0, 0))
     x = jnp.pad(x, pads, constant_values=-128.0)
-    # An odd side has the row of black before it; that after it makes no whole cell.
+    # An odd side has a row of black before it; the one after it makes no whole cell.
     x = jax.lax.dynamic_slice(x, (1 - size[0] % 2, 1 - size[1] % 2, 0), even)
     return halve(x[None])[0]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances of the statistics of features: how a texture looks, not where it lies.
 
-In: distances of Gram matrices and of means, over whole maps and over patches, one value
-per image, float32 [B]. Out: the networks that the features come from (`features.py`)
-and the other terms of the loss (`losses.py`). Imports jax alone.
+These are distances of Gram matrices and of means, over whole maps and over patches, one
+value per image, float32 [B]. The networks that the features come from are in
+`features.py`, the other terms of the loss in `losses.py`. Imports jax only.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def gram_distance(features: jax.Array, features_hat: jax.Array) -> jax.Array:
 
     || F^T F - G^T G ||^2 / (C N)^2 for F, G of N positions and C channels.
 
-    With D = F - G and S = F + G the difference is (D^T S + S^T D) / 2, which keeps its
-    precision where the two are nearly equal; its norm is taken through whichever of the
-    [C, C] and [N, N] products is smaller.
+    With D = F - G and S = F + G, the difference is (D^T S + S^T D) / 2, which keeps its
+    precision where the two are nearly equal. Its norm is taken from the [C, C] or the
+    [N, N] products, whichever are smaller.
 
     Args:
         features, features_hat: float [..., N, C].
     """
     f, g = features.astype(jnp.float32), features_hat.astype(jnp.float32)
-    # As a float: the square does not fit 32 bits for large maps.
+    # As a float, since for large maps the square does not fit 32 bits.
     return _gram_square(f, g) / float(f.shape[-1] * f.shape[-2]) ** 2
 
 
@@ -40,8 +40,9 @@ def gram_distance(features: jax.Array, features_hat: jax.Array) -> jax.Array:
 def _gram_square(f: jax.Array, g: jax.Array) -> jax.Array:
     """|| F^T F - G^T G ||^2, float32 [...].
 
-    The products that the gradient needs are symmetrical or known already: by hand it
-    takes one or two where the automatic one takes two or six.
+    The gradient is written by hand, since the products that it needs are symmetric or
+    known already: for one of the arguments it takes one or two further products, where
+    the automatic gradient takes two or six.
     """
     return _gram_square_forward(f, g)[0]
 
@@ -95,11 +96,11 @@ def style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array
     sum_l || G_l(x) - G_l(x_hat) ||_F^2, G_l = F_l^T F_l / (C_l H_l W_l)
     (Gatys et al. 2016, normalised as in Johnson et al. 2016, arXiv:1603.08155).
 
-    Grows with the fourth power of the features: maps that went through
-    `features.normalise_channels` give a scale that does not depend on the trunk.
+    The distance grows with the fourth power of the features. After
+    `features.normalise_channels`, its scale does not depend on the trunk.
 
     Args:
-        taps, taps_hat: per layer [B, h, w, C].
+        taps, taps_hat: feature maps of each layer, [B, h, w, C].
     """
     distances = []
     for f, g in zip(taps, taps_hat, strict=True):
@@ -117,14 +118,15 @@ def local_style(
 ) -> jax.Array:
     """Distance of Gram matrices over patches, averaged over patches, float32 [B].
 
-    Keeps texture where it belongs, which whole-map statistics do not. The side of a
-    patch in cells is patch_pixels / stride of the layer, rounded, at least 1; layers
-    are filled with zeros to whole patches.
+    It keeps texture where it belongs, which whole-map statistics do not. The side of a
+    patch in cells is patch_pixels / stride of the layer, rounded, and at least 1. Maps
+    are filled up with zeros to whole patches.
 
     Args:
-        taps, taps_hat: per layer [B, h, w, C].
-        image_size: height and width of the images, which give each layer's stride.
-        patch_pixels: side of a patch.
+        taps, taps_hat: feature maps of each layer, [B, h, w, C].
+        image_size: height and width of the images, from which each layer's stride
+            follows.
+        patch_pixels: side of a patch in pixels.
     """
 
     distances = []
@@ -135,7 +137,7 @@ def local_style(
 
 
 def _split(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
-    """A layer [B, h, w, C] as [B, rows, side, columns, side, C]; see `local_style`."""
+    """Split a map [B, h, w, C] into patches [B, rows, side, columns, side, C]."""
     sides = [
         max(1, round(pixels * cells / side))
         for cells, side in zip(f.shape[1:3], image_size, strict=True)
@@ -148,7 +150,7 @@ def _split(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
 
 
 def _patches(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
-    """Patches [B, patches, cells, C] of a layer."""
+    """The patches [B, patches, cells, C] of a map, see `local_style`."""
     f = _split(f, image_size, pixels)
     batch, rows, high, columns, wide, channels = f.shape
     return f.transpose(0, 1, 3, 2, 4, 5).reshape(
@@ -159,14 +161,14 @@ def _patches(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Arra
 def mean_style(taps: Sequence[jax.Array], taps_hat: Sequence[jax.Array]) -> jax.Array:
     """Relative distance of mean features over whole maps, float32 [B].
 
-    sum_l |m_l(x) - m_l(x_hat)|^2 / (|m_l(x)|^2 + 1e-6), m_l the mean of the features of
-    layer l over its map: the first of the statistics that stand for style in Li et al.
-    2017 (arXiv:1701.01036). Unlike the Gram matrices of unit vectors it sees how strong
-    the features are, which blur takes away.
+    sum_l |m_l(x) - m_l(x_hat)|^2 / (|m_l(x)|^2 + 1e-6), with m_l the mean of the
+    features of layer l over its map: the first of the statistics that stand for style
+    in Li et al. 2017 (arXiv:1701.01036). Unlike the Gram matrices of unit vectors, it
+    sees how strong the features are, and blur weakens them.
 
     Args:
-        taps, taps_hat: per layer [B, h, w, C], not normalised; no gradient flows to
-            the first.
+        taps, taps_hat: feature maps of each layer, [B, h, w, C], not normalised; no
+            gradient flows to `taps`.
     """
     total = jnp.zeros(taps[0].shape[0], jnp.float32)
     for f, g in zip(taps, taps_hat, strict=True):
@@ -189,14 +191,15 @@ def local_mean_style(
 ) -> jax.Array:
     """Relative distance of mean features over patches, float32 [B].
 
-    sum_l mean_p |m_lp(x) - m_lp(x_hat)|^2 / (mean_p |m_lp(x)|^2 + 1e-6), m_lp the mean
-    over patch p: `mean_style` where the texture is. Plain patches count little.
+    sum_l mean_p |m_lp(x) - m_lp(x_hat)|^2 / (mean_p |m_lp(x)|^2 + 1e-6), with m_lp the
+    mean over patch p. This is `mean_style` where the texture is; plain patches count
+    little.
 
     Args:
         taps, taps_hat: as in `mean_style`.
         image_size, patch_pixels: as in `local_style`.
-        powers: what to be relative to in the place of mean_p |m_lp(x)|^2, [B] per
-            layer; of the whole, where the taps are of a part.
+        powers: replaces mean_p |m_lp(x)|^2 of each layer, [B]; that of the whole image
+            if the taps are of a part of it.
     """
     if powers is None:
         powers = local_mean_powers(taps, image_size, patch_pixels=patch_pixels)
@@ -216,7 +219,7 @@ def local_mean_powers(
     *,
     patch_pixels: int = LOCAL_MEAN_PIXELS,
 ) -> list[jax.Array]:
-    """mean_p |m_lp(x)|^2 of each layer, float32 [B]; see `local_mean_style`."""
+    """The mean_p |m_lp(x)|^2 of `local_mean_style` for each layer, float32 [B]."""
     return [
         _mean_square(_patch_means(tap, image_size, patch_pixels))
         for tap in jax.lax.stop_gradient(list(taps))
@@ -224,7 +227,7 @@ def local_mean_powers(
 
 
 def _patch_means(f: jax.Array, image_size: tuple[int, int], pixels: int) -> jax.Array:
-    """Means over the patches of a layer, float32 [B, rows, columns, C]."""
+    """Means over the patches of a map, float32 [B, rows, columns, C]."""
     f = _split(f.astype(jnp.float32), image_size, pixels)
     return jnp.mean(f, axis=(2, 4))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the weights of TensorFlow.js models: a model.json and the files it names.
 
-The JSON has a manifest of the weights, each with a name, a shape, a type and perhaps
-how it was quantised; beside it lie one or more files of their bytes, one after the
-other. Nothing of the model's graph is looked at. Imports numpy only.
+The JSON has a manifest that gives each weight's name, shape, type and, if it was
+quantised, how. Beside it lie one or more files with the bytes of the weights, one after
+the other. The graph of the model is not looked at. Imports numpy only.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ _DTYPES = {
 
 
 def read_tfjs_file(path: str | Path) -> dict[str, np.ndarray]:
-    """All weights of a model.json by name; quantised ones as float32.
+    """Read all weights of a model.json by name; quantised ones become float32.
 
     Args:
         path: the JSON file; the files that it names lie in the same folder.
 
     Raises:
-        ValueError: no such file, no model of TensorFlow.js, or files of its weights
-            that are missing, too large, or of another length than the manifest says.
+        ValueError: there is no such file, it is not a model of TensorFlow.js or has
+            weights of another form than expected, or the files of its weights are
+            missing, too large or of another length than the manifest says.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such file of weights: {path}")
+        raise ValueError(f"the weights file {path} does not exist")
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(
             f"expected a model.json of at most {_MAX_JSON_BYTES} bytes, found {path} "
@@ -62,7 +63,7 @@ def read_tfjs_file(path: str | Path) -> dict[str, np.ndarray]:
             arrays |= found
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    # RecursionError is of JSON nested too deep, the others of a form not expected.
+    # RecursionError comes from JSON nested too deeply, the others from its content.
     except (
         *(ArithmeticError, AttributeError, LookupError, OSError),
         *(RecursionError, TypeError, ValueError),
@@ -80,13 +81,13 @@ class _Refused(Exception):
 def _read_shards(model: Path, names: list[str], room_bytes: int) -> bytes:
     parts, size = [], 0
     for name in names:
-        # Only neighbours: a file from elsewhere does not get to name any other path.
+        # Only files beside it: a model from elsewhere must not name any other path.
         plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
         if not plain or name in ("", ".", ".."):
             raise _Refused(f"expected the names of files beside it, found {name!r}")
         file = model.with_name(name)
         if not file.is_file():
-            raise _Refused(f"it names the file of weights {name}, which is not there")
+            raise _Refused(f"it names the weights file {name}, which does not exist")
         size += file.stat().st_size
         if size > room_bytes:
             raise _Refused(f"expected at most {_MAX_WEIGHTS_BYTES} bytes of weights")
@@ -100,7 +101,9 @@ def _unpack(weights: list[Mapping[str, Any]], data: bytes) -> dict[str, np.ndarr
     for weight in weights:
         name, quantised = str(weight["name"]), weight.get("quantization")
         if len(weight["shape"]) > _MAX_AXES:
-            raise _Refused(f"{name} has {len(weight['shape'])} axes")
+            raise _Refused(
+                f"{name} has {len(weight['shape'])} axes: expected at most {_MAX_AXES}"
+            )
         shape = tuple(map(operator.index, weight["shape"]))
         kind = (quantised or weight)["dtype"]
         if kind not in _DTYPES or min(shape, default=0) < 0:
@@ -123,7 +126,7 @@ def _unpack(weights: list[Mapping[str, Any]], data: bytes) -> dict[str, np.ndarr
         offset = end
     if len(arrays) < len(weights) or offset != len(data):
         raise _Refused(
-            f"expected {len(weights)} weights of different names in its files, found "
-            f"{len(data)} bytes, which end or go on after {len(arrays)} of them"
+            f"expected files of exactly {len(weights)} different weights, found "
+            f"{len(arrays)} in the first {offset} of {len(data)} bytes"
         )
     return arrays

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The convolutional parts of SqueezeNet, VGG-16 and AlexNet, and our own compact trunk.
 
-In: the networks with named taps, and the pooling and preprocessing that they need.
-Out: their weights and the distances built on them (`features.py`), Inception-v3
-(`inception.py`) and MobileNetV2 (`mobilenet.py`). Imports jax and flax only.
+The module has the networks, with named taps, and the pooling and preprocessing that
+they need. Their weights and the distances built on them are in `features.py`,
+Inception-v3 in `inception.py` and MobileNetV2 in `mobilenet.py`. Imports jax, flax and
+numpy only.
 
 Every network takes NHWC float images in [0, 1], RGB, applies the preprocessing that
 its weights were trained with, and returns `{tap: [B, h, w, C]}`. A tap carries the
@@ -26,8 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN_BGR = (104.0, 117.0, 123.0)
 
 SQUEEZENET1_0_TAPS = ("conv1", "fire3", "fire5", "fire7", "fire8")
-# The taps of the compact trunk, each in the place of the SqueezeNet 1.0 tap above it:
-# their channels, and the squeeze and expand channels of the fire modules before them.
+# The taps of the compact trunk, one for each of the SqueezeNet 1.0 taps: its channels,
+# and the squeeze and expand channels of the fire modules before it.
 COMPACT_STAGES: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
     "tap1": (48, ()),
     "tap2": (80, ((16, 48), (16, 48))),
@@ -57,7 +58,7 @@ def preprocess(images: jax.Array, form: str) -> jax.Array:
             minus (104, 117, 123)), "signed" ([-1, 1]) or "unit" ([0, 1], as it is).
 
     Raises:
-        ValueError: unknown form.
+        ValueError: the form is unknown.
     """
     if form == "imagenet":
         mean = jnp.asarray(IMAGENET_MEAN, images.dtype)
@@ -74,17 +75,17 @@ def preprocess(images: jax.Array, form: str) -> jax.Array:
 def max_pool(
     x: jax.Array, size: int, stride: int, *, padding: int = 0, ceil: bool = False
 ) -> jax.Array:
-    """Max-pool as maxima of shifted slices, rows first, then columns.
+    """Max-pool by maxima of shifted slices, rows first, then columns.
 
-    Equal to `lax.reduce_window` in value. Its gradient is shifted additions, where
-    reduce_window's is a select-and-scatter, ten times slower on CPU; equal maxima
-    share the gradient, where a select gives it to the first.
+    The values equal those of `lax.reduce_window`. The gradient is one of shifted
+    additions, while that of reduce_window is a select-and-scatter, ten times slower on
+    a CPU; equal maxima share the gradient, while a select gives it to the first.
 
     Args:
         x: float [B, H, W, C].
-        size, stride, padding: in cells, the same for both axes.
-        ceil: let the last window hang over the bottom and right edges (PyTorch's
-            ceil_mode=True, Caffe's only mode).
+        size, stride, padding: lengths in cells, the same for both axes.
+        ceil: whether the last window may hang over the bottom and right edges
+            (PyTorch's ceil_mode=True, Caffe's only mode).
     """
 
     def along(axis: int, x: jax.Array) -> jax.Array:
@@ -119,7 +120,7 @@ def l2_pool(x: jax.Array) -> jax.Array:
 
 
 def require_side(images: jax.Array, least: int, network: str) -> None:
-    """Raises ValueError for images [..., H, W, C] with a side of less than `least`."""
+    """Raise ValueError for images [..., H, W, C] with a side of less than `least`."""
     height, width = images.shape[-3:-1]
     if min(height, width) < least:
         raise ValueError(
@@ -129,7 +130,7 @@ def require_side(images: jax.Array, least: int, network: str) -> None:
 
 
 def require_taps(taps: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Raises ValueError where taps are none, or not all among those known."""
+    """Raise ValueError if there are no taps, or not all of them are known."""
     unknown = [name for name in taps if name not in known]
     if unknown or not taps:
         raise ValueError(
@@ -164,7 +165,7 @@ class SqueezeNet(nn.Module):
     Attributes:
         version: "1.0" (conv1 7x7, 96 channels; pools after conv1, fire4, fire8)
             or "1.1" (conv1 3x3, 64 channels; pools after conv1, fire3, fire5).
-        taps: layers to return, of "conv1", "fire2" ... "fire9".
+        taps: layers to return, some of "conv1", "fire2" ... "fire9".
         preprocessing: see `preprocess`.
         dtype: compute type; None computes in the type of images and weights.
     """
@@ -176,7 +177,11 @@ class SqueezeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
+        """Map images float [B, H, W, 3] in [0, 1] to taps [B, h, w, C] by name.
+
+        Raises:
+            ValueError: the version or a tap is unknown, or the images are too small.
+        """
         if self.version not in ("1.0", "1.1"):
             raise ValueError(f'version must be "1.0" or "1.1", found {self.version!r}')
         known = ("conv1", *(f"fire{index}" for index in range(2, 10)))
@@ -213,7 +218,7 @@ class VGG16(nn.Module):
     """VGG-16's convolutional part (Simonyan & Zisserman 2014, arXiv:1409.1556).
 
     Attributes:
-        taps: layers to return, of "conv1_1" ... "conv5_3".
+        taps: layers to return, some of "conv1_1" ... "conv5_3".
         pooling: "max", or "l2" for DISTS.
         preprocessing, dtype: as in `SqueezeNet`.
     """
@@ -225,7 +230,11 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
+        """Map images float [B, H, W, 3] in [0, 1] to taps [B, h, w, C] by name.
+
+        Raises:
+            ValueError: the pooling or a tap is unknown, or the images are too small.
+        """
         pools: dict[str, Callable[[jax.Array], jax.Array]] = {
             "max": lambda x: max_pool(x, 2, 2),
             "l2": l2_pool,
@@ -254,7 +263,7 @@ class AlexNet(nn.Module):
     """AlexNet's convolutional part, one column (Krizhevsky 2014, arXiv:1404.5997).
 
     Attributes:
-        taps: layers to return, of "conv1" ... "conv5".
+        taps: layers to return, some of "conv1" ... "conv5".
         preprocessing, dtype: as in `SqueezeNet`.
     """
 
@@ -264,7 +273,11 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
+        """Map images float [B, H, W, 3] in [0, 1] to taps [B, h, w, C] by name.
+
+        Raises:
+            ValueError: a tap is unknown, or the images are too small.
+        """
         known = LPIPS_TAPS["alex"]
         require_taps(self.taps, known)
         require_side(images, 31, "AlexNet")
@@ -295,17 +308,18 @@ class AlexNet(nn.Module):
 
 
 class CompactTrunk(nn.Module):
-    """A narrow SqueezeNet with bypasses, distilled from SqueezeNet 1.0; packaged.
+    """A narrow SqueezeNet with bypasses, distilled from SqueezeNet 1.0.
 
-    Its taps lie on the same grids as SQUEEZENET1_0_TAPS for images of every size. They
-    are linear (1x1 convolutions without a ReLU) and mean something when brought to unit
-    length, as `features.feature_distance` does: each then stands for the unit-length
-    features of its SqueezeNet tap, projected on fewer channels, so that distances have
-    nearly the same values. They take about 9,700 multiplications per pixel, those of
-    SqueezeNet 15,000. `training/distil.py` makes its weights.
+    Its weights come with the package and are made by `training/distil.py`. Its taps lie
+    on the same grids as SQUEEZENET1_0_TAPS for images of every size. They are linear
+    (1x1 convolutions without a ReLU) and meant to be brought to unit length, as by
+    `features.feature_distance`: each then stands for the unit-length features of its
+    SqueezeNet tap, projected on fewer channels, so that distances have nearly the same
+    values. The taps take about 9,700 multiplications per pixel, those of SqueezeNet
+    15,000.
 
     Attributes:
-        taps: layers to return, of "tap1" ... "tap5".
+        taps: layers to return, some of "tap1" ... "tap5".
         preprocessing, dtype: as in `SqueezeNet`.
     """
 
@@ -315,14 +329,18 @@ class CompactTrunk(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Args: images float [B, H, W, 3] in [0, 1]. Returns taps [B, h, w, C]."""
+        """Map images float [B, H, W, 3] in [0, 1] to taps [B, h, w, C] by name.
+
+        Raises:
+            ValueError: a tap is unknown, or the images are too small.
+        """
         require_taps(self.taps, tuple(COMPACT_STAGES))
         require_side(images, 7, "the compact trunk")
         taps: dict[str, jax.Array] = {}
         x = preprocess(images, self.preprocessing)
         stem = nn.Conv(48, (7, 7), 2, "VALID", dtype=self.dtype, name="conv1")
         x = nn.relu(stem(x))
-        number = 2  # of the next fire module, as SqueezeNet counts
+        number = 2  # number of the next fire module, as in SqueezeNet
         for name, (features, modules) in COMPACT_STAGES.items():
             if name in ("tap2", "tap3"):
                 x = max_pool(x, 3, 2, ceil=True)
