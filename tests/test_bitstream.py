@@ -11,6 +11,7 @@ from semlic_jax.coding.bitstream import (
     BITSTREAM_VERSION,
     CODERS,
     MAGIC,
+    MAX_CHUNK_BYTES,
     BitstreamError,
     Header,
     IncompatibleModelError,
@@ -200,3 +201,16 @@ def test_the_model_is_checked_by_fingerprint():
     header.require_model(FINGERPRINT)
     with pytest.raises(IncompatibleModelError, match="01234567 .* ff234567"):
         header.require_model(b"\xff" + FINGERPRINT[1:])
+
+
+def test_every_byte_of_the_fingerprint_counts():
+    for position in range(4):
+        other = bytearray(FINGERPRINT)
+        other[position] ^= 1
+        with pytest.raises(IncompatibleModelError, match="found the model"):
+            PLAIN.require_model(bytes(other))
+
+
+def test_a_chunk_may_be_as_large_as_the_format_says():
+    header = Header(8, 8, 0, FINGERPRINT, {b"ICCP": bytes(MAX_CHUNK_BYTES)})
+    assert unpack(pack(header, b"payload")) == (header, b"payload")

@@ -584,3 +584,12 @@ def test_a_closed_pipe_is_no_error_message():
         f"{' '.join(program)} | true", shell=True, capture_output=True, text=True
     )
     assert done.stderr == ""
+
+
+def test_a_lack_of_memory_is_a_refusal(folder, semlic, monkeypatch):
+    def exhausted(name, **options):
+        raise MemoryError("encoding needs 9 GiB")
+
+    monkeypatch.setattr(semlic_jax, "load", exhausted)
+    command = ("compress", "photo.png", "--quality", 0.5)
+    refused(semlic(*command), "not enough memory: encoding needs 9 GiB")

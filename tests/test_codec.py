@@ -25,6 +25,7 @@ from semlic_jax.coding import integer_networks
 from semlic_jax.coding.bitstream import pack, unpack
 from semlic_jax.compilation import use_disk_cache
 from semlic_jax.evaluation import exactness
+from semlic_jax.model.mean_scale import network_of
 from semlic_jax.weights import export_model, load_model, save_model
 
 # Few buckets for all tests, since compiling their programs takes most of the time:
@@ -667,3 +668,52 @@ def test_a_kodak_photograph(kodak_paths, codec):
 def test_load_model_and_codec_agree(tiny_model, codec):
     assert load_model(tiny_model).fingerprint() == codec.fingerprint
     assert (codec.name, codec.config.name) == ("tiny", "tiny")
+
+
+def test_a_quality_is_rounded_to_the_nearest_step(codec, photograph, monkeypatch):
+    levels = []
+    monkeypatch.setattr(codec, "analyse", lambda image: None)
+    monkeypatch.setattr(
+        codec, "encode", lambda latents, level, profile: levels.append(level)
+    )
+    for level in (1, 128, 254):
+        for part in (-0.4, 0, 0.4):
+            codec.compress(photograph(16, 16), quality=(level + part) / 255)
+    assert levels == [1] * 3 + [128] * 3 + [254] * 3
+
+
+def test_beyond_the_image_its_edge_is_repeated(codec, photograph):
+    """By the encoder in pixels, by the decoder in latents."""
+    image = photograph(40, 50)
+    network, params = network_of(codec.config), {"params": codec.params}
+    padded = np.pad(image, ((0, 24), (0, 14), (0, 0)), mode="edge")
+    y = network.apply(params, padded[None] / np.float32(255), method="analysis")
+    np.testing.assert_allclose(codec.analyse(image).y, y[0], rtol=0, atol=1e-4)
+
+    data = codec.compress(image, quality=0.7)
+    header, y_hat = codec.decode_latents(data)
+    padded = np.pad(y_hat, ((0, 1), (0, 0), (0, 0)), mode="edge")
+    quality = np.array([header.quality / 255], np.float32)
+    x_hat = network.apply(params, padded[None], quality, method="synthesis")
+    expected = np.round(np.clip(x_hat[0, :40, :50], 0, 1) * 255).astype(int)
+    assert np.abs(codec.decompress(data).astype(int) - expected).max() <= 1
+
+
+def test_the_readers_limit_may_be_above_the_usual_one(codec, small_file, monkeypatch):
+    """400 megapixels are more than that; this payload is too short for them."""
+    header, payload = unpack(small_file)
+    large = dataclasses.replace(header, width=20_000, height=20_000)
+    data = pack(large, payload, max_pixels=2**29)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    with pytest.raises(BitstreamError, match="the end of the payload"):
+        codec.decompress(data, max_pixels=2**29)
+
+
+def test_parts_of_the_codec_work_under_a_strict_jax(codec, photograph):
+    image, level = photograph(64, 64), 178
+    data = codec.compress(image, quality=level / 255)
+    with jax.transfer_guard("disallow"):
+        latents = codec.analyse(image)
+        codec.scaled(latents, level)
+        assert codec.encode(latents, level) == data
+        codec.decode_latents(data)

@@ -20,6 +20,7 @@ from semlic_jax.coding.entropy_coding import SymbolDecoder, SymbolEncoder
 from semlic_jax.coding.symbol_tables import (
     MAX_COUNTS,
     MAX_SYMBOL,
+    MAX_TABLES,
     PRECISION_BITS,
     SymbolTables,
     gaussian_tables,
@@ -594,3 +595,20 @@ def test_golden_bytes():
 
 def test_precision_is_that_of_the_format():
     assert 2**PRECISION_BITS == TOTAL
+
+
+def test_escapes_below_the_limit_are_refused():
+    """The same at the other side: -32769 - 131070 in one escape."""
+    tables = tables_from_pmfs([np.array([0.5])], [-MAX_SYMBOL])
+    spans = [slot_spans(tables, 0)[1], LENGTH_SPANS[16], place_span(16, 2**16 - 1)]
+    with pytest.raises(BitstreamError, match="within .*, found -163839"):
+        SymbolDecoder(reference_encode(spans)).pop([0], tables)
+
+
+def test_more_tables_than_an_index_can_name_are_refused():
+    """Indexes have 16 bits: table 65536 would be decoded as table 0."""
+    offsets = np.zeros(MAX_TABLES + 1, int)
+    starts = 2 * np.arange(MAX_TABLES + 2)
+    counts = np.tile([1, TOTAL - 1], MAX_TABLES + 1)
+    with pytest.raises(ValueError, match="1 to 65536 tables .* found 65537 offsets"):
+        SymbolTables(offsets, starts, counts)

@@ -105,3 +105,103 @@ def test_profiles_that_are_no_bytes(pixels):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image.info["icc_profile"] = bytearray(srgb)
     assert images.photograph_of(image).notes == ()
+
+
+def grey_profile(gamma: float) -> bytes:
+    """An ICC profile of a grey with this exponent."""
+
+    def xyz(*values):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"g\0" + bytes(8 + 3 + 67)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags = {b"desc": text + bytes(-len(text) % 4), b"wtpt": xyz(0.9642, 1, 0.8249)}
+    tags[b"kTRC"] = curve
+    table, body = struct.pack(">I", len(tags)), b""
+    for tag, data in tags.items():
+        place = 128 + 4 + 12 * len(tags) + len(body)
+        table += tag + struct.pack(">II", place, len(data))
+        body += data
+    head = struct.pack(
+        ">I4x4s4s4s4s",
+        132 + len(table) - 4 + len(body),
+        b"\2\x40\0\0",
+        b"mntr",
+        b"GRAY",
+        b"XYZ ",
+    )
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + body
+
+
+def test_a_grey_profile_is_applied():
+    """Linear light: the middle value is a light grey of sRGB."""
+    stream = io.BytesIO()
+    grey = Image.fromarray(np.array([[0, 55, 128, 255]], np.uint8))
+    grey.save(stream, "PNG", icc_profile=grey_profile(1.0))
+    photograph = images.read_photograph(stream)
+    np.testing.assert_allclose(photograph.pixels[0, :, 1], [0, 128, 188, 255], atol=1)
+    assert photograph.icc_profile is None
+    assert photograph.notes == ("a greyscale image was converted to RGB",)
+
+
+def test_a_profile_that_is_nearly_srgb_is_kept(pixels):
+    """The primaries of sRGB with an exponent of 2.2: up to some levels apart."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = with_exponent(srgb, 2.2)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", icc_profile=profile)
+    assert images.read_photograph(stream).icc_profile == profile
+
+
+def with_exponent(profile: bytes, gamma: float) -> bytes:
+    """An RGB profile with another curve in the place of its own."""
+    for entry in range(132, 132 + 12 * struct.unpack(">I", profile[128:132])[0], 12):
+        tag, place, size = struct.unpack(">4sII", profile[entry : entry + 12])
+        if tag in (b"rTRC", b"gTRC", b"bTRC"):
+            curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+            assert size >= len(curve)
+            profile = profile[:place] + curve + profile[place + len(curve) :]
+    return profile
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_wide_grey_in_both_orders_of_bytes(order):
+    wide = np.array([[0, 129, 32768, 65535]], f"{order}u2")
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    tags = [(256, 3, 4), (257, 3, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1)]
+    tags += [(273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1), (278, 3, 1), (279, 4, 8)]
+    body = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, 1)
+        + (struct.pack(f"{order}Hxx" if kind == 3 else f"{order}I", value))
+        for tag, kind, value in tags
+    )
+    data = head + struct.pack(f"{order}IH", 8, 9) + body + bytes(4) + wide.tobytes()
+    photograph = images.read_photograph(io.BytesIO(data))
+    np.testing.assert_array_equal(photograph.pixels[0, :, 1], [0, 1, 128, 255])
+    assert "16-bit samples were rounded to 8 bits" in photograph.notes
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_a_grey_profile_of_colours_is_dropped(pixels, mode):
+    """Kept, it would be written beside RGB pixels, where it is invalid."""
+    image = Image.fromarray(pixels).convert(mode)
+    image.info["icc_profile"] = grey_profile(1.0)
+    photograph = images.photograph_of(image)
+    assert photograph.icc_profile is None
+    assert "an ICC profile of another colour space was dropped" in photograph.notes
+
+
+def test_a_damaged_grey_profile_is_dropped(pixels):
+    image = Image.fromarray(pixels[..., 0])
+    image.info["icc_profile"] = grey_profile(1.0)[:140]
+    photograph = images.photograph_of(image)
+    np.testing.assert_array_equal(photograph.pixels[..., 0], pixels[..., 0])
+    assert photograph.icc_profile is None
+    assert "its ICC profile is damaged and was dropped" in photograph.notes
+
+
+def test_samples_below_zero_are_refused():
+    """Cast to 8 bits they would be nearly white."""
+    with pytest.raises(ValueError, match="samples from -5 to -5: expected 16 bits"):
+        images.photograph_of(Image.fromarray(np.full((2, 2), -5, np.int32)))

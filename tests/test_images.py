@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 from png_files import png
 
 from semlic_jax import images
@@ -423,7 +423,9 @@ def test_photographs_from_pipes_have_no_notes(tmp_path, pixels):
     np.testing.assert_array_equal(photograph.pixels, pixels)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".tiff", ".bmp", ".ppm", ".webp"])
+@pytest.mark.parametrize(
+    "suffix", [".png", ".PNG", ".tif", ".tiff", ".bmp", ".ppm", ".webp"]
+)
 def test_lossless_kinds_keep_every_value(pixels, suffix):
     data = images.encode_image(pixels, suffix)
     np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(data))), pixels)
@@ -510,3 +512,55 @@ def test_new_files_have_the_usual_permissions(tmp_path):
 def test_places_that_cannot_be_written(tmp_path, path):
     with pytest.raises(ValueError, match="folder"):
         images.write_file(tmp_path / path, b"", force=True)
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    """FAT and many network drives: the file is written all the same."""
+
+    def no_links(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    images.write_file(tmp_path / "a", b"one")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_link_that_leads_nowhere_is_kept_without_force(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    with pytest.raises(ValueError, match="link exists: give --force"):
+        images.write_file(link, b"new")
+    assert os.listdir(tmp_path) == ["link"]
+    images.write_file(link, b"new", force=True)
+    assert link.is_symlink() and target.read_bytes() == b"new"
+
+
+def test_tif_is_lossless_too(pixels):
+    data = images.encode_image(pixels, ".tif")
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(data))), pixels)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg"])
+def test_jpeg_files_keep_the_resolution_of_colours(pixels, suffix):
+    data = images.encode_image(pixels, suffix)
+    with Image.open(io.BytesIO(data)) as image:
+        assert JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
+        assert max(image.quantization[0]) <= 12  # quality 95
+
+
+def test_the_longest_side_is_read():
+    data = png(65535, 1, 8, 0, b"\0" + bytes(65535))
+    assert images.read_photograph(io.BytesIO(data)).pixels.shape == (1, 65535, 3)
+
+
+def test_the_limit_of_pillow_is_no_note(pixels, monkeypatch):
+    """Between 89 and 134 megapixels Pillow warns of what is read here."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # the image has 35
+    assert read(Image.fromarray(pixels)).notes == ()
+
+
+def test_masks_are_refused_from_their_header_too():
+    data = png(12000, 12000, 8, 2, b"")  # the pixels are not there
+    with pytest.raises(ValueError, match="too large: it is 12000x12000"):
+        images.read_brightness(io.BytesIO(data))

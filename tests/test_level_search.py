@@ -79,3 +79,10 @@ def test_a_dip_beyond_the_first_that_does_not_fit_is_seen():
     sizes = [1000 + 5 * level for level in range(LAST + 1)]
     sizes[102] = 1504  # between 1505 and 1515, both too large for the budget
     assert search(sizes, 1504)[0] == 102
+
+
+@pytest.mark.parametrize("beyond", [1, 2, 3])
+def test_a_dip_is_seen_behind_others_that_do_not_fit(beyond):
+    sizes = [1000 + 5 * level for level in range(LAST + 1)]
+    sizes[101 + beyond] = 1504  # level 101 is the first that does not fit
+    assert search(sizes, 1504)[0] == 101 + beyond

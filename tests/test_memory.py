@@ -83,3 +83,30 @@ def test_without_control_groups_it_is_what_the_machine_has(machine, tmp_path):
     assert memory.available_bytes() == 8 * GIB
     (tmp_path / "proc" / "meminfo").unlink()  # not Linux
     assert memory.available_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "left"),
+    [
+        (["0::/pods:cri:job\n"], under("pods:cri:job", group(4 * GIB, GIB)), 3),
+        (
+            ["4:memory,hugetlb:/job\n"],
+            under("memory/job", old_group(4 * GIB, 3 * GIB, GIB)),
+            2,
+        ),
+    ],
+)
+def test_groups_with_colons_and_shared_controllers(machine, lines, files, left):
+    machine(lines, files)
+    assert memory.available_bytes() == left * GIB
+
+
+def test_memory_of_the_machine_says_nothing_of_an_accelerator(machine, monkeypatch):
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
+    assert memory.available_bytes() is None
+
+
+@pytest.mark.parametrize("text", ["MemTotal: 9 kB\n", "MemAvailable: much kB\n", "?\n"])
+def test_other_words_of_the_system_are_no_error(machine, tmp_path, text):
+    (tmp_path / "proc" / "meminfo").write_text(text)
+    assert memory.available_bytes() is None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -33,7 +34,7 @@ from semlic_jax.coding.bitstream import (
 )
 from semlic_jax.converters.neuralcompression import convert_state
 from semlic_jax.evaluation import exactness
-from semlic_jax.model.mean_scale import MeanScaleModel
+from semlic_jax.model.mean_scale import HyperSynthesis, MeanScaleModel
 from semlic_jax.refinement import Settings, refine
 
 
@@ -329,3 +330,43 @@ def test_outputs_are_kept_unless_forced(checkpoint, tmp_path, capsys):
     assert "only on the machine" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected exactly one of quality"):
         semlic_jax.load(output).compress(np.zeros((1, 1, 3), np.uint8))
+
+
+def test_the_index_check_is_that_of_the_format(converted, photograph):
+    """Of the table indexes inside the image, by row, then column, then channel."""
+    size, level = (50, 70), 128
+    image = photograph(*size)
+    latents = converted.analyse(image)
+    symbols = converted.entropy.symbols(*converted.scaled(latents, level), level, size)
+    assert symbols.indexes.shape[:2] == (4, 8)  # with padding
+    inside = symbols.indexes[:4, :5].astype(np.uint8).tobytes()
+    header, _ = unpack(converted.encode(latents, level))
+    assert header.index_check == hashlib.sha256(inside).digest()[:4]
+
+
+def test_the_gain_of_a_level_is_that_of_every_version(converted):
+    """A file holds the latents times it, and the fingerprint does not cover it."""
+    quality = np.array([0, 64, 128, 192, 255], np.float32) / 255
+    gain = MeanScaleModel(converted.config).apply({}, quality, method="gain")
+    wanted = [0.25, 0.5, 1, 2, 2 ** (127 / 64)]
+    np.testing.assert_allclose(gain[:, 0, 0, 0], wanted, rtol=1e-6)
+
+
+def test_tables_and_means_follow_the_gain(converted):
+    """At level 192 all is twice as large; a file holds symbols beside these means."""
+    config, entropy = converted.config, converted.params["entropy"]
+    z = np.random.default_rng(0).integers(-3, 4, (1, 2, 2, config.hyper_channels))
+    z, inside = z.astype(np.float32), np.ones((1, 2, 2, 1), np.float32)
+    synthesis = HyperSynthesis(config.latent_channels, config.hyper_channels)
+    mean, scale = synthesis.apply({"params": entropy}, z, inside)
+    index, mean_steps = MeanScaleModel(config).apply(
+        {"params": {"entropy": entropy}},
+        z,
+        np.array([192 / 255], np.float32),
+        inside,
+        method="parameters",
+    )
+    np.testing.assert_allclose(mean_steps, 16 * 2 * mean, rtol=1e-5, atol=1e-4)
+    place = 63 * np.log(2 * np.asarray(scale) / 0.11) / np.log(64 / 0.11)
+    assert np.abs(index - place.clip(0, 63)).max() <= 0.501
+    np.testing.assert_array_equal(index, np.rint(index))

@@ -464,3 +464,15 @@ def test_damaged_files_give_one_kind_of_error(tiny_model, tmp_path):
     for size in (0, 1, 30, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
         refused(path, "not a valid model file")
+
+
+def test_arrays_by_columns_keep_their_values(rebuilt, tiny_file):
+    kernel = tiny_file.integers["h_s_0"]["kernel"]
+    gain = tiny_file.transforms["log_gain"]
+    path = rebuilt(
+        entropy__h_s_0__kernel=npy(np.asfortranarray(kernel)),
+        transforms__log_gain=npy(np.asfortranarray(gain)),
+    )
+    loaded = load_model(path)
+    np.testing.assert_array_equal(loaded.transforms["log_gain"], gain)
+    assert loaded.fingerprint() == tiny_file.fingerprint()
