@@ -17,6 +17,20 @@ REPOSITORY = Path(__file__).parents[1]
 os.environ["SEMLIC_CACHE"] = ""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_of_this_run(tmp_path_factory):
+    """Compiles what many tests have in common once in each process of the tests.
+
+    Compilation is most of the time that they take. JAX does not write its cache such
+    that processes may share it.
+    """
+    import jax
+
+    folder = tmp_path_factory.mktemp("programs")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def photograph_like(height: int, width: int, seed: int = 0) -> np.ndarray:
     """uint8 [height, width, 3]: what photographs have and noise lacks.
 

@@ -623,10 +623,11 @@ def cache_folder(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
-        assert jax.config.jax_compilation_cache_dir is None
+        before = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", None)
         use_disk_cache()
         found = jax.config.jax_compilation_cache_dir
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", before)
         return found
 
     return choose

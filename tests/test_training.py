@@ -29,16 +29,6 @@ from semlic_jax.training.sources import open_sources
 from semlic_jax.weights import export_model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """All runs here are of one program; the cache is new, so it is compiled today."""
-    before = jax.config.jax_compilation_cache_dir
-    folder = str(tmp_path_factory.mktemp("cache"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def a_config(steps=4):
     """Two images per step, on images that the program makes itself."""
     config = base_config()
