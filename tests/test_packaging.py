@@ -44,7 +44,20 @@ def test_training_has_what_it_imports_and_no_more():
         for name in _imported(_ROOT / "semlic_jax" / "training")
     }
     imported -= {"torch", *_BROUGHT}  # torch: for the twin of a test in PyTorch
-    assert imported - ours == named - {"tensorflow", "tensorflow-cpu", "tensorboard"}
+    # One of the core's is named again where training needs a later version of it.
+    named -= ours | {"tensorflow", "tensorflow-cpu", "tensorboard"}
+    assert imported - ours == named
+
+
+@pytest.mark.parametrize("extra", ["", "train", "eval", "dev"])
+def test_every_dependency_has_a_lower_bound(extra):
+    """But for tools, and for what clu should have named."""
+    free = {"tensorflow", "tensorflow-cpu", "tensorboard", "semlic_jax"}
+    free |= {"hypothesis", "mypy", "nbformat", "pytest", "ruff"}
+    core = [*map(Requirement, _PROJECT["project"]["dependencies"])]
+    for package in _required(extra) if extra else core:
+        bounds = {each.operator for each in package.specifier}
+        assert ">=" in bounds or package.name in free, package
 
 
 @pytest.mark.parametrize("extra", ["train", "notebooks", "dev"])
