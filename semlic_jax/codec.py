@@ -229,7 +229,7 @@ class Codec:
         latents = self.analyse(image)
         if quality is not None:
             return self.encode(latents, round(float(quality) * MAX_LEVEL), icc_profile)
-        return self._fit(latents, budget, icc_profile, exact_target=bpp is not None)
+        return self._fit(latents, budget, icc_profile, bpp=bpp)
 
     @own_settings()
     def decompress(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -400,9 +400,12 @@ class Codec:
         budget: int,
         icc_profile: bytes | None,
         *,
-        exact_target: bool,
+        bpp: float | None,
     ) -> bytes:
-        """The best file within a budget of bytes, by search over the quality."""
+        """The best file within a budget of bytes, by search over the quality.
+
+        Where the budget comes from bits per pixel, `bpp`, the model must reach it.
+        """
         files: dict[int, bytes] = {}
 
         def size(level: int) -> int:
@@ -412,7 +415,7 @@ class Codec:
 
         level = best_level(size, budget, MAX_LEVEL)
         if level is None or (
-            exact_target and level == MAX_LEVEL and size(level) < budget
+            bpp is not None and level == MAX_LEVEL and size(level) < budget
         ):
             pixels = latents.size[0] * latents.size[1]
             high, low = size(MAX_LEVEL), size(0)
@@ -422,10 +425,11 @@ class Codec:
                 if icc_profile
                 else ""
             )
+            found = "" if bpp is None else f"{bpp:g} bpp, which is "
             raise ValueError(
                 f"expected a budget from {low} to {high} bytes ({low * 8 / pixels:.4f} "
                 f"to {high * 8 / pixels:.4f} bpp), the range of this model for this "
-                f"image{profile}, found {budget} bytes"
+                f"image{profile}, found {found}{budget} bytes"
             )
         return files[level]
 

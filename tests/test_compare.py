@@ -138,7 +138,7 @@ def test_a_first_codec_that_fails_leaves_the_rate_to_the_next(pixels, measures):
         pixels, [Hopeless("jpeg"), ClassicalEntrant("webp")], 2.0, measures
     )
     assert first.image is None and len(second.data) <= 2.0 * 150 * 200 / 8
-    with pytest.raises(ValueError, match="no codec makes .* mountain"):
+    with pytest.raises(ValueError, match="no codec reaches .* mountain"):
         compare.compare(pixels, [Hopeless("jpeg")], 2.0, measures)
 
 
@@ -187,6 +187,9 @@ def test_a_file_far_below_the_budget_is_the_nearest(pixels):
     flat = np.full((64, 64, 3), 128, np.uint8)
     [shown] = compare.compare(flat, [ClassicalEntrant("jpeg")], 40.0, Measures([]))
     assert shown.data == ClassicalEntrant("jpeg")._codec.encode(flat, 100)
+    most = 8 * len(shown.data) / 64**2
+    largest = f"its largest file of this image takes {most:.3f} bpp"
+    assert shown.note == f"{largest}, less than 40.000 bpp"
 
 
 def test_bits_of_the_second_coder(codec, photograph, monkeypatch):
@@ -277,10 +280,35 @@ def test_command(tmp_path, pixels, capsys, monkeypatch):
     assert str(out) in capsys.readouterr().out
     data = data_of(out.read_text())
     assert [codec["key"] for codec in data["codecs"]] == ["webp", "jpeg"]
+    far = [*command[:2], "--bpp", "40", *command[4:], "--force"]
+    assert cli.main(far) == 0
+    assert capsys.readouterr().err.startswith("note: WebP: its largest file of this")
     assert cli.main(command) == 1
     assert "cup.html exists" in capsys.readouterr().err
     assert cli.main([*command, "--out", str(image), "--force"]) == 1
-    assert "is the input" in capsys.readouterr().err
+    assert "is also an input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["other.png", "page", "page.txt"])
+def test_command_writes_only_pages(tmp_path, pixels, capsys, monkeypatch, name):
+    monkeypatch.setattr("semlic_jax.cli.measure.read_input", None)  # before the work
+    image, out = tmp_path / "cup.png", tmp_path / name
+    Image.fromarray(pixels).save(image)
+    out.write_bytes(b"a photograph")
+    assert cli.main(["compare", str(image), "--out", str(out), "--force"]) == 1
+    refusal = f"semlic: expected an output named .html or .htm, found {out}\n"
+    assert capsys.readouterr().err == refusal
+    assert out.read_bytes() == b"a photograph"
+
+
+def test_command_refuses_metrics_of_many_images(tmp_path, pixels, capsys):
+    image = tmp_path / "cup.png"
+    Image.fromarray(pixels).save(image)
+    command = ["compare", str(image), "--metrics", "psnr_db,compact_frechet"]
+    assert cli.main(command) == 1
+    refusal = "compact_frechet is measured over many images: use semlic eval\n"
+    assert capsys.readouterr().err == f"semlic: {refusal}"
+    assert not image.with_suffix(".html").exists()
 
 
 # The page in a browser.
@@ -376,7 +404,7 @@ def test_keys_choose_codec_view_and_zoom(browser, address, pixels, shown):
 
     browser.press("b")
     text = browser.evaluate("at('say').textContent")
-    assert ("does not tell" in text) == (last != 0)
+    assert ("There is no map" in text) == (last != 0)
     browser.press("1")
     most = f"{shown[0].bits.max():.0f}"
     assert browser.evaluate("at('say').textContent").endswith(most)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from semlic_jax.cli import main
-from semlic_jax.objectives import feature_weights
+from semlic_jax.objectives import feature_weights, features
 from semlic_jax.objectives.features import load_features
 
 RNG = np.random.default_rng(0)
@@ -190,6 +190,27 @@ def test_unknown_and_converted_files_are_refused(tmp_path, capsys):
     capsys.readouterr()
     error = refusal(capsys, folder / "alexnet.npz", tmp_path / "twice")
     assert "already converted" in error
+
+
+@pytest.mark.parametrize("name", ["im0.png", "im0.pth", "empty"])
+def test_files_that_are_no_weights_are_refused_by_their_kind(tmp_path, capsys, name):
+    path = tmp_path / name
+    path.write_bytes(b"" if name == "empty" else b"\x89PNG\r\n\x1a\n")
+    error = refusal(capsys, path, tmp_path / "weights")
+    expected = f"weights in a .pth, .pt, .npz or model.json file, found {name}"
+    assert error == f"semlic: expected {expected}, which is none of these\n"
+
+
+def test_networks_without_a_rule_are_named(tmp_path, capsys, monkeypatch):
+    """One that a user adds loads from this package's form; conversion needs a rule."""
+    monkeypatch.setitem(features.NETWORKS, "mynet", features.AlexNet())
+    state = alexnet_state()
+    source = save(tmp_path / "published.npz", state)
+    error = refusal(capsys, source, tmp_path / "weights", "--network", "mynet")
+    assert "no rule to convert weights of mynet: expected those of alexnet" in error
+    arrays = feature_weights.convert_network(state, "alexnet")
+    source = save(tmp_path / "mynet.npz", arrays | {"network": np.asarray("mynet")})
+    assert features.load_features(source).taps == features.AlexNet().taps
 
 
 def test_outputs_are_kept_unless_forced(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import semlic_jax
+from semlic_jax import cli
 from semlic_jax.evaluation import demo
 from semlic_jax.evaluation.codecs import CodecUnavailableError, classical_codec
 from semlic_jax.images import Photograph
@@ -139,6 +140,18 @@ def test_rivals_that_fail_are_left_out_with_a_reason(tmp_path, monkeypatch, phot
     assert [each.name for each in made] == ["original", "semlic", "JPEG"]
     assert notes[0] == "avif is left out: this Pillow was built without AVIF"
     assert notes[1].startswith("webp is left out: ") and "16383" in notes[1]
+
+
+def test_a_rate_out_of_reach_is_named_and_leaves_nothing(tmp_path, capsys, tiny_model):
+    image, out = tmp_path / "tiny.png", tmp_path / "new" / "demo"
+    Image.new("RGB", (4, 4)).save(image)
+    command = ["demo", str(image), "--model", str(tiny_model), "--out", str(out)]
+    assert cli.main(command) == 1
+    assert "found 0.15 bpp, which is 0 bytes\n" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["tiny.png"]
+    out.parent.mkdir()  # what was there before stays
+    assert cli.main(command) == 1
+    assert os.listdir(tmp_path / "new") == []
 
 
 def test_demo_refuses_before_it_works(tmp_path):

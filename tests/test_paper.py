@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from PIL import Image
 from small_trunk import load_small_trunk
 
 from semlic_jax.evaluation import measures, paper, region_figure
-from semlic_jax.evaluation.results import read_results
+from semlic_jax.evaluation.results import Skipped, read_results
 from semlic_jax.refinement import Settings
 
 # Two steps for the distortion alone: the tests are of what is done with the files.
@@ -85,20 +89,26 @@ def test_ablation_table(folder, rates, tiny_model, tmp_path):
     # The same model under another name takes the same bits.
     row = next(line for line in text.splitlines() if line.startswith("| without style"))
     assert "+0.0 %" in row
-    with pytest.raises(ValueError, match="two models or more, found 1"):
+    with pytest.raises(ValueError, match="at least two models, found 1"):
         paper.ablation([folder], [str(tiny_model)], tmp_path / "one")
 
 
 def test_figure5(folder, rates, tiny_model, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    tmp_path /= "out"
+    skipped = []
     paths = paper.figure5(
-        [folder],
+        [folder, broken],
         str(tiny_model),
         tmp_path,
+        skipped=skipped,
         bpp=rates[2],
         refine=QUICK,
         factors=(1.0, 3.0),
         patch_side=32,
     )
+    assert [each.name for each in skipped] == [str(broken)]
     assert [path.name for path in paths] == [
         "figure5.png",
         "figure5.svg",
@@ -141,7 +151,7 @@ def test_figure6(folder, rates, tiny_model, tmp_path):
     assert len(list((tmp_path / "figure6").glob("*.semlic"))) == 5
     budget = rates[2] * 64 * 64 / 8
     assert all(int(row["bytes"]) <= budget for row in rows)
-    with pytest.raises(ValueError, match="foreground weights of 0 to 1, found 2"):
+    with pytest.raises(ValueError, match="foreground weights from 0 to 1, found 2"):
         paper.figure6(
             folder / "photo0.png", str(tiny_model), tmp_path, foregrounds=[2.0]
         )
@@ -161,7 +171,7 @@ def test_psnr_of_regions():
 def test_command_refuses_in_one_sentence(folder, tmp_path, capsys):
     command = ["ablation", str(folder), "--out", str(tmp_path / "out")]
     assert paper.main(command) == 1
-    assert "two models or more" in capsys.readouterr().err
+    assert "at least two models" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         paper.main(["figure7"])
 
@@ -175,3 +185,51 @@ def test_command_prints_the_table(folder, rates, tiny_model, tmp_path, capsys):
     assert paper.main(command) == 0
     printed = capsys.readouterr().out
     assert "| other" in printed and "ablation.md" in printed
+
+
+def test_commands_name_the_images_that_they_left_out(tmp_path, capsys, monkeypatch):
+    left_out = [Skipped("broken.png", "it is damaged")]
+    results = SimpleNamespace(images=(), skipped=left_out)
+    summary = SimpleNamespace(results=results, bd_rates=())
+    report = SimpleNamespace(summary=summary, paths=())
+    monkeypatch.setattr(paper, "evaluate", lambda *images, **options: report)
+    monkeypatch.setattr(paper, "bd_table", lambda *found: [])
+
+    def figure5(*images, skipped, **options):
+        skipped += left_out
+        return []
+
+    monkeypatch.setattr(paper, "figure5", figure5)
+    for command in (["rd"], ["ablation", "--models", "a", "b"], ["figure5"]):
+        command = [command[0], "images", *command[1:], "--out", str(tmp_path)]
+        assert paper.main(command) == 4
+        assert capsys.readouterr().err == "skipped broken.png: it is damaged\n"
+
+
+WITHOUT_MATPLOTLIB = """
+import importlib, sys
+
+sys.modules["matplotlib"] = None
+for line in sys.argv[2:]:
+    name, *command = line.split()
+    module = importlib.import_module(f"semlic_jax.evaluation.{name}")
+    assert not command or module.main([*command, sys.argv[1], "--out", "no"]) == 1
+"""
+
+
+def test_studies_refuse_where_nothing_can_be_drawn(folder, tmp_path):
+    studies = ["paper rd", "paper figure5", "paper figure6", "roi_study --bpp 1"]
+    studies += ["refinement_study gain", "refinement_study settings"]
+    image = str(folder / "photo0.png")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MATPLOTLIB, image, *studies, "settings_study"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert done.returncode == 0, done.stderr
+    refusal = "plots need matplotlib: pip install 'semlic_jax[eval]'"
+    lines = [f"{study.split()[0]}: {refusal}" for study in studies]
+    assert done.stderr.splitlines() == lines
+    assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,7 @@ from semlic_jax.evaluation.results import (
     MetricFacts,
     Results,
     Row,
+    Skipped,
     read_results,
 )
 from semlic_jax.refinement import Settings
@@ -58,17 +59,23 @@ def rows_of(path):
 
 
 def test_gain(folder, rates, mini_model, tmp_path):
+    broken, skipped = tmp_path / "broken.png", []
+    broken.write_bytes(b"not an image")
+    tmp_path /= "out"
+
     def run(say=lambda text: None):
         return refinement_study.gain(
-            [folder],
+            [folder, broken],
             tmp_path,
             model=str(mini_model),
             settings=QUICK,
             rates=rates,
             progress=say,
+            skipped=skipped,
         )
 
     paths = run()
+    assert [each.name for each in skipped] == [str(broken)]
     assert [path.name for path in paths] == [
         *("gain.csv", "gain.md", "gain.png", "gain.svg")
     ]
@@ -102,6 +109,16 @@ def results_of(refined_db, *, bpp=0.2):
         set_metrics={},
         rows=tuple(rows),
     )
+
+
+def test_images_that_are_left_out_are_named(folder, capsys, monkeypatch):
+    def gain(*images, skipped, **options):
+        skipped.append(Skipped("broken.png", "it is damaged"))
+        return []
+
+    monkeypatch.setattr(refinement_study, "gain", gain)
+    assert refinement_study.main(["gain", str(folder), "--bpp", "1,2,3,4"]) == 4
+    assert capsys.readouterr().err == "skipped broken.png: it is damaged\n"
 
 
 def test_gains_of_known_curves():

@@ -335,7 +335,9 @@ def test_published_curves_are_whole(image_set):
 def test_published_curves_stand_beside_their_own_images_only(monkeypatch):
     results = made_up()
     assert curves_beside(results) == []
-    with pytest.raises(ValueError, match="24 images of kodak, these results over 6"):
+    with pytest.raises(
+        ValueError, match="24 images of kodak, these results are over 6"
+    ):
         curves_beside(results, "kodak")
     with pytest.raises(ValueError, match="no published curves over 'imagenet'"):
         curves_beside(results, "imagenet")

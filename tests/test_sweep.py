@@ -6,11 +6,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +21,7 @@ from small_trunk import load_small_trunk
 
 from semlic_jax import cli
 from semlic_jax.evaluation import image_sets
+from semlic_jax.evaluation import journal as journal_module
 from semlic_jax.evaluation import measures as measures_module
 from semlic_jax.evaluation.codecs import CODECS, Jpeg, classical_codec
 from semlic_jax.evaluation.demo import psnr_db
@@ -234,7 +238,7 @@ def test_results_of_another_kind_are_refused(tmp_path):
         with pytest.raises(ValueError, match="is not the results.json"):
             read_results(tmp_path)
     path.write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="version 99: expected 1"):
+    with pytest.raises(ValueError, match="expected version 1 of .* found 99"):
         read_results(path)
 
 
@@ -323,6 +327,83 @@ def test_journal_keeps_the_last_of_a_key(tmp_path):
     assert Journal(path).get("b") is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe{\x00",
+        b"[" * 100_000,
+        b'{"key": ["a"]}',
+        b'{"key": "KEY"}',
+        b'{"key": "KEY", "identity": "IDENTITY"}',
+    ],
+    ids=["no UTF-8", "deep", "no key", "no entry", "one entry"],
+)
+def test_damaged_lines_of_the_journal_are_ignored(folder, tmp_path, line):
+    first = sweep(folder, tmp_path, [Counting("jpeg")])
+    journal = tmp_path / "journal.jsonl"
+    identity = json.dumps(ClassicalEntrant("jpeg").identity).encode()
+    records = map(json.loads, journal.read_text().splitlines())
+    with open(journal, "ab") as stream:
+        for key in {record["key"] for record in records}:
+            found = line.replace(b'"IDENTITY"', identity)
+            stream.write(found.replace(b"KEY", key.encode()) + b"\n")
+    found = sweep(folder, tmp_path, [ClassicalEntrant("jpeg")])
+    assert [r.values for r in found.rows] == [r.values for r in first.rows]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from semlic_jax.evaluation.journal import alone_in
+
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_evaluation_in_the_folder_is_refused(
+    folder, tmp_path, capsys, no_weights
+):
+    pytest.importorskip("fcntl", reason="folders are not locked on Windows")
+    out = tmp_path / "out"
+    command = ["eval", str(folder), "--codecs", "jpeg", "--bpp", "2"]
+    command += ["--metrics", "psnr_db", "--out", str(out)]
+    other = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert cli.main(command) == 1
+        refusal = f"semlic: another evaluation is running in {out}\n"
+        assert capsys.readouterr().err == refusal
+        with pytest.raises(ValueError, match="another evaluation is running"):
+            sweep(folder, out, [ClassicalEntrant("jpeg")])
+        holder.kill()
+    assert cli.main(command) == 0  # the lock went with the process
+
+
+def test_evaluations_that_no_lock_parts_leave_no_holes(
+    folder, tmp_path, monkeypatch, small_trunk
+):
+    """A second one runs from start to end while the first writes a file of features."""
+    monkeypatch.setattr(journal_module, "fcntl", None)
+    measures = Measures(["psnr_db", "frechet"], patch_side=32)
+    run = list_images([folder]), [ClassicalEntrant("jpeg")], [3.0], measures, tmp_path
+    save, found = np.save, []
+
+    def save_and_wait(*arguments, **options):
+        save(*arguments, **options)
+        monkeypatch.setattr(np, "save", save)
+        if not found:
+            found.append(run_sweep(*run))
+
+    monkeypatch.setattr(np, "save", save_and_wait)
+    found.append(run_sweep(*run))
+    for results in found:
+        assert all(row.gaps == {} for row in results.rows)
+        assert results.set_rows == found[0].set_rows and results.set_rows[0].values
+    assert all(path.suffix == ".npy" for path in (tmp_path / "features").iterdir())
+
+
 def test_one_thread_or_many_give_the_same(folder, tmp_path):
     codecs = ["jpeg", "webp"]
     both = [
@@ -361,6 +442,24 @@ def test_set_metrics_fall_with_the_rate(folder, tmp_path, small_trunk):
     stamp = features[0].stat().st_mtime_ns
     assert run_sweep(*run, tmp_path).set_rows == results.set_rows
     assert features[0].stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "zip", "other"])
+def test_damaged_features_are_measured_again(folder, tmp_path, small_trunk, damage):
+    measures = Measures(["psnr_db", "frechet"], patch_side=32)
+    run = list_images([folder]), [ClassicalEntrant("jpeg")], [3.0], measures, tmp_path
+    results = run_sweep(*run)
+    paths = sorted((tmp_path / "features").iterdir())
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:  # of the originals, and of what was decoded
+        if damage == "other":
+            np.save(path, np.zeros(3))
+            continue
+        found = {"empty": b"", "cut": path.read_bytes()[:-9], "text": b"not an array"}
+        path.write_bytes(found.get(damage, b"PK\3\4 not an archive"))
+    again = run_sweep(*run)
+    assert again.set_rows == results.set_rows
+    assert [path.read_bytes() for path in paths] == whole
 
 
 def test_set_metrics_of_images_smaller_than_a_patch(folder, tmp_path, small_trunk):
@@ -673,7 +772,7 @@ def test_an_image_without_room_to_be_read_is_skipped(folder, tmp_path, monkeypat
 
 def test_a_folder_that_holds_something_else(folder, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="something else than an evaluation"):
+    with pytest.raises(ValueError, match="an earlier evaluation, found other files"):
         sweep(folder, tmp_path, [ClassicalEntrant("jpeg")])
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -685,7 +784,7 @@ def test_listing_images(folder, tmp_path):
     assert [p.name for p in list_images([tmp_path])] == ["a.jpg", "b.PNG"]
     named = tmp_path / "README.txt"  # named files are tried whatever they are called
     assert list_images([named, named]) == [named]
-    with pytest.raises(ValueError, match="no image or folder .*nowhere"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         list_images([folder, tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image files in .*empty"):
@@ -714,11 +813,47 @@ def test_measures_are_of_the_contents_of_their_weights(tmp_path, monkeypatch):
     assert len(identities) == 2
     # They are read once, and where something needs them alone.
     measures = Measures(["psnr_db"], tmp_path)
-    assert measures.identity("psnr_db") == ""
+    assert measures.identity("psnr_db") == Measures(["psnr_db"]).identity("psnr_db")
     identity = measures.identity("feature_distance")
     monkeypatch.delattr(measures_module.hashlib, "file_digest")
     assert measures.identity("feature_distance") == identity
     Measures(["psnr_db"], tmp_path)
+
+
+def test_measures_are_of_their_own_code(folder, tmp_path, monkeypatch):
+    """A metric that was changed is measured again, the others are not."""
+
+    def brighter(reference, image):
+        return jnp.atleast_1d(jnp.mean(image / 1.0 - reference))
+
+    def darker(reference, image):
+        return -brighter(reference, image)
+
+    class Distance:
+        def __call__(self, reference, image):
+            return darker(reference, image)
+
+    names = ["psnr_db", "brightness"]
+    info = metrics.MetricInfo("brightness", True)
+    monkeypatch.setitem(metrics.IMAGE_METRICS, "brightness", info)
+    load = metrics.ImageMetrics._load
+    found, identities = [], set()
+    for function in (brighter, darker, jax.jit(brighter), Distance()):
+
+        def load_own(name, weights, function=function):
+            return function if name == "brightness" else load(name, weights)
+
+        monkeypatch.setattr(metrics.ImageMetrics, "_load", staticmethod(load_own))
+        measures = Measures(names)
+        identities.add(measures.identity("brightness"))
+        identities.add(measures.identity("psnr_db"))
+        if not isinstance(function, Distance):
+            results = run_sweep(
+                list_images([folder]), [Counting("jpeg")], [3.0], measures, tmp_path
+            )
+            found.append([row.values["brightness"] for row in results.rows])
+    assert len(identities) == 1 + 3  # jax.jit(brighter) has the code of `brighter`
+    assert found[0] == [-value for value in found[1]] == found[2] != found[1]
 
 
 def test_ssimulacra2_is_of_its_package(monkeypatch):
@@ -754,7 +889,7 @@ def test_unknown_codecs(name, tiny_model):
 def test_codecs_given_twice(tiny_model):
     with pytest.raises(ValueError, match="given twice"):
         entrants(["jpeg", "jpeg"])
-    with pytest.raises(ValueError, match="two models are called semlic:tiny"):
+    with pytest.raises(ValueError, match="two models have the name semlic:tiny"):
         entrants([f"semlic:{tiny_model}", f"semlic:{tiny_model.parent}/./tiny.npz"])
 
 
@@ -855,6 +990,44 @@ def test_command(folder, tmp_path, capsys, no_weights):
     assert facts["images"] == 3 and facts["anchor"] == "webp"
 
 
+def test_command_leaves_no_plots_and_tables_of_other_options_unsaid(
+    folder, tmp_path, capsys, no_weights
+):
+    def run(images, codecs, metrics):
+        command = ["eval", str(images), "--codecs", codecs, "--bpp", "3"]
+        command += ["--metrics", metrics, "--out", str(tmp_path)]
+        assert cli.main(command) == 0
+        return capsys.readouterr().err
+
+    assert run(folder, "jpeg", "psnr_db,lattice") == ""
+    plots = tmp_path / "plots"
+    mine = plots / "rd_mine.png"
+    mine.write_bytes(b"drawn by hand")
+    assert run(folder, "jpeg,webp", "psnr_db") == ""  # nothing is lost
+    names = ["rd_all.png", "rd_all.svg", mine.name, "rd_psnr_db.png", "rd_psnr_db.svg"]
+    assert sorted(os.listdir(plots)) == names
+    own = "give each evaluation a folder of its own"
+    for images, codecs, of in (
+        (folder, "webp", "other codecs"),
+        (folder / "photo0.png", "webp", "another set of images"),
+        (folder, "jpeg", "another set of images and other codecs"),
+    ):
+        note = f"note: tables of {of} were replaced in {tmp_path}: {own}\n"
+        assert run(images, codecs, "psnr_db") == note
+
+
+def test_command_tells_where_programs_and_metrics_are(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "for programs: OUT/summary.json" in text
+    of_each, of_all = text.split("of each image: ")[1].split("over patches of all")[:2]
+    of_all = of_all.split("default:")[0]
+    for name in metrics.IMAGE_METRICS:
+        assert name in of_each and name not in of_all.replace("_distance", " ")
+    assert all(name in of_all for name in measures_module.SET_METRICS)
+
+
 def test_command_with_skipped_images_says_so(folder, tmp_path, capfdbinary, no_weights):
     broken = tmp_path / os.fsdecode(b"brok\xe9n.png")  # no UTF-8
     broken.write_bytes(b"not an image")
@@ -873,7 +1046,7 @@ def test_command_with_skipped_images_says_so(folder, tmp_path, capfdbinary, no_w
         (["--codecs", "gif"], "unknown codec 'gif'"),
         (["--codecs", "jpeg", "--anchor", "avif"], "the anchor 'avif' is not among"),
         (["--codecs", "jpeg", "--metrics", "fid"], "SEMLIC_FEATURES"),
-        (["--codecs", "jpeg", "--published", "imagenet"], "there are some over clic"),
+        (["--codecs", "jpeg", "--published", "imagenet"], "expected one of clic"),
     ],
 )
 def test_command_refuses_before_it_works(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from semlic_jax.evaluation.results import (
     CodecFacts,
     ImageFacts,
@@ -61,6 +63,23 @@ def test_codecs_have_one_name_in_all_tables():
     assert first_cells(section(text, "Bits per pixel used")) == labels
     # Two codecs of one name keep a row each.
     assert first_cells(section(text, "Bits at equal")) == ["Ours", "JPEG", "JPEG"]
+
+
+def test_rates_that_nobody_reaches_are_told_of_first():
+    sweep = a_sweep()
+    images = [ImageFacts(f"{n}.png", str(n) * 64, 80, 8 * n) for n in (4, 1, 3, 2)]
+    rows = [
+        dataclasses.replace(row, image=image.name, bpp=None, values={}, gaps={})
+        for row in sweep.rows
+        for image in images
+    ]
+    sweep = dataclasses.replace(sweep, images=tuple(images), rows=tuple(rows))
+    text = markdown(summarise(sweep, resamples=3))
+    assert "BD-rate)" not in text and "no BD-rate of semlic against avif" in text
+    told = text.split("###")[0].splitlines()[-2]
+    assert told.startswith("No codec reaches any of these rates on every image.")
+    assert told.endswith("1.png (80x8), 2.png (80x16), 3.png (80x24).")
+    assert "No codec reaches" not in markdown(summarise(a_sweep(), resamples=3))
 
 
 def test_metrics_without_a_value_have_no_table_and_are_told_of():

@@ -34,18 +34,18 @@ _CODECS_HELP = (
     f"jpeg2000; default {','.join(_CODECS)}"
 )
 _IMAGE_METRICS_HELP = (
-    "psnr_db, ms_ssim, ssimulacra2, compact_distance, compact_mean_style, lattice; "
-    "with --weights feature_distance, lpips_alex, lpips_vgg, lpips_squeeze, dists, "
-    "mobilenet_distance"
+    "psnr_db, ms_ssim, ssimulacra2, compact_distance, compact_mean_style, lattice, "
+    "with --weights also feature_distance, lpips_alex, lpips_vgg, lpips_squeeze, "
+    "dists, mobilenet_distance"
 )
 _SET_METRICS_HELP = (
-    "over patches of all images compact_frechet, compact_kernel; with --weights "
-    "frechet, kernel, mobilenet_frechet, mobilenet_kernel, mobilenet_last_frechet, "
+    "compact_frechet, compact_kernel, with --weights also frechet, kernel, "
+    "mobilenet_frechet, mobilenet_kernel, mobilenet_last_frechet, "
     "mobilenet_last_kernel, fid, kid"
 )
 _METRICS_DEFAULT = (
-    "default: psnr_db, ms_ssim, ssimulacra2 and compact_distance, or with --weights "
-    "feature_distance"
+    "default: psnr_db, ms_ssim, ssimulacra2 and compact_distance, or feature_distance "
+    "with --weights"
 )
 
 
@@ -55,7 +55,7 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         type=Path,
         nargs="?",
-        help="an image file; default: the photograph in the package",
+        help="an image file; default: the packaged photograph",
     )
 
 
@@ -64,14 +64,17 @@ def _add_weights(sub: argparse.ArgumentParser) -> None:
         "--weights",
         metavar="DIR",
         type=Path,
-        help="folder of weights of feature networks (`semlic convert features`); "
-        "default: SEMLIC_FEATURES, else the packaged network",
+        help="folder of feature network weights, made by `semlic convert features`; "
+        "default: the folder that SEMLIC_FEATURES names, else the packaged network",
     )
 
 
 def add_demo(commands: Commands) -> None:
     sub = add_command(
-        commands, "demo", _demo, "compare one photograph with JPEG, WebP and AVIF"
+        commands,
+        "demo",
+        _demo,
+        "compress one photograph and compare it with JPEG, WebP and AVIF",
     )
     _add_sample(sub)
     sub.add_argument(
@@ -79,14 +82,14 @@ def add_demo(commands: Commands) -> None:
         metavar="DIR",
         type=Path,
         default=Path("demo"),
-        help="folder of the pictures, made where it is not there; default demo",
+        help="output folder, created if missing; default demo",
     )
     sub.add_argument(
         "--bpp",
         metavar="BPP",
         type=positive_float,
         default=0.15,
-        help="most bits per pixel of the files; default 0.15",
+        help="upper limit on the bits per pixel of the files; default 0.15",
     )
     add_model(sub)
     add_background(sub)
@@ -119,14 +122,14 @@ def _demo(options: argparse.Namespace) -> None:
         )
     print(demo.table(candidates))
     print()
-    print(f"the file          {outputs.file}")
-    print(f"decoded from it   {outputs.decoded}")
+    print(f"compressed file   {outputs.file}")
+    print(f"decoded image     {outputs.decoded}")
     print(f"side by side      {outputs.comparison}")
 
 
 def add_bench(commands: Commands) -> None:
     sub = add_command(
-        commands, "bench", _bench, "measure speed beside JPEG, WebP and AVIF"
+        commands, "bench", _bench, "measure speed, also of JPEG, WebP and AVIF"
     )
     _add_sample(sub)
     sub.add_argument(
@@ -134,14 +137,14 @@ def add_bench(commands: Commands) -> None:
         metavar="Q",
         type=unit_float,
         default=0.5,
-        help="of our file, from 0 to 1; default 0.5",
+        help="quality of the semlic file, from 0 to 1; default 0.5",
     )
     sub.add_argument(
         "--repeats",
         metavar="N",
         type=positive_int,
         default=5,
-        help="calls that each time is the median of; default 5",
+        help="calls per measurement, of which the median is shown; default 5",
     )
     add_model(sub)
     add_background(sub)
@@ -178,7 +181,7 @@ def add_eval(commands: Commands) -> None:
         metavar="IMAGES",
         type=Path,
         nargs="+",
-        help="image files, and folders of them; folders in those are not searched",
+        help="image files and folders of image files; subfolders are not searched",
     )
     sub.add_argument(
         "--codecs",
@@ -192,28 +195,31 @@ def add_eval(commands: Commands) -> None:
         metavar="BPP,...",
         type=rates,
         default=[0.1, 0.15, 0.2, 0.3, 0.45],
-        help="most bits per pixel of the files; default 0.1,0.15,0.2,0.3,0.45",
+        help="upper limits on the bits per pixel of the files; default "
+        "0.1,0.15,0.2,0.3,0.45",
     )
     sub.add_argument(
         "--metrics",
         metavar="METRIC,...",
         type=names,
-        help=f"{_IMAGE_METRICS_HELP}; {_SET_METRICS_HELP}; {_METRICS_DEFAULT}, and the "
-        "patch distances of the same network",
+        help=f"of each image: {_IMAGE_METRICS_HELP}; over patches of all images: "
+        f"{_SET_METRICS_HELP}; {_METRICS_DEFAULT}, and the patch distances of the same "
+        "network",
     )
     sub.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
         default=Path("eval"),
-        help="output folder, made where it is not there; an interrupted run resumes; "
-        "default eval",
+        help="output folder, created if missing; an interrupted run resumes; for "
+        "people: OUT/summary.md, for programs: OUT/summary.json; default eval",
     )
     add_model(sub)
     sub.add_argument(
         "--anchor",
         metavar="CODEC",
-        help="codec that BD-rates are against; default avif, else the first of others",
+        help="codec that BD-rates are relative to; default: avif, else the first "
+        "codec other than semlic",
     )
     _add_weights(sub)
     sub.add_argument(
@@ -221,24 +227,24 @@ def add_eval(commands: Commands) -> None:
         metavar="N",
         type=positive_int,
         default=256,
-        help="side in pixels of the patches of metrics over all images; default 256",
+        help="side in pixels of the patches for metrics over all images; default 256",
     )
     sub.add_argument(
         "--published",
         metavar="SET",
-        help="draw the published curves over kodak, clic2020 or div2k; default: kodak, "
-        "where the images are that",
+        help="image set whose published curves are drawn: kodak, clic2020 or div2k; "
+        "default: kodak if the images are that set",
     )
     sub.add_argument(
         "--jobs",
         metavar="N",
         type=positive_int,
-        help="threads that encode; 1 for exact timings; default: one for each core",
+        help="encoding threads; 1 for exact timings; default: one per core",
     )
     sub.add_argument(
         "--remeasure",
         action="store_true",
-        help="take all metrics anew from the files; default: those that are missing",
+        help="measure all metrics again; default: only those that are missing",
     )
     add_background(sub)
 
@@ -268,6 +274,8 @@ def _eval(options: argparse.Namespace) -> int:
     print()
     for path in report.paths:
         print(path)
+    if report.replaced:
+        say(f"note: {report.replaced}: give each evaluation a folder of its own")
     skipped = report.summary.results.skipped
     for each in skipped:
         say(f"skipped {each.name}: {each.reason}")
@@ -276,7 +284,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 def add_compare(commands: Commands) -> None:
     sub = add_command(
-        commands, "compare", _compare, "show one photograph by several codecs in a page"
+        commands,
+        "compare",
+        _compare,
+        "show one photograph in several codecs on an HTML page",
     )
     sub.add_argument("input", metavar="IMAGE", type=Path, help="an image file")
     sub.add_argument(
@@ -284,20 +295,21 @@ def add_compare(commands: Commands) -> None:
         metavar="BPP",
         type=positive_float,
         default=0.15,
-        help="most bits per pixel of the first codec's file; default 0.15",
+        help="upper limit on the bits per pixel of the first codec's file; default "
+        "0.15",
     )
     sub.add_argument(
         "--out",
         metavar="PAGE",
         type=Path,
-        help="the page to write, .html; default: IMAGE with that suffix",
+        help="HTML page to write; default: IMAGE with the suffix .html",
     )
     sub.add_argument(
         "--codecs",
         metavar="CODEC,...",
         type=names,
         default=_CODECS,
-        help=f"the others get the bytes of the first one's file: {_CODECS_HELP}",
+        help=f"codecs to show, at the size of the first one's file: {_CODECS_HELP}",
     )
     sub.add_argument(
         "--metrics",
@@ -314,15 +326,24 @@ def add_compare(commands: Commands) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from semlic_jax.evaluation import compare
     from semlic_jax.evaluation.entrants import entrants
-    from semlic_jax.evaluation.measures import Measures, default_metrics
+    from semlic_jax.evaluation.measures import (
+        SET_METRICS,
+        Measures,
+        default_metrics,
+    )
     from semlic_jax.images import check_outputs, write_file
     from semlic_jax.objectives.metrics import IMAGE_METRICS
 
     output = options.out or options.input.with_suffix(".html")
-    photograph = read_input(options)
     check_not_inputs([options.input], [output])
-    check_outputs([output], force=options.force)
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"expected an output named .html or .htm, found {output}")
     metrics = options.metrics
+    of_sets = [name for name in metrics or () if name in SET_METRICS]
+    if of_sets:
+        raise ValueError(f"{of_sets[0]} is measured over many images: use semlic eval")
+    photograph = read_input(options)
+    check_outputs([output], force=options.force)
     if metrics is None:
         found, notes = default_metrics(options.weights)
         metrics = [name for name in found if name in IMAGE_METRICS]
@@ -343,6 +364,9 @@ def _compare(options: argparse.Namespace) -> None:
             measures,
             icc_profile=photograph.icc_profile,
         )
+    for each in shown:
+        if each.note:
+            say(f"note: {each.label}: {each.note}")
     # A name that is no UTF-8 is shown with question marks: the page is all UTF-8.
     write_file(output, page.encode(errors="replace"), force=options.force)
     print(compare.table(shown, measures))

@@ -49,7 +49,7 @@ def add_programs(commands: Commands) -> None:
     # These two read their own options, `--help` too.
     for name, run, text in (
         ("train", _train, "train a model (needs the extra `train`)"),
-        ("pack", _pack, "turn photographs into array_record files, for training"),
+        ("pack", _pack, "pack photographs into array_record files, for training"),
     ):
         sub = commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
         sub.set_defaults(run=run, program=name)
@@ -66,10 +66,10 @@ def _train(options: argparse.Namespace) -> None:
     train.main(options.rest)
 
 
-def _pack(options: argparse.Namespace) -> None:
+def _pack(options: argparse.Namespace) -> int:
     from semlic_jax.training import pack
 
-    pack.main(options.rest)
+    return pack.main(options.rest)
 
 
 def add_convert(commands: Commands) -> None:
@@ -77,14 +77,16 @@ def add_convert(commands: Commands) -> None:
         commands,
         "convert",
         _convert_features,
-        "turn files of others into files of ours",
+        "convert published weights and checkpoints",
     )
     kinds = sub.add_subparsers(metavar="WHAT", required=True)
 
     def convert(
         name: str, run: Callable[[Any], int | None], text: str
     ) -> argparse.ArgumentParser:
-        kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        kind = kinds.add_parser(
+            name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False
+        )
         kind.set_defaults(run=run, command=kind)
         kind.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP
@@ -94,33 +96,39 @@ def add_convert(commands: Commands) -> None:
     kind = convert(
         "features",
         _convert_features,
-        "weights of feature networks, LPIPS heads, DISTS, as published",
+        "convert published weights of feature networks, LPIPS heads or DISTS",
     )
     kind.add_argument(
         "inputs",
         metavar="SRC",
         type=Path,
         nargs="+",
-        help="weights as they are published: .pth, .pt, .npz or model.json",
+        help="file of published weights: .pth, .pt, .npz or model.json",
     )
     kind.add_argument(
-        "output", metavar="OUT", type=Path, help="a folder; for one SRC also an .npz"
+        "output",
+        metavar="OUT",
+        type=Path,
+        help="output folder, or an .npz file for a single SRC",
     )
     kind.add_argument(
         "--network",
         metavar="NAME",
-        help="what SRC is: squeezenet1_0, vgg16, lpips_alex, dists and others; "
-        "default: recognised",
+        help="what SRC contains: squeezenet1_0, vgg16, lpips_alex, dists and others; "
+        "default: detected from the file",
     )
     add_force(kind)
 
     kind = convert(
         "neuralcompression",
         _convert_neuralcompression,
-        "an MS-ILLM or No-GAN checkpoint; its files decode only on one machine",
+        "convert an MS-ILLM or No-GAN checkpoint; files of the model decode only on "
+        "the machine that made them",
     )
-    kind.add_argument("input", metavar="CKPT", type=Path, help="the checkpoint, .ckpt")
-    kind.add_argument("output", metavar="OUT", type=Path, help="a model file, .npz")
+    kind.add_argument("input", metavar="CKPT", type=Path, help="checkpoint file, .ckpt")
+    kind.add_argument(
+        "output", metavar="OUT", type=Path, help="model file to write, .npz"
+    )
     add_force(kind)
 
 
@@ -150,6 +158,6 @@ def _convert_neuralcompression(options: argparse.Namespace) -> None:
         f"{model.fingerprint().hex()[:8]}"
     )
     say(
-        "note: its entropy networks work in floats, so its files decode only on the "
-        "machine that made them"
+        "note: the model's entropy networks use floating point, so its files decode "
+        "only on the machine that made them"
     )

@@ -95,13 +95,13 @@ class Report:
             )
         for row in self.rows[1:]:
             if row.file_bytes > self.rows[0].file_bytes:
-                lines.append(f"{row.name} has no smaller file of this image")
+                lines.append(f"{row.name} cannot make a smaller file of this image")
         lines.append(
             f"first calls in this process: compress {self.first_compress_s:.2f} s, "
             f"decompress {self.first_decompress_s:.2f} s"
         )
         lines.append(
-            "`semlic decompress` as a new process, all in all: "
+            "`semlic decompress` as a new process, in total: "
             f"{self.process_decompress_s:.2f} s"
         )
         return "\n".join(lines)

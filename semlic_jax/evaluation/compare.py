@@ -48,6 +48,7 @@ class Shown:
       values: metric to its value.
       gaps: "file" or metric to the reason why there is none.
       bits: bits per block of 16 x 16 pixels, float64 [h, w], or None.
+      note: where the file is far below the rate, how large it can get.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Shown:
     values: dict[str, float] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
     bits: np.ndarray | None = None
+    note: str = ""
 
 
 def compare(
@@ -95,7 +97,7 @@ def compare(
             "suffix": entrant.suffix,
         }
         try:
-            encoded = _nearest(entrant, pixels, rate)
+            encoded, note = _nearest(entrant, pixels, rate)
             start_s = time.perf_counter()
             image = entrant.decode(encoded.data)
             decode_s = time.perf_counter() - start_s
@@ -120,22 +122,24 @@ def compare(
                 values=values,
                 gaps=gaps | failed,
                 bits=bits,
+                note=note,
             )
         )
     if not any(each.data for each in shown):
         first = shown[0]
         raise ValueError(
-            f"no codec makes a file of {bpp:g} bpp; {first.label}: {first.gaps['file']}"
+            f"no codec reaches {bpp:g} bpp on this image; {first.label}: "
+            f"{first.gaps['file']}"
         )
     return shown
 
 
-def _nearest(entrant: Entrant, pixels: np.ndarray, rate: float) -> Encoded:
-    """The best file of at most this rate, even if the codec's files end far below."""
+def _nearest(entrant: Entrant, pixels: np.ndarray, rate: float) -> tuple[Encoded, str]:
+    """The best file of at most this rate; a note if the codec's files end far below."""
     try:
-        return entrant.fitter(pixels)(rate)
+        return entrant.fitter(pixels)(rate), ""
     except TooSmallError as error:
-        return error.encoded
+        return error.encoded, f"{error}, less than {rate:.3f} bpp"
 
 
 def page(

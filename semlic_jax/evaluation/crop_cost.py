@@ -54,7 +54,7 @@ def crop_cost(
         rows, columns = (length // side for length in image.shape[:2])
         if rows * columns < 2:
             raise ValueError(
-                f"expected images of two tiles of {side} pixels at least, found "
+                f"expected images that hold at least two tiles of {side} pixels, found "
                 f"{image.shape[1]}x{image.shape[0]}"
             )
         whole.append(image[: rows * side, : columns * side])
@@ -85,9 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m semlic_jax.evaluation.crop_cost",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument("model", help="a name or a file")
+    parser.add_argument("model", help="name or path of a model")
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--side", type=int, default=128, help="default 128")
+    parser.add_argument(
+        "--side", type=int, default=128, help="side of the tiles in pixels; default 128"
+    )
     options = parser.parse_args(argv)
     if options.side < 1:
         parser.error(f"expected a side of at least 1, found {options.side}")

@@ -77,8 +77,8 @@ class Detail:
         bottom, right = self.top + self.height, self.left + self.width
         if bottom > image.shape[0] or right > image.shape[1]:
             raise ValueError(
-                f"expected a part of {self.path.name}, {image.shape[1]} x "
-                f"{image.shape[0]}, found one that reaches to {right}, {bottom}"
+                f"expected a part inside {self.path.name}, {image.shape[1]} x "
+                f"{image.shape[0]}, found one that extends to {right}, {bottom}"
             )
         return image[self.top : bottom, self.left : right]
 
@@ -188,14 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw the picture; return the exit status, 1 for a refusal."""
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.crops",
-        description="Details of photographs as several codecs show them.",
+        description="Draw details of photographs as several codecs show them.",
     )
     parser.add_argument("details", nargs="+", metavar="PHOTO:x,y,width,height")
     parser.add_argument("--codecs", default=_CODECS)
     parser.add_argument("--bpp", type=float, default=0.15)
     parser.add_argument("--model", default="small")
     parser.add_argument("--out", type=Path, default=Path("crops.png"))
-    parser.add_argument("--force", action="store_true", help="replace the picture")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing picture"
+    )
     options = parser.parse_args(argv)
 
     def work(progress: Progress) -> list[Path]:

@@ -6,8 +6,9 @@ It needs only the core of the package, so that `make demo` installs little.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -135,8 +136,48 @@ def run_demo(
       The paths, and what each codec made: the original first, then semlic.
     """
     outputs = Outputs.of(folder, stem)
+    with _made_folder(folder):
+        check_outputs(outputs.paths(), force=force)
+        candidates, data = _candidates(codec, photograph, bpp, progress, note)
+        progress("drawing the comparison")
+        picture = np.asarray(draw_comparison(candidates, stem))
+        decoded, icc_profile = candidates[1].image, photograph.icc_profile
+        write_file(outputs.file, data, force=force)
+        write_file(
+            outputs.decoded,
+            encode_image(decoded, ".png", icc_profile=icc_profile),
+            force=force,
+        )
+        write_file(
+            outputs.comparison,
+            encode_image(picture, ".png", icc_profile=icc_profile),
+            force=force,
+        )
+    return outputs, candidates
+
+
+@contextlib.contextmanager
+def _made_folder(folder: Path) -> Iterator[None]:
+    """Create a folder; it goes again where the work fails and leaves it empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    check_outputs(outputs.paths(), force=force)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one is not empty
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _candidates(
+    codec: Codec,
+    photograph: Photograph,
+    bpp: float,
+    progress: Callable[[str], None],
+    note: Callable[[str], None],
+) -> tuple[list[Candidate], bytes]:
+    """What each codec makes of the photograph, and the file of semlic."""
     original = photograph.pixels
     progress("compressing with semlic")
     start_s = time.perf_counter()
@@ -162,21 +203,7 @@ def run_demo(
             candidates.append(_rival(classical_codec(name), original, len(data)))
         except FAILURES as error:
             note(f"{name} is left out: {reason_of(error)}")
-    progress("drawing the comparison")
-    picture = np.asarray(draw_comparison(candidates, stem))
-    icc_profile = photograph.icc_profile
-    write_file(outputs.file, data, force=force)
-    write_file(
-        outputs.decoded,
-        encode_image(decoded, ".png", icc_profile=icc_profile),
-        force=force,
-    )
-    write_file(
-        outputs.comparison,
-        encode_image(picture, ".png", icc_profile=icc_profile),
-        force=force,
-    )
-    return outputs, candidates
+    return candidates, data
 
 
 def _rival(codec: ClassicalCodec, original: np.ndarray, max_bytes: int) -> Candidate:
@@ -287,7 +314,7 @@ def _draw_title(
     draw.text(
         (_MARGIN + draw.textlength(title, font=_font(30)) + 18, 33),
         f"{width} x {height}, every codec at {budget.file_bytes:,} bytes or its "
-        f"nearest below ({budget.bpp:.3f} bits per pixel). "
+        f"nearest size below ({budget.bpp:.3f} bits per pixel). "
         "Below: the framed part, pixel for pixel.",
         _FAINT,
         font=_font(20),

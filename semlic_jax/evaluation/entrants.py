@@ -211,13 +211,16 @@ def _classical_identity(key: str, codec: ClassicalCodec) -> str:
         version = f"Pillow {PIL.__version__}"
         if library:
             version += f", {library} {features.version(library)}"
-    return f"{inspect.getdoc(type(codec))} {version}, {_code_digest(type(codec))}"
+    return f"{inspect.getdoc(type(codec))} {version}, {code_digest(type(codec))}"
 
 
-def _code_digest(kind: type) -> str:
-    """Digest of the source of a class and its bases, or of their names without it."""
+def code_digest(kind: type | Callable[..., Any]) -> str:
+    """Digest of the source of a function, or of a class and its bases.
+
+    Of their names where there is no source.
+    """
     digest = hashlib.sha256()
-    for each in kind.__mro__[:-1]:
+    for each in kind.__mro__[:-1] if isinstance(kind, type) else (kind,):
         try:
             code = inspect.getsource(each)
         except (OSError, TypeError):
@@ -367,7 +370,7 @@ def entrants(names: Sequence[str], *, model: str = "small") -> list[Entrant]:
     for index, entrant in enumerate(found):
         if any(entrant.key == other.key for other in found[:index]):
             raise ValueError(
-                f"two models are called {entrant.key}: rename a model file"
+                f"two models have the name {entrant.key}: rename one of the model files"
             )
     return found
 

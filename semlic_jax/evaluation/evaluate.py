@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +10,36 @@ from pathlib import Path
 
 from semlic_jax.evaluation.entrants import entrants
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.measures import PATCH_SIDE, Measures, default_metrics
+from semlic_jax.evaluation.journal import alone_in
+from semlic_jax.evaluation.measures import (
+    PATCH_SIDE,
+    SET_METRICS,
+    Measures,
+    default_metrics,
+)
+from semlic_jax.evaluation.plots import require_matplotlib, write_plots
 from semlic_jax.evaluation.published import curves_beside, published_curves
+from semlic_jax.evaluation.results import Results, read_results
 from semlic_jax.evaluation.summary import Summary, summarise
 from semlic_jax.evaluation.sweep import check_rates, run_sweep
 from semlic_jax.evaluation.tables import markdown
 from semlic_jax.images import write_file
+from semlic_jax.objectives.metrics import IMAGE_METRICS
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found, and the files for people that it wrote."""
+    """What `evaluate` found, and the files for people that it wrote.
+
+    Attributes:
+      summary: its tables.
+      paths: the files.
+      replaced: a sentence where tables of other images or codecs stood in the folder.
+    """
 
     summary: Summary
     paths: tuple[Path, ...]
+    replaced: str = ""
 
 
 def evaluate(
@@ -63,10 +78,7 @@ def evaluate(
       ValueError: something that was asked for is unknown or missing here; raised before
         any work is done, where that is possible.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'semlic_jax[eval]'")
-    from semlic_jax.evaluation.plots import write_plots
-
+    require_matplotlib()
     paths = list_images(inputs)
     rates = check_rates(rates)
     if image_set is not None:
@@ -82,27 +94,62 @@ def evaluate(
             f"{', '.join(each.key for each in contestants)}"
         )
     measures = Measures(metrics, weights, patch_side=patch_side)
-    results = run_sweep(
-        paths,
-        contestants,
-        rates,
-        measures,
-        out,
-        jobs=jobs,
-        background=background,
-        remeasure=remeasure,
-        notes=notes,
-        progress=progress,
-    )
-    published = curves_beside(results, image_set)
-    progress("BD-rates")
-    summary = summarise(results, anchor, published=published)
-    progress("plots")
-    plots = write_plots(results, out / "plots", published)
-    tables = out / "summary.md"
-    text = f"{markdown(summary)}\n".encode("utf-8", "surrogateescape")
-    write_file(tables, text, force=True)
-    facts = json.dumps(summary.facts(), indent=1).encode()
-    write_file(out / "summary.json", facts, force=True)
+    with alone_in(out):
+        earlier = _earlier(out)
+        results = run_sweep(
+            paths,
+            contestants,
+            rates,
+            measures,
+            out,
+            jobs=jobs,
+            background=background,
+            remeasure=remeasure,
+            notes=notes,
+            progress=progress,
+            alone=True,
+        )
+        published = curves_beside(results, image_set)
+        progress("BD-rates")
+        summary = summarise(results, anchor, published=published)
+        progress("plots")
+        _remove_plots(out / "plots", earlier)
+        plots = write_plots(results, out / "plots", published)
+        tables = out / "summary.md"
+        text = f"{markdown(summary)}\n".encode("utf-8", "surrogateescape")
+        write_file(tables, text, force=True)
+        facts = json.dumps(summary.facts(), indent=1).encode()
+        write_file(out / "summary.json", facts, force=True)
     pictures = [path for path in plots if path.name == "rd_all.png"]
-    return Report(summary, (out / "results.csv", tables, *pictures))
+    replaced = _replaced(earlier, results, out)
+    return Report(summary, (out / "results.csv", tables, *pictures), replaced)
+
+
+def _earlier(out: Path) -> Results | None:
+    """The results that a folder holds, if any can be read."""
+    try:
+        return read_results(out)
+    except (OSError, ValueError):
+        return None
+
+
+def _remove_plots(folder: Path, earlier: Results | None) -> None:
+    """Remove the plots of earlier evaluations, which may be of other metrics."""
+    known = [*IMAGE_METRICS, *SET_METRICS, *(earlier.metrics if earlier else ())]
+    for name in {"all", *known}:
+        for kind in ("png", "svg"):
+            (folder / f"rd_{name}.{kind}").unlink(missing_ok=True)
+
+
+def _replaced(earlier: Results | None, results: Results, out: Path) -> str:
+    """Say that tables of other images, or of codecs that are now missing, are gone."""
+    if earlier is None:
+        return ""
+    of = []
+    if earlier.set_sha256() != results.set_sha256():
+        of.append("another set of images")
+    if earlier.codecs.items() - results.codecs.items():
+        of.append("other codecs")
+    if not of:
+        return ""
+    return f"tables of {' and '.join(of)} were replaced in {out}"

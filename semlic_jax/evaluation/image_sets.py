@@ -35,10 +35,10 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
         elif given.exists():
             found.append(given)
         else:
-            raise ValueError(f"there is no image or folder {given}")
+            raise ValueError(f"{given} does not exist")
     if not found:
         left_out = sum(len(folders_left_out(given)) for given in inputs)
-        deeper = f" ({left_out} folders inside are not looked into)" if left_out else ""
+        deeper = f" ({left_out} subfolders are not searched)" if left_out else ""
         raise ValueError(f"no image files in {', '.join(map(str, inputs))}{deeper}")
     return list(dict.fromkeys(found))
 

@@ -1,41 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of a sweep: a line of JSON for each thing that was done."""
+"""The journal of a sweep: a line of JSON for each thing that was done.
+
+The folder of a sweep is locked by its journal.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+JOURNAL = "journal.jsonl"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other evaluations out of a folder, which is created if it is missing.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+      ValueError: the folder holds something else, or another evaluation is running in
+        it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / JOURNAL
+    if not path.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"expected {folder} to be empty or an earlier evaluation, found other files"
+        )
+    with open(path, "ab") as stream:
+        if fcntl is not None:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another evaluation is running in {folder}") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 class Journal:
     """A record of what was done so far: a file of JSON lines, kept across runs.
 
     Args:
-      path: the file, read if it exists; a last line that was cut off is ignored.
+      path: the file, read if it exists; damaged lines are ignored, as is a last one
+        that was cut off.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, dict[str, Any]] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text("utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                     self._known[record["key"]] = record
-                except (json.JSONDecodeError, KeyError, TypeError):
+                # RecursionError: of brackets in brackets.
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         # A line that was cut off must not swallow the next one.
         self._prefix = "\n" if path.exists() and path.stat().st_size else ""
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The last record of this key, or None."""
-        return self._known.get(key)
+    def get(self, key: str, *needed: str) -> dict[str, Any] | None:
+        """The last record of this key; None without one, or if it lacks an entry."""
+        record = self._known.get(key)
+        return record if record and record.keys() >= set(needed) else None
 
     def put(self, key: str, record: dict[str, Any]) -> None:
         """Add a record; it is on disk when this returns."""
         record = {"key": key, **record}
         self._known[key] = record
-        with open(self._path, "a") as stream:
+        with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(f"{self._prefix}{json.dumps(record)}\n")
         self._prefix = ""

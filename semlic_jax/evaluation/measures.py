@@ -15,18 +15,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import inspect
+import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from semlic_jax.evaluation.codecs import FAILURES, reason_of
+from semlic_jax.evaluation.entrants import code_digest
 from semlic_jax.evaluation.results import MetricFacts
+from semlic_jax.images import write_file
 from semlic_jax.objectives.distribution_metrics import (
     PATCH_SIDE,
     FeatureStatistics,
@@ -152,7 +157,9 @@ class Measures:
                     f"unknown metric {name!r}: expected some of {', '.join(known)}"
                 )
         if patch_side < 32:
-            raise ValueError(f"expected patches of at least 32 pixels: {patch_side}")
+            raise ValueError(
+                f"expected patches of at least 32 pixels, found {patch_side}"
+            )
         self.patch_side = patch_side
         # Loaded one by one, so that any of them can be measured alone.
         self._of_images = {
@@ -218,7 +225,16 @@ class Measures:
         }
 
     def identity(self, metric: str) -> str:
-        """A text that changes when the values of a metric of images would."""
+        """A text that changes when the values of a metric of images would.
+
+        It is of the metric's own function or class, of its weights and its package; not
+        of the functions that it calls.
+        """
+        loaded = self._of_images.get(metric)
+        code = code_digest(_own_code(loaded._functions[metric])) if loaded else ""
+        return f"{self._weights_of(metric)} {code}"
+
+    def _weights_of(self, metric: str) -> str:
         if metric == "ssimulacra2":
             return metadata.version("ssimulacra2")
         if metric in (*_WITHOUT_NETWORKS, _LATTICE):
@@ -302,6 +318,11 @@ class Measures:
         return values, gaps, patches
 
 
+def _own_code(metric: Callable[..., Any]) -> type | Callable[..., Any]:
+    """The function that a metric is, or the class that it is of."""
+    return metric if inspect.isfunction(inspect.unwrap(metric)) else type(metric)
+
+
 _embed = jax.jit(FeatureNetwork.embed)
 
 
@@ -319,6 +340,23 @@ def _statistics(features: Sequence[np.ndarray]) -> FeatureStatistics:
     statistics = FeatureStatistics(rows.shape[1])
     statistics.update(rows, range(len(rows)))
     return statistics
+
+
+def write_features(path: Path, features: np.ndarray) -> None:
+    """Write the features of an image, replacing older ones; the folder is created."""
+    stream = io.BytesIO()
+    np.save(stream, features, allow_pickle=False)
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, stream.getvalue(), force=True)
+
+
+def read_features(path: Path) -> np.ndarray | None:
+    """Features float [patches, D], or None where the file is missing or damaged."""
+    try:
+        found = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        return found if found.ndim == 2 and found.dtype.kind == "f" else None
+    except Exception:  # what is no .npy raises errors of many kinds
+        return None
 
 
 @functools.cache

@@ -28,8 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
 import semlic_jax
 from semlic_jax.evaluation.entrants import (
     Entrant,
@@ -40,9 +38,9 @@ from semlic_jax.evaluation.entrants import (
 from semlic_jax.evaluation.evaluate import Report, evaluate
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import PATCH_SIDE, Measures, feature_metrics
-from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.region_figure import FOREGROUNDS, figure6
-from semlic_jax.evaluation.results import Results
+from semlic_jax.evaluation.results import Results, Skipped
 from semlic_jax.evaluation.studies import (
     Progress,
     numbers,
@@ -55,6 +53,8 @@ from semlic_jax.evaluation.tables import bd_table
 from semlic_jax.images import write_file
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from semlic_jax.refinement import Settings
 
 _PAPER_METRICS = ("fid", "kid", "dists")
@@ -123,10 +123,11 @@ def ablation(
     weights: str | Path | None = None,
     patch_side: int = PATCH_SIDE,
     progress: Progress = lambda text: None,
+    skipped: list[Skipped] | None = None,
 ) -> Path:
     """The table of ablations: bits against the first model at equal metric.
 
-    Args: see `rd`.
+    Args: see `rd`; images that are left out are appended to `skipped`.
 
     Returns:
       the table, in Markdown.
@@ -135,7 +136,7 @@ def ablation(
       ValueError: fewer than two models.
     """
     if len(models) < 2:
-        raise ValueError(f"an ablation needs two models or more, found {len(models)}")
+        raise ValueError(f"an ablation needs at least two models, found {len(models)}")
     names = [f"semlic:{Path(model).stem}" for model in models]
     report = evaluate(
         images,
@@ -161,6 +162,8 @@ def ablation(
             report.summary, report.summary.bd_rates, lambda found: title(found.codec)
         ),
     ]
+    if skipped is not None:
+        skipped += report.summary.results.skipped
     path = out / "ablation.md"
     write_file(path, ("\n".join(lines) + "\n").encode(), force=True)
     return path
@@ -177,6 +180,7 @@ def figure5(
     weights: str | Path | None = None,
     patch_side: int = PATCH_SIDE,
     progress: Progress = lambda text: None,
+    skipped: list[Skipped] | None = None,
 ) -> list[Path]:
     """Refinement with several weights: PSNR against the Fréchet distance.
 
@@ -187,12 +191,14 @@ def figure5(
       bpp: rate of all files.
       refine: preset or steps, whose weights are varied.
       factors: of alpha with gamma as it is, and of gamma with alpha as it is.
+      skipped: images that are left out are appended to it.
 
     Returns:
       the plot as PNG and SVG, and its numbers.
     """
     from semlic_jax import refinement
 
+    require_matplotlib()
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
     settings = refinement.preset(refine)
@@ -213,6 +219,8 @@ def figure5(
         jobs=1,  # each refinement takes all cores
         progress=progress,
     )
+    if skipped is not None:
+        skipped += results.skipped
     figure = _draw_figure5(results, series, metric, bpp)
     return write_figure(figure, out / "figure5") + [out / "results.csv"]
 
@@ -238,7 +246,7 @@ def _draw_figure5(
         found = [curve(results, codec, m).points for m in ("psnr_db", metric)]
         return (found[0][0].value, found[1][0].value) if all(found) else None
 
-    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    figure = new_figure(figsize=(7.0, 5.0), layout="constrained")
     axes = figure.add_subplot()
     # Points of both often fall together: labels of one above, of the other below.
     styles = {"alpha": ("#0072B2", "s", (5, 6)), "gamma": ("#D55E00", "o", (5, -14))}
@@ -278,7 +286,8 @@ def _draw_figure5(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.paper",
-        description="The tables and figures of the paper, over any images and models.",
+        description="Make the tables and figures of the paper, over any images and "
+        "models.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -318,10 +327,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
+def _run(
+    options: argparse.Namespace, skipped: list[Skipped], progress: Progress
+) -> Sequence[Path]:
     if options.command == "rd":
         entrants(_RIVALS)  # one that is missing here is named before the work
-        return rd(
+        report = rd(
             options.images,
             options.models,
             options.out,
@@ -330,7 +341,9 @@ def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
             weights=options.weights,
             patch_side=options.patch,
             progress=progress,
-        ).paths
+        )
+        skipped += report.summary.results.skipped
+        return report.paths
     if options.command == "ablation":
         table = ablation(
             options.images,
@@ -340,6 +353,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
             weights=options.weights,
             patch_side=options.patch,
             progress=progress,
+            skipped=skipped,
         )
         return [table]
     if options.command == "figure5":
@@ -353,6 +367,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
             weights=options.weights,
             patch_side=options.patch,
             progress=progress,
+            skipped=skipped,
         )
     return figure6(
         options.image,
@@ -368,9 +383,11 @@ def _run(options: argparse.Namespace, progress: Progress) -> Sequence[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status, 1 for a refusal."""
+    """Runs one command; returns the exit status, see `run_study`."""
     options = _parser().parse_args(argv)
-    return run_study("paper", partial(_run, options), shown=["ablation.md"])
+    skipped: list[Skipped] = []
+    work = partial(_run, options, skipped)
+    return run_study("paper", work, shown=["ablation.md"], skipped=skipped)
 
 
 if __name__ == "__main__":

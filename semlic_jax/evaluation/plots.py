@@ -8,20 +8,21 @@ in grey. Published curves are thin, dashed and grey.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from semlic_jax.evaluation.published import PublishedCurve
 from semlic_jax.evaluation.results import Results
 from semlic_jax.evaluation.summary import curve
 from semlic_jax.images import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours except yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -43,6 +44,30 @@ _STYLE: Any = {
     "svg.hashsalt": "semlic",  # the same plot is the same file
 }
 _WIDTH, _HEIGHT, _DPI = 6.4, 4.6, 160
+
+
+def require_matplotlib() -> None:
+    """Refuse where matplotlib is not installed; nothing imports it before it draws.
+
+    Raises:
+      ValueError: says how to install it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'semlic_jax[eval]'")
+
+
+def new_figure(**options: Any) -> Figure:
+    """An empty figure; see `matplotlib.figure.Figure`."""
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+def _styled() -> Any:
+    """A context in which figures have the style of all plots."""
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
 
 
 def style_of(codec: str, codecs: Sequence[str]) -> dict[str, Any]:
@@ -80,8 +105,8 @@ def plot_metric(
       published: curves over the same images.
       title: title of the plot.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    with _styled():
+        figure = new_figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         _draw(axes, results, metric, published)
         axes.legend(fontsize=9)
@@ -97,9 +122,9 @@ def plot_overview(
     metrics = [m for m in results.metrics if _has_points(results, m)]
     columns = min(3, len(metrics)) or 1
     rows = math.ceil(len(metrics) / columns) or 1
-    with matplotlib.rc_context(_STYLE):
+    with _styled():
         size = (4.6 * columns, 3.7 * rows + 0.8)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = new_figure(figsize=size, layout="constrained")
         handles: dict[str, Any] = {}
         for index, metric in enumerate(metrics):
             axes = figure.add_subplot(rows, columns, index + 1)
@@ -167,7 +192,7 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
     """Bytes of a figure's file, "png" or "svg"; the same each time."""
     stream = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(_STYLE):
+    with _styled():
         figure.savefig(stream, format=kind, dpi=_DPI, metadata=metadata)
     return stream.getvalue()
 

@@ -103,8 +103,8 @@ def torch_stepper(
     config = codec.config
     if not isinstance(config, ModelConfig):
         raise ValueError(
-            f"expected a model that is no converted one, found {config.name}: give "
-            "--no-torch"
+            f"the comparison with PyTorch needs a model that was not converted, found "
+            f"{config.name}: give --no-torch"
         )
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     params = jax.tree.map(np.asarray, codec.twin_params())
@@ -292,20 +292,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status, 1 for a refusal."""
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.refinement_benchmark",
-        description="Steps per second of refinement, beside a plain PyTorch loop.",
+        description="Measure steps per second of refinement, beside a plain PyTorch "
+        "loop.",
     )
     parser.add_argument(
-        "images", type=Path, nargs="*", help="default: the packaged one"
+        "images", type=Path, nargs="*", help="photographs; default: the packaged one"
     )
     parser.add_argument("--model", default="small")
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5, help="of one measurement")
+    parser.add_argument("--steps", type=int, default=5, help="steps of one measurement")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--features", metavar="PATH", help="measure perceptual terms")
+    parser.add_argument(
+        "--features",
+        metavar="PATH",
+        help="feature weights: measure with perceptual terms",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--no-torch", action="store_true")
-    parser.add_argument("--json", type=Path, help="where to write the facts")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args(argv)
     try:
         facts = json.dumps(measure(options), indent=2)

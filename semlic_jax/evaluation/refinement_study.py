@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import semlic_jax
 from semlic_jax.evaluation.entrants import (
@@ -38,8 +37,8 @@ from semlic_jax.evaluation.entrants import (
 )
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
-from semlic_jax.evaluation.plots import write_figure
-from semlic_jax.evaluation.results import MetricFacts, Results, Row
+from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
+from semlic_jax.evaluation.results import MetricFacts, Results, Row, Skipped
 from semlic_jax.evaluation.settings_study import (
     USUAL_TRIES,
     parse_try,
@@ -58,6 +57,8 @@ from semlic_jax.images import write_file
 from semlic_jax.objectives.bd_rates import LEAST_POINTS, RateCurve, bd_rate
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from semlic_jax.refinement import Settings
 
 _PLAIN, _REFINED = "semlic", "refined"
@@ -95,6 +96,7 @@ def gain(
     weights: str | Path | None = None,
     key: str = _REFINED,
     progress: Progress = lambda text: None,
+    skipped: list[Skipped] | None = None,
 ) -> list[Path]:
     """Files with and without refinement at equal rates.
 
@@ -109,10 +111,12 @@ def gain(
       key: of the refined files in the cache of `out`. With the name that `semlic eval`
         gives a preset, files that it has made there are not made again.
       progress: is told what is being done.
+      skipped: images that are left out are appended to it.
 
     Returns:
       the tables and the plot.
     """
+    require_matplotlib()
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
     metrics = ["psnr_db"]
@@ -135,6 +139,8 @@ def gain(
         jobs=1,  # each refinement takes all cores
         progress=progress,
     )
+    if skipped is not None:
+        skipped += results.skipped
     renamed = tuple(
         replace(row, codec=_REFINED) if row.codec == key else row
         for row in results.rows
@@ -316,7 +322,7 @@ def _percent(value: float | None) -> str:
 def _draw_gain(results: Results, gains: Sequence[ImageGain]) -> Figure:
     """Rate against each metric, with and without; below, BD-rates of the images."""
     metrics = list(results.image_metrics)
-    figure = Figure(figsize=(5.2 * len(metrics), 7.4), layout="constrained")
+    figure = new_figure(figsize=(5.2 * len(metrics), 7.4), layout="constrained")
     styles = {
         _PLAIN: ("#56B4E9", "s", "without"),
         _REFINED: ("#D55E00", "o", "refined"),
@@ -358,12 +364,15 @@ def _draw_gain(results: Results, gains: Sequence[ImageGain]) -> Figure:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.refinement_study",
-        description="What refinement gains, image by image.",
+        description="Measure what refinement gains, image by image.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("gain", "BD-rates, budgets and harm over images and rates"),
-        ("settings", "presets and other settings on crops"),
+        (
+            "gain",
+            "BD-rates, use of budgets and files that get worse, over images and rates",
+        ),
+        ("settings", "presets and other settings, on crops"),
     ):
         sub = commands.add_parser(name, help=text, allow_abbrev=False)
         sub.add_argument("images", type=Path, nargs="+")
@@ -384,13 +393,16 @@ def _parser() -> argparse.ArgumentParser:
             dest="tries",
             action="append",
             metavar="SETTINGS",
-            help="KEY=VALUE[,KEY=VALUE...], or fast, default or best, and changes; "
-            f"repeatable (default: {'; '.join(USUAL_TRIES)})",
+            help="settings to try: KEY=VALUE[,KEY=VALUE...], or a preset (fast, "
+            "default or best) with such changes; repeatable (default: "
+            f"{'; '.join(USUAL_TRIES)})",
         )
     return parser
 
 
-def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
+def _run(
+    options: argparse.Namespace, skipped: list[Skipped], progress: Progress
+) -> list[Path]:
     from semlic_jax import refinement
 
     changes = {name: getattr(options, name) for name in _WEIGHTS}
@@ -402,7 +414,11 @@ def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
         ):
             key = f"{_PLAIN}+refine:{options.refine}"
         if len(options.bpp) < LEAST_POINTS:
-            print(f"note: BD-rates need {LEAST_POINTS} rates", file=sys.stderr)
+            print(
+                f"note: BD-rates need at least {LEAST_POINTS} rates, found "
+                f"{len(options.bpp)}",
+                file=sys.stderr,
+            )
         return gain(
             options.images,
             options.out,
@@ -412,6 +428,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
             rates=options.bpp,
             weights=options.weights,
             progress=progress,
+            skipped=skipped,
         )
     features = None if options.weights is None else os.fspath(options.weights)
     tries = options.tries or USUAL_TRIES
@@ -427,10 +444,12 @@ def _run(options: argparse.Namespace, progress: Progress) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one study; returns the exit status, 1 for a refusal."""
+    """Runs one study; returns the exit status, see `run_study`."""
     options = _parser().parse_args(argv)
+    skipped: list[Skipped] = []
+    work = partial(_run, options, skipped)
     tables = ["gain.md", "settings.md"]
-    return run_study("refinement_study", partial(_run, options), shown=tables)
+    return run_study("refinement_study", work, shown=tables, skipped=skipped)
 
 
 if __name__ == "__main__":

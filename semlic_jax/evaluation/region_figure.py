@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import semlic_jax
 from semlic_jax.evaluation.entrants import refinement_identity
-from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
 from semlic_jax.images import read_photograph, write_file
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from semlic_jax.codec import Codec
     from semlic_jax.refinement import Region, Settings
 
@@ -62,9 +63,12 @@ def figure6(
     """
     from semlic_jax import refinement
 
+    require_matplotlib()
     for weight in foregrounds:
         if not 0 <= weight <= 1:
-            raise ValueError(f"expected foreground weights of 0 to 1, found {weight:g}")
+            raise ValueError(
+                f"expected foreground weights from 0 to 1, found {weight:g}"
+            )
     pixels = read_photograph(image).pixels
     mask = refinement.parse_region(region, pixels)
     progress(f"loading the model {model}")
@@ -153,7 +157,7 @@ def _draw_figure6(
     side = 3.4
     wide = columns + 2
     size = (side * wide, 2 * (side * height / width + 0.55))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(figsize=size, layout="constrained")
     names = list(pictures)
     captions = {
         name: f"{name}\n{size_bytes:,} bytes, {fg:.2f} dB inside, {bg:.2f} dB outside"

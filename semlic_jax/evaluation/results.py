@@ -223,8 +223,8 @@ def read_results(path: str | Path) -> Results:
         version = found.pop("version")
         if version != RESULTS_VERSION:
             raise ValueError(
-                f"{path} has version {version}: expected {RESULTS_VERSION}; run the "
-                "evaluation again"
+                f"expected version {RESULTS_VERSION} of {path}, found {version}: run "
+                "the evaluation again"
             )
         return Results(
             images=_tuple_of(ImageFacts, found["images"]),

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import semlic_jax
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.region_figure import (
     FOREGROUNDS,
     NO_REGION,
@@ -41,6 +40,8 @@ from semlic_jax.evaluation.tables import table
 from semlic_jax.images import read_photograph, write_file
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from semlic_jax.refinement import Settings
 
 
@@ -99,6 +100,7 @@ def roi_study(
     """
     from semlic_jax import refinement
 
+    require_matplotlib()
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
     rows: list[Row] = []
@@ -167,7 +169,7 @@ def _means(rows: Sequence[Row]) -> Means:
 
 
 def _draw(means: Means) -> Figure:
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for variant, colour, marker in (("L1", "#D55E00", "o"), ("L2", "#0072B2", "s")):
         found = [(weight, m) for (name, weight), m in means.items() if name == variant]
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.evaluation.roi_study",
-        description="What a region of interest gains, inside and outside it.",
+        description="Measure what a region of interest gains inside and loses outside.",
     )
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("roi_study"))

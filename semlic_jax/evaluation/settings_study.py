@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import semlic_jax
 from semlic_jax.evaluation.entrants import model_identity
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.journal import Journal
-from semlic_jax.evaluation.plots import write_figure
+from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
 from semlic_jax.evaluation.tables import table
 from semlic_jax.images import read_photograph, write_file
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from semlic_jax.codec import Codec
     from semlic_jax.refinement import Settings
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 USUAL_TRIES = ("fast", "default", "best", "default,method=sga")
 # Qualities of the files without refinement that a refined one is compared with.
 _LADDER = tuple(range(0, 256, 15))
+_RECORD = ("bytes", "value", "unrefined_value", "step_s", "image_s")
 _LEAST_VALUE = 1e-9  # of an image that is decoded exactly
 
 
@@ -154,6 +156,7 @@ def settings_study(
     """
     from semlic_jax.refinement.settings import REVISION
 
+    require_matplotlib()
     objectives = {name: objective_name(settings) for name, settings in tries.items()}
     crops = [
         _Crop(path.name, _middle(path, crop), bpp[i % len(bpp)])
@@ -172,7 +175,7 @@ def settings_study(
             done = f"{len(trials)}/{len(crops) * len(tries)}"
             image = f"{own.pixels.shape} {own.digest}"
             ladder_key = f"{identity} ladder {objectives[name]} {image}"
-            ladder = journal.get(ladder_key)
+            ladder = journal.get(ladder_key, "bytes", "values")
             if ladder is None:
                 progress(f"{done}: {own.name} without refinement")
                 ladder = _ladder(codec, own.pixels, settings)
@@ -180,7 +183,7 @@ def settings_study(
             plain = dataclasses.replace(settings, features=None)
             made = f"{identity} refinement {REVISION} {plain}"
             key = f"{made} {objectives[name]} {own.bpp:g} {image}"
-            record = journal.get(key)
+            record = journal.get(key, *_RECORD)
             if record is None:
                 progress(f"{done}: {own.name} with {name}")
                 record = _refine(codec, own, settings)
@@ -310,7 +313,7 @@ def _text(heading: str, means: Sequence[_Mean]) -> str:
 
 
 def _draw_settings(means: Sequence[_Mean]) -> Figure:
-    figure = Figure(figsize=(7.0, 1.2 + 0.28 * len(means)), layout="constrained")
+    figure = new_figure(figsize=(7.0, 1.2 + 0.28 * len(means)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(
         [mean.settings for mean in means],

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from semlic_jax.terminal import progress_line
+from semlic_jax.evaluation.results import Skipped
+from semlic_jax.terminal import REFUSED, SKIPPED, progress_line
 
 Progress = Callable[[str], None]
 
@@ -34,7 +35,11 @@ def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def run_study(
-    name: str, work: Callable[[Progress], Sequence[Path]], *, shown: Sequence[str] = ()
+    name: str,
+    work: Callable[[Progress], Sequence[Path]],
+    *,
+    shown: Sequence[str] = (),
+    skipped: Sequence[Skipped] = (),
 ) -> int:
     """Run a study from its command line.
 
@@ -43,19 +48,22 @@ def run_study(
       work: called with a function that takes texts about its progress; returns the
         files that it made.
       shown: names of those files whose content is also printed.
+      skipped: where the work puts the images that it leaves out.
 
     Returns:
-      the exit status, 1 for a refusal.
+      the exit status: 1 for a refusal, 4 where images were left out.
     """
     try:
         with progress_line() as progress:
             paths = work(progress)
     except (ValueError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return REFUSED
     for path in paths:
         if path.name in shown:
             print(path.read_text())
     for path in paths:
         print(path)
-    return 0
+    for each in skipped:
+        print(f"skipped {each.name}: {each.reason}", file=sys.stderr)
+    return SKIPPED if skipped else 0

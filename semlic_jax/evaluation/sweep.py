@@ -15,12 +15,13 @@ Threads encode files while the metrics of earlier ones are measured.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ import numpy as np
 from semlic_jax.evaluation.codecs import FAILURES, reason_of
 from semlic_jax.evaluation.entrants import Entrant
 from semlic_jax.evaluation.image_sets import readable_images
-from semlic_jax.evaluation.journal import Journal
-from semlic_jax.evaluation.measures import Measures
+from semlic_jax.evaluation.journal import JOURNAL, Journal, alone_in
+from semlic_jax.evaluation.measures import Measures, read_features, write_features
 from semlic_jax.evaluation.results import (
     CodecFacts,
     ImageFacts,
@@ -45,6 +46,8 @@ from semlic_jax.images import write_file
 
 # How many images' files may be ready and wait for their metrics; this bounds memory.
 _IMAGES_AHEAD = 2
+# What the journal tells of a file.
+_FILE_FACTS = {"path", "bytes", "sha256", "setting", "encode_s"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def check_rates(rates: Sequence[float]) -> list[float]:
         raise ValueError("expected rates in bits per pixel, found none")
     for rate in rates:
         if not 0 < rate <= 48:
-            raise ValueError(f"expected rates of 0 to 48 bits per pixel, found {rate}")
+            raise ValueError(
+                f"expected rates above 0 and up to 48 bits per pixel, found {rate}"
+            )
     if len(set(rates)) < len(rates):
         raise ValueError("a rate was given twice")
     return sorted(rates)
@@ -83,6 +88,7 @@ def run_sweep(
     remeasure: bool = False,
     notes: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
+    alone: bool = False,
 ) -> Results:
     """Encode, decode and measure; write the results into a folder and return them.
 
@@ -99,69 +105,37 @@ def run_sweep(
       remeasure: whether to measure again what was already measured.
       notes: sentences for a reader of the results.
       progress: called with a text about what is being done.
+      alone: whether the caller is `alone_in` the folder; else it is locked here.
 
     Raises:
-      ValueError: no image could be read, or the folder holds something else.
+      ValueError: no image could be read, the folder holds something else, or another
+        evaluation is running in it.
     """
     rates = check_rates(rates)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "journal.jsonl").exists() and any(out.iterdir()):
-        raise ValueError(f"the folder {out} holds something else than an evaluation")
-    sweep = _Sweep(entrants, rates, measures, out, remeasure=remeasure)
-    skipped: list[Skipped] = []
-    images: list[ImageFacts] = []
-    rows: list[Row] = []
-    clock = _Clock(len(paths), progress)
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        waiting: deque[tuple[ImageFacts, np.ndarray, list[Future[list[_File]]]]] = (
-            deque()
+    with contextlib.nullcontext() if alone else alone_in(out):
+        sweep = _Sweep(entrants, rates, measures, out, remeasure=remeasure)
+        skipped: list[Skipped] = []
+        loaded = readable_images(paths, background, skipped)
+        images, rows = sweep.run(loaded, jobs, _Clock(len(paths), progress))
+        if not images:
+            raise ValueError(
+                f"none of the {len(paths)} images could be read; the first: "
+                f"{skipped[0].reason}"
+            )
+        progress("distances of the sets")
+        notes = [*notes, *_left_out(images, measures)]
+        results = Results(
+            images=tuple(images),
+            skipped=tuple(skipped),
+            codecs={e.key: CodecFacts(e.label, e.identity) for e in entrants},
+            image_metrics=measures.image_metrics,
+            set_metrics=measures.set_metrics,
+            rows=tuple(rows),
+            set_rows=tuple(sweep.measure_sets(images)) if measures.set_metrics else (),
+            notes=tuple(notes),
         )
-
-        def measure_one() -> None:
-            image, pixels, encoded = waiting.popleft()
-            for entrant, future in zip(entrants, encoded, strict=True):
-                clock.say(f"{image.name}, {entrant.key}")
-                for rate, file in zip(rates, future.result(), strict=True):
-                    rows.append(sweep.measure(image, pixels, entrant, rate, file))
-            images.append(image)
-            clock.one_done()
-
-        try:
-            for loaded in readable_images(paths, background, skipped):
-                image, pixels = loaded
-                encoded = [
-                    pool.submit(sweep.encode, image, pixels, entrant)
-                    for entrant in entrants
-                ]
-                if jobs == 1:  # nothing else runs while a file is timed
-                    wait(encoded)
-                waiting.append((image, pixels, encoded))
-                if len(waiting) > _IMAGES_AHEAD:
-                    measure_one()
-            while waiting:
-                measure_one()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    if not images:
-        raise ValueError(
-            f"none of the {len(paths)} images could be read; the first: "
-            f"{skipped[0].reason}"
-        )
-    progress("distances of the sets")
-    notes = [*notes, *_left_out(images, measures)]
-    results = Results(
-        images=tuple(images),
-        skipped=tuple(skipped),
-        codecs={e.key: CodecFacts(e.label, e.identity) for e in entrants},
-        image_metrics=measures.image_metrics,
-        set_metrics=measures.set_metrics,
-        rows=tuple(rows),
-        set_rows=tuple(sweep.measure_sets(images)) if measures.set_metrics else (),
-        notes=tuple(notes),
-    )
-    write_results(results, out)
-    return results
+        write_results(results, out)
+        return results
 
 
 def _left_out(images: Sequence[ImageFacts], measures: Measures) -> list[str]:
@@ -221,7 +195,7 @@ class _Sweep:
     ) -> None:
         self._entrants, self._rates, self._measures = entrants, rates, measures
         self._out = out
-        self._journal = Journal(out / "journal.jsonl")
+        self._journal = Journal(out / JOURNAL)
         self._journal.put("sweep", {"started": time.strftime("%Y-%m-%dT%H:%M:%S")})
         self._remeasure = remeasure
         self._remeasured: set[str] = set()
@@ -229,6 +203,47 @@ class _Sweep:
         self._features: dict[tuple[str, float], dict[str, dict[str, Path] | str]] = {}
         self._bpps: dict[tuple[str, float], dict[str, float]] = {}
         self._originals: dict[str, dict[str, Path] | str] = {}
+
+    def run(
+        self,
+        loaded: Iterable[tuple[ImageFacts, np.ndarray]],
+        jobs: int,
+        clock: _Clock,
+    ) -> tuple[list[ImageFacts], list[Row]]:
+        """Encode and measure all images; return them with one row for each file."""
+        images: list[ImageFacts] = []
+        rows: list[Row] = []
+        with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+            waiting: deque[tuple[ImageFacts, np.ndarray, list[Future[list[_File]]]]] = (
+                deque()
+            )
+
+            def measure_one() -> None:
+                image, pixels, encoded = waiting.popleft()
+                for entrant, future in zip(self._entrants, encoded, strict=True):
+                    clock.say(f"{image.name}, {entrant.key}")
+                    for rate, file in zip(self._rates, future.result(), strict=True):
+                        rows.append(self.measure(image, pixels, entrant, rate, file))
+                images.append(image)
+                clock.one_done()
+
+            try:
+                for image, pixels in loaded:
+                    encoded = [
+                        pool.submit(self.encode, image, pixels, entrant)
+                        for entrant in self._entrants
+                    ]
+                    if jobs == 1:  # nothing else runs while a file is timed
+                        wait(encoded)
+                    waiting.append((image, pixels, encoded))
+                    if len(waiting) > _IMAGES_AHEAD:
+                        measure_one()
+                while waiting:
+                    measure_one()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return images, rows
 
     def encode(
         self, image: ImageFacts, pixels: np.ndarray, entrant: Entrant
@@ -238,7 +253,7 @@ class _Sweep:
         files = []
         for rate in self._rates:
             key = f"file {image.sha256} {entrant.key} {rate:g}"
-            known = self._journal.get(key)
+            known = self._journal.get(key, "identity")
             if known is None or not self._is_current(known, entrant):
                 fit = fit or entrant.fitter(pixels)
                 known = self._encode_one(key, image, entrant, rate, fit)
@@ -251,6 +266,8 @@ class _Sweep:
             return False
         if "reason" in known:
             return True
+        if not known.keys() >= _FILE_FACTS:
+            return False
         path = self._out / known["path"]
         return path.is_file() and _sha256(path.read_bytes()) == known["sha256"]
 
@@ -304,7 +321,8 @@ class _Sweep:
         # The same bytes become another picture under another decoder.
         sha256 = _sha256(f"{entrant.identity} {file.facts['sha256']}".encode())
         key = f"measure {image.sha256} {sha256}"
-        record = dict(self._journal.get(key) or {"values": {}, "gaps": {}})
+        known = self._journal.get(key, "values", "gaps")
+        record = dict(known or {"values": {}, "gaps": {}})
         if self._remeasure and key not in self._remeasured:
             record = {"values": {}, "gaps": {}}
         self._remeasured.add(key)
@@ -382,7 +400,8 @@ class _Sweep:
         paths = self._feature_paths(sha256)
         if self._remeasure and f"features {sha256}" not in self._remeasured:
             return None
-        return paths if all(path.exists() for path in paths.values()) else None
+        damaged = any(read_features(path) is None for path in paths.values())
+        return None if damaged else paths
 
     def _features_of(self, sha256: str, image: np.ndarray) -> dict[str, Path] | str:
         """Files with the features of an image, or the reason why there are none."""
@@ -396,11 +415,7 @@ class _Sweep:
                 features = self._measures.features(image, trunk)
             except ValueError as error:
                 return str(error)
-            path.parent.mkdir(exist_ok=True)
-            part = path.with_suffix(".part")
-            with open(part, "wb") as stream:
-                np.save(stream, features, allow_pickle=False)
-            part.replace(path)
+            write_features(path, features)
         return paths
 
     def measure_sets(self, images: Sequence[ImageFacts]) -> Iterator[SetRow]:
@@ -427,8 +442,8 @@ class _Sweep:
                 bpp = float(np.mean([bpps[sha256] for sha256 in used]))
                 for sha256 in used:
                     if sha256 not in loaded:
-                        loaded[sha256] = _load_features(self._originals[sha256])
-                decoded = [_load_features(found[sha256]) for sha256 in used]
+                        loaded[sha256] = _load_trunks(self._originals[sha256])
+                decoded = [_load_trunks(found[sha256]) for sha256 in used]
                 values, gaps, patches = self._measures.distances(
                     _by_trunk([loaded[sha256] for sha256 in used]), _by_trunk(decoded)
                 )
@@ -457,9 +472,16 @@ def _decoded(
     return decoded, round(wall_s, 4)
 
 
-def _load_features(paths: dict[str, Path] | str) -> dict[str, np.ndarray]:
+def _load_trunks(paths: dict[str, Path] | str) -> dict[str, np.ndarray]:
+    """Features by trunk, from files that were whole before."""
     assert not isinstance(paths, str)
-    return {trunk: np.load(p, allow_pickle=False) for trunk, p in paths.items()}
+    loaded = {}
+    for trunk, path in paths.items():
+        features = read_features(path)
+        if features is None:
+            raise ValueError(f"{path} was changed while the sweep ran")
+        loaded[trunk] = features
+    return loaded
 
 
 def _by_trunk(images: Sequence[dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:

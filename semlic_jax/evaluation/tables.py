@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from semlic_jax.evaluation.results import Results
 from semlic_jax.evaluation.summary import CONFIDENCE, BdRate, Summary
 
+_MOST_NAMED = 3  # of the smallest images
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, padded so that it reads as text too."""
@@ -52,6 +54,8 @@ def markdown(summary: Summary) -> str:
         lines += ["", f"Skipped, {len(results.skipped)} files:", ""]
         lines += [f"* {skipped.name}: {skipped.reason}" for skipped in results.skipped]
     targets = results.targets()
+    if not any(_used_bpp(results, codec) for codec in results.codecs):
+        lines += ["", _out_of_reach(results)]
     header = [f"{rate:g} bpp" for rate in targets]
     for metric in _measured(summary):
         facts = results.metrics[metric]
@@ -78,7 +82,7 @@ def markdown(summary: Summary) -> str:
             for key, facts in results.codecs.items()
         ],
     )
-    if summary.bd_rates:
+    if _columns(summary, summary.bd_rates):
         label = results.codecs[summary.anchor].label
         lines += [
             "",
@@ -91,7 +95,7 @@ def markdown(summary: Summary) -> str:
         lines += bd_table(
             summary, summary.bd_rates, lambda found: results.codecs[found.codec].label
         )
-    if summary.to_published:
+    if _columns(summary, summary.to_published):
         lines += ["", "### Bits at equal metric against published curves (BD-rate)", ""]
         lines += bd_table(
             summary,
@@ -127,6 +131,16 @@ def markdown(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _out_of_reach(results: Results) -> str:
+    """What a reader is told where no codec reaches any rate on every image."""
+    smallest = sorted(results.images, key=lambda image: image.width * image.height)
+    named = [f"{image.name} ({image.width}x{image.height})" for image in smallest]
+    return (
+        "No codec reaches any of these rates on every image. The smallest images, "
+        f"which take the most bits per pixel: {', '.join(named[:_MOST_NAMED])}."
+    )
+
+
 def _measured(summary: Summary) -> list[str]:
     """Metrics under which some codec has a point."""
     found = {each.metric for each in summary.curves if each.points}
@@ -159,8 +173,7 @@ def bd_table(
       found: BD-rates of it; a metric without any value has no column.
       name: of the row that a BD-rate stands in.
     """
-    shown = {each.metric for each in found}
-    metrics = [metric for metric in _measured(summary) if metric in shown]
+    metrics = _columns(summary, found)
     # By the pair: two codecs may be of one name for people.
     names: dict[tuple[str, str], str] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -175,6 +188,12 @@ def bd_table(
         ["codec", *(summary.results.metrics[metric].label for metric in metrics)],
         [[names[pair], *(c.get(m, "-") for m in metrics)] for pair, c in cells.items()],
     )
+
+
+def _columns(summary: Summary, found: Sequence[BdRate]) -> list[str]:
+    """Metrics that a table of these BD-rates shows."""
+    shown = {each.metric for each in found}
+    return [metric for metric in _measured(summary) if metric in shown]
 
 
 def _gaps(summary: Summary) -> list[str]:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of feature networks: published files in, one .npz form out.
+"""Weights of feature networks: published files are converted to one form of .npz.
 
-In: the names that published files give their layers, conversion to this package's
-form, and reading that form. Out: the networks (`trunks.py`, `inception.py`,
-`mobilenet.py`), and the containers (`torch_files.py`, `tfjs_files.py`).
+This module knows the names that published files give their layers, converts them to
+this package's form and reads that form. The networks are in `trunks.py`,
+`inception.py` and `mobilenet.py`, the containers in `torch_files.py` and
+`tfjs_files.py`.
 
-The form is an .npz without pickled objects: one float32 array per parameter, keyed by
-its path in the Linen tree ("fire2/squeeze/kernel", kernels HWIO), `network` (the name)
-and `preprocessing` (see the network), both strings. Files with PyTorch's names and
-layouts (OIHW) are read as well, and Keras's MobileNetV2.
+The form is an .npz without pickled objects. It has one float32 array per parameter,
+keyed by its path in the Linen tree ("fire2/squeeze/kernel", kernels HWIO), and two
+strings, `network` (the name) and `preprocessing` (see the network). Files with
+PyTorch's names and layouts (OIHW) are read as well, and Keras's MobileNetV2.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from semlic_jax.objectives.tfjs_files import read_tfjs_file
 from semlic_jax.objectives.torch_files import read_torch_file
 from semlic_jax.objectives.trunks import VGG16_CONVS
 
-# Numbers, and the strings that name a network and its preprocessing.
+# First bytes of PyTorch's files: those of pickles, and of zip archives.
+_PICKLE, _ZIP = b"\x80", b"PK"
+# Types of numbers, and of the strings that name a network and its preprocessing.
 _DTYPES = ("<f", "<i", "<u", "|i", "|u", "|b", "<U")
-_BATCH_NORM_EPS = 1e-3  # Inception-v3's and MobileNetV2's; no other has norms
+_BATCH_NORM_EPS = 1e-3  # of Inception-v3 and MobileNetV2; no other network has norms
 _LPIPS_CHANNELS = {
     "alex": (64, 192, 384, 256, 256),
     "vgg": (64, 128, 256, 512, 512),
@@ -40,11 +43,11 @@ _SQUEEZENET_INDEX = {
     "squeezenet1_0": (0, 3, 4, 5, 7, 8, 9, 10, 12),
     "squeezenet1_1": (0, 3, 4, 6, 7, 9, 10, 11, 12),
 }
-# Convolutions beyond the feature maps.
+# Names of convolutions that are not part of the feature maps start with these.
 _OUTER_LAYERS = ("classifier.", "AuxLogits.")
 _VGG16_INDEX = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _ALEXNET_INDEX = (0, 3, 6, 8, 10)
-_KERAS_NORMS = {"Conv1": "bn_Conv1", "Conv_1": "Conv_1_bn"}  # of others: NAME_BN
+_KERAS_NORMS = {"Conv1": "bn_Conv1", "Conv_1": "Conv_1_bn"}  # all others: NAME_BN
 _DEEP_COMPRESSION_PARTS = {
     "conv1x1_1": "squeeze",
     "conv1x1_2": "expand1x1",
@@ -102,19 +105,20 @@ def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
     """Recognise published weights by the names and shapes of their arrays.
 
     Args:
-        arrays: by name.
+        arrays: the weights by name.
         file_name: where they came from, for messages.
 
     Returns:
         a name that `features.convert_features` takes. The weights may be incomplete.
 
     Raises:
-        ValueError: the weights are none that this package knows.
+        ValueError: this package does not know the weights, or they are converted
+            already.
     """
     if "network" in arrays:
         raise ValueError(
-            f"expected published weights, found {file_name} converted already "
-            f"({arrays['network']})"
+            f"expected published weights, found {file_name}, which is already "
+            f"converted ({arrays['network']})"
         )
     if {"alpha", "beta"} <= arrays.keys():
         return "dists"
@@ -151,25 +155,27 @@ def recognise(arrays: Mapping[str, Any], file_name: str) -> str:
 
 
 def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A published state dict in this package's form.
+    """Convert a published state dict to this package's form.
 
     Args:
         state: arrays by PyTorch name: torchvision's SqueezeNets, VGG-16 and AlexNet,
             pytorch-fid's or torch-fidelity's Inception-v3, or SqueezeNet 1.0 as Deep
             Compression names it; or MobileNetV2 by Keras's names. Classifier layers
             are left out.
-        name: which network.
+        name: name of the network.
 
     Returns:
         arrays to write with `numpy.savez`, `network` and `preprocessing` among them.
 
     Raises:
-        ValueError: unknown network, no layer of it among the names, values that are
-            not finite floats, or torchvision's Inception-v3.
+        ValueError: the network is unknown, none of its layers is among the names,
+            arrays of a norm are missing, an array has a wrong shape or values that are
+            not finite floats, or the Inception-v3 is torchvision's.
     """
     if name not in CONVERTED:
         raise ValueError(
-            f"unknown feature network {name!r}, known: {', '.join(CONVERTED)}"
+            f"no rule to convert weights of {name}: expected those of "
+            f"{', '.join(CONVERTED)}"
         )
     if name == _KERAS:
         return _convert_keras(state)
@@ -202,7 +208,7 @@ def convert_network(state: Mapping[str, Any], name: str) -> dict[str, Any]:
             )
         arrays[f"{target}/kernel"] = kernel.astype(np.float32)
     if not arrays:
-        raise ValueError(f"no layer of {name} among the {len(state)} arrays given")
+        raise ValueError(f"found no layer of {name} among the {len(state)} arrays")
     arrays["network"] = np.asarray(name)
     caffe = any(".conv1x1_1." in key for key in state)
     form = "torch_fidelity" if name == "inception_v3" else "imagenet"
@@ -221,7 +227,7 @@ def _is_torchvisions_inception(state: Mapping[str, Any]) -> bool:
 
 
 def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
-    """MobileNetV2 by Keras's names: kernels HWIO, depthwise ones [h, w, C, 1]."""
+    """Convert MobileNetV2 from Keras: kernels are HWIO, depthwise ones [h, w, C, 1]."""
     arrays: dict[str, Any] = {}
     for key, value in state.items():
         layer, _, kind = key.rpartition("/")
@@ -237,9 +243,9 @@ def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
         )
         arrays[f"{layer}/kernel"] = kernel.astype(np.float32)
     if not arrays:
-        raise ValueError(f"no layer of {_KERAS} among the {len(state)} arrays given")
+        raise ValueError(f"found no layer of {_KERAS} among the {len(state)} arrays")
     arrays["network"] = np.asarray(_KERAS)
-    # keras.applications classifies pixels in [-1, 1], nsfwjs (five classes) in [0, 1].
+    # keras.applications takes pixels in [-1, 1], nsfwjs (five classes) in [0, 1].
     unit = np.size(state.get("dense_3/bias", ())) == 5
     arrays["preprocessing"] = np.asarray("unit" if unit else "signed")
     return arrays
@@ -248,12 +254,18 @@ def _convert_keras(state: Mapping[str, Any]) -> dict[str, Any]:
 def _fold_batch_norm(
     kernel: np.ndarray, state: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """gamma * (w * x - mean) / sqrt(var + eps) + beta as one convolution.
+    """Fold gamma * (w * x - mean) / sqrt(var + eps) + beta into one convolution.
 
     Args:
-        kernel: float64 HWIO.
-        state: holds the norm's arrays.
-        names: theirs: mean, variance, gamma, beta.
+        kernel: w, float64 HWIO.
+        state: arrays by name, those of the norm among them.
+        names: names of the norm's mean, variance, gamma and beta.
+
+    Returns:
+        the kernel, float64 HWIO, and the bias, float32 [C].
+
+    Raises:
+        ValueError: an array of the norm is missing or not of the expected form.
     """
     missing = [name for name in names if name not in state]
     if missing:
@@ -273,59 +285,69 @@ def _fold_batch_norm(
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, .pth, .pt or model.json file; no pickle is ever executed.
+    """Read all arrays of an .npz, .pth, .pt or model.json file.
+
+    No pickle is ever executed.
 
     Raises:
-        ValueError: no such file, or not a file of plain arrays.
+        ValueError: there is no such file, it is of another kind, or it is not a file of
+            plain arrays.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such file of weights: {path}")
+        raise ValueError(f"the weights file {path} does not exist")
     if path.suffix == ".json":
         return read_tfjs_file(path)
     if path.suffix != ".npz":
+        with open(path, "rb") as stream:
+            start = stream.read(2)
+        if start[:1] != _PICKLE and start != _ZIP:
+            raise ValueError(
+                "expected weights in a .pth, .pt, .npz or model.json file, found "
+                f"{path.name}, which is none of these"
+            )
         return read_torch_file(path)
     try:
         return read_arrays_file(path, _DTYPES)
     except MemoryError:
         raise
-    except Exception as error:  # zipfile, numpy and zlib each have errors of their own
+    except Exception as error:  # zipfile, numpy and zlib raise errors of their own
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
 
 
 def finite_floats(value: Any, label: str) -> np.ndarray:
-    """The array as float32.
+    """Return the array as float32.
 
     Raises:
         ValueError: it holds anything but finite floats; the message has the label.
     """
     array = np.asarray(value)
     if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # to infinity, which is refused
+        with np.errstate(over="ignore"):  # gives infinity, which is refused
             array = array.astype(np.float32)
         if np.isfinite(array).all():
             return array
-        raise ValueError(f"expected finite floats as {label}, found others")
+        raise ValueError(f"expected finite floats as {label}, found NaN or infinity")
     raise ValueError(f"expected finite floats as {label}, found {array.dtype}")
 
 
 def find_weights(path: str | Path, name: str) -> Path:
-    """The file itself, or the `<name>*.npz` of a folder.
+    """Return the path itself if it is a file, else the `<name>*.npz` in the folder.
 
     Raises:
-        ValueError: neither a file nor a folder with such a file.
+        ValueError: the path is neither a file nor a folder with such a file.
     """
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"no such file or folder of feature weights: {path}")
+        raise ValueError(f"the file or folder of feature weights {path} does not exist")
     found = [path / f"{name}.npz", *sorted(path.glob(f"{name}[_-]*.npz"))]
     for file in found:
         if file.is_file():
             return file
     raise ValueError(
-        f"no {name}*.npz in the folder of feature weights {path}; make one from the "
+        f"no {name}*.npz in the folder of feature weights {path}: make one from the "
         f"published file with `semlic convert features FILE {path}`"
     )
 
@@ -333,21 +355,22 @@ def find_weights(path: str | Path, name: str) -> Path:
 def parameter_tree(
     arrays: Mapping[str, Any], name: str, file_name: str
 ) -> tuple[dict[str, Any], str]:
-    """Parameter tree and preprocessing of arrays in this package's form.
+    """Return the parameter tree and the preprocessing of arrays in this package's form.
 
     Args:
         arrays: what `convert_network` returns.
-        name: the network they should be of.
+        name: the network whose weights they should be.
         file_name: where they came from, for messages.
 
     Raises:
-        ValueError: weights of another network, or an array in the place of a folder.
+        ValueError: the weights are of another network, or an array is where the tree
+            has a folder.
     """
     network = str(arrays["network"])
     if network != name:
         raise ValueError(f"{file_name} holds weights of {network}, not of {name}")
     try:
-        # Without folder there are network and preprocessing.
+        # Names without a folder are `network` and `preprocessing`.
         params = as_tree({key: arrays[key] for key in arrays if "/" in key})
     except ValueError as error:
         raise ValueError(f"{file_name}: {error}") from None
@@ -355,7 +378,7 @@ def parameter_tree(
 
 
 def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:
-    """LPIPS v0.1's learnt channel weights, one float32 [C] per tap.
+    """Load LPIPS v0.1's learnt channel weights, one float32 [C] per tap.
 
     Args:
         path: the file (.npz or LPIPS's own .pth), or a folder that holds
@@ -363,8 +386,8 @@ def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:
         trunk: "alex", "vgg" or "squeeze" (SqueezeNet 1.1).
 
     Raises:
-        ValueError: unknown trunk, no such file, heads of another trunk, or values that
-            are not finite floats.
+        ValueError: the trunk is unknown, there is no such file, the heads are of
+            another trunk, or values are not finite floats.
     """
     if trunk not in _LPIPS_CHANNELS:
         raise ValueError(f"LPIPS's trunk must be alex, vgg or squeeze, found {trunk!r}")
@@ -389,14 +412,15 @@ def load_lpips_heads(path: str | Path, trunk: str) -> list[np.ndarray]:
 def load_dists_weights(
     path: str | Path,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """DISTS's alpha and beta, each one float32 [C] per feature map of `DISTS_CHANNELS`.
+    """Load DISTS's alpha and beta, each one float32 [C] for each of `DISTS_CHANNELS`.
 
     Args:
         path: the file (.npz or DISTS's own .pt), or a folder that holds
             `dists_alpha_beta.npz`.
 
     Raises:
-        ValueError: no such file, other shapes, or values that are not finite floats.
+        ValueError: there is no such file, the shapes differ, or values are not finite
+            floats.
     """
     path = Path(path)
     if path.is_dir():

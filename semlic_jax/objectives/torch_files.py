@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the tensors of PyTorch's .pth / .pt files without PyTorch and without pickle.
 
-Such a file is a pickle, and to unpickle is to run whatever program its author wrote.
-Here the pickle's operations are decoded by `pickletools` and carried out by a small
-machine that knows those `torch.save` needs for a dict of tensors: it builds numbers,
-strings, tuples, lists, dicts and tensors of plain types, and calls nothing. Whatever
-else a file asks for is refused by its name.
+Such a file is a pickle, and unpickling it would run whatever program its author wrote.
+Here `pickletools` decodes the pickle's operations, and a small machine carries out
+those that `torch.save` needs for a dict of tensors: it builds numbers, strings, tuples,
+lists, dicts and tensors of plain types, and calls nothing. Whatever else a file asks
+for is refused by its name.
 
 Both containers are read: the zip archive (PyTorch 1.6 and later) and the older stream
 of five pickles with the storages behind them, which many published files still have.
@@ -43,7 +43,7 @@ _DTYPES = {
 _MAX_SHARING = 4
 _MAX_AXES = 64  # NumPy's own limit
 _MAX_NUMBER = 2**63
-_MAX_MESSAGE = 200  # characters of what a file says that go into a message
+_MAX_MESSAGE = 200  # most characters of a file's content in a message
 _MARK = object()
 
 
@@ -89,22 +89,22 @@ _ALLOWED = {
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict saved by `torch.save`, by name.
+    """Read the tensors of a state dict that `torch.save` wrote, by name.
 
     Args:
         path: a .pth or .pt file. A dict around the state dict (a checkpoint) is
             entered if exactly one of its values is a dict with tensors.
 
     Returns:
-        arrays of the saved types (bfloat16 widened to float32), contiguous.
+        contiguous arrays of the saved types (bfloat16 widened to float32).
 
     Raises:
-        ValueError: no such file, not such a file, a damaged one, or one that holds
-            anything but plain tensors (the refused name is in the message).
+        ValueError: there is no such file, it is not a file of PyTorch or damaged, or it
+            holds anything but plain tensors (the message says what was refused).
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such file of weights: {path}")
+        raise ValueError(f"the weights file {path} does not exist")
     try:
         if zipfile.is_zipfile(path):
             value, load = _open_zip(path)
@@ -127,8 +127,8 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
                 )
         return arrays
     except _Refused as error:
-        raise ValueError(f"{path.name} refused: {error}") from None
-    except Exception as error:  # a damaged pickle or zip fails in any way it likes
+        raise ValueError(f"{path.name} was refused: {error}") from None
+    except Exception as error:  # a damaged pickle or zip can raise anything
         reason = str(error)[:_MAX_MESSAGE]
         raise ValueError(f"{path.name} is not a readable PyTorch file: {reason}") from (
             error
@@ -136,7 +136,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
 
 
 class _Refused(Exception):
-    """The file asks for something outside of plain tensors."""
+    """The file asks for something other than plain tensors."""
 
 
 def _open_zip(path: Path) -> tuple[Any, Callable[[_Storage], bytes]]:
@@ -214,7 +214,7 @@ def _state_dict(value: Any) -> dict[str, _Tensor]:
 
     found = [tensors(value)]
     if not found[0] and isinstance(value, dict):
-        # By identity: a file may refer to one large dict many times.
+        # By identity, since a file may refer to one large dict many times.
         parts = {id(part): part for part in value.values()}.values()
         found = [inner for inner in map(tensors, parts) if inner]
     if len(found) != 1 or not found[0]:
@@ -241,7 +241,8 @@ def _as_array(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
     count = math.prod(tensor.shape)
     if not count:
         return np.zeros(tensor.shape, flat.dtype)
-    # Elements that share memory (strides of 0) could claim any size: not allowed.
+    # With strides of 0, elements could share memory and claim any size: there must not
+    # be more of them than in the storage.
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     if count > flat.size or tensor.offset + reach >= flat.size:
         raise ValueError("a tensor reaches beyond its storage")
@@ -255,10 +256,10 @@ def _as_array(tensor: _Tensor, flat: np.ndarray) -> np.ndarray:
 
 
 def _checked_key(key: Any) -> Any:
-    """The key itself, if it is one that can be hashed and shown at no risk.
+    """Return the key if it can be hashed and shown without risk; else refuse it.
 
-    To hash or show nested tuples recurses in C without a limit, and takes exponential
-    time where one tuple is in another twice.
+    Hashing or showing nested tuples recurses in C without a limit, and takes
+    exponential time if each tuple is in the next one twice.
     """
     if key is None or isinstance(key, str | int | float):
         return key
@@ -266,7 +267,7 @@ def _checked_key(key: Any) -> Any:
 
 
 def _checked_number(value: Any) -> int:
-    """The number itself, if it is one that a shape or a size may hold."""
+    """Return the number if a shape or a size may hold it; else raise ValueError."""
     if not isinstance(value, int) or abs(value) >= _MAX_NUMBER:
         raise ValueError("a tensor has an impossible shape")
     return value
@@ -293,7 +294,7 @@ def _storage_of(reference: Any) -> _Storage:
 
 
 def _pairs_of(arguments: Any) -> list[Any]:
-    """The pairs that an OrderedDict is called with: a list of them, or nothing."""
+    """The pairs that an OrderedDict is called with: a list of pairs, or nothing."""
     if arguments == ():
         return []
     if len(arguments) != 1 or not isinstance(arguments[0], list):
@@ -302,7 +303,7 @@ def _pairs_of(arguments: Any) -> list[Any]:
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
-    """Build what a call would have, for the four calls that a dict of tensors needs."""
+    """Build the result of a call, if it is one that a dict of tensors needs."""
     if not isinstance(arguments, tuple):
         raise _Refused(f"a call with a {type(arguments).__name__} as its arguments")
     name = function.name if isinstance(function, _Name) else ""
@@ -346,7 +347,7 @@ def _run(stream: io.BytesIO) -> Any:
     copied = 0
 
     def to_mark() -> list[Any]:
-        # From the top: to search the whole stack for every mark takes quadratic time.
+        # From the top, since searching the whole stack every time takes quadratic time.
         for at in reversed(range(len(stack))):
             if stack[at] is _MARK:
                 values = stack[at + 1 :]
@@ -394,7 +395,7 @@ def _run(stream: io.BytesIO) -> Any:
         elif op == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             if function == _ORDERED_DICT:
-                # A pair takes operations to write, but none to be copied again.
+                # Writing a pair takes operations, but copying it again takes none.
                 copied += len(_pairs_of(arguments))
                 if copied > done:
                     raise _Refused("it copies one list of pairs many times")

@@ -3,19 +3,27 @@
 
 semlic pack photos/ photos.array_record --shards 8
 
-A record is an image file, byte for byte. Files that cannot be decoded are left out,
-counted and named. To train on the result, give it as `--config.data.train`.
+A record is an image file, byte for byte. Files that cannot be decoded are skipped and
+named, and the exit status is then 4. To train on the result, give it as
+`--config.data.train`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from semlic_jax.training.sources import UnusableImage, decode, image_files
+from semlic_jax.terminal import SKIPPED
+from semlic_jax.training.sources import (
+    UnusableImage,
+    decode,
+    decoder_threads,
+    image_files,
+)
 
 SUFFIX = ".array_record"
 
@@ -34,8 +42,9 @@ def pack(
         How many images were written, and which files were left out and why.
 
     Raises:
-        ValueError: there are no images or fewer than shards, the output's name is
-            wrong, or array-record is not installed.
+        ValueError: there are no images or fewer than shards, none or fewer than shards
+            can be decoded, the output's name is wrong, or array-record is not
+            installed. No file is left then.
         FileExistsError: an output exists already.
     """
     try:
@@ -52,7 +61,7 @@ def pack(
         raise ValueError(f"expected photographs in {', '.join(patterns)}, found none")
     if not 1 <= shards <= len(paths):
         raise ValueError(
-            f"shards must be 1 to the {len(paths)} photographs there are, "
+            f"shards must be from 1 to {len(paths)}, the number of photographs, "
             f"found {shards}"
         )
     targets = [output]
@@ -64,22 +73,44 @@ def pack(
         ]
     for target in targets:
         if target.exists():
-            raise FileExistsError(17, "exists already", str(target))
+            raise FileExistsError(17, "already exists", str(target))
     partial = [Path(f"{target}.partial") for target in targets]
-    skipped: list[str] = []
-    writers = [ArrayRecordWriter(str(path), "group_size:1") for path in partial]
+    try:
+        writers = [ArrayRecordWriter(str(path), "group_size:1") for path in partial]
+        try:
+            written, skipped = _write(paths, writers)
+        finally:
+            for writer in writers:
+                writer.close()
+        if not written:
+            raise ValueError(
+                f"none of the {len(paths)} photographs could be read; the first: "
+                f"{skipped[0]}"
+            )
+        if written < shards:
+            raise ValueError(
+                f"expected at least {shards} readable photographs for {shards} shards, "
+                f"found {written}"
+            )
+        for path, target in zip(partial, targets, strict=True):
+            path.rename(target)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return written, skipped
+
+
+def _write(paths: Sequence[str], writers: Sequence[Any]) -> tuple[int, list[str]]:
+    """Write the photographs that can be read to the writers in turn."""
     written = 0
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    skipped: list[str] = []
+    with ThreadPoolExecutor(decoder_threads()) as pool:
         for data in pool.map(_checked, paths):
             if isinstance(data, str):
                 skipped.append(data)
                 continue
-            writers[written % shards].write(data)
+            writers[written % len(writers)].write(data)
             written += 1
-    for writer in writers:
-        writer.close()
-    for path, target in zip(partial, targets, strict=True):
-        path.rename(target)
     return written, skipped
 
 
@@ -90,25 +121,34 @@ def _checked(path: str) -> bytes | str:
         decode(data, path)
         return data
     except OSError as error:
-        return f"{path} ({error.strerror})"
+        return f"{path}: {error.strerror}"
     except UnusableImage as error:
-        return str(error)
+        return f"{path}: {error.__cause__ or error}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`semlic pack PHOTOS... OUT.array_record [--shards N]`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """`semlic pack PHOTOS... OUT.array_record`; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="semlic pack", description="Turn photographs into array_record files."
+        prog="semlic pack", description="Pack photographs into array_record files."
     )
     parser.add_argument("photos", nargs="+", help="folders or globs of image files")
-    parser.add_argument("output", type=Path, help="NAME.array_record")
-    parser.add_argument("--shards", type=int, default=1, help="number of files")
+    parser.add_argument("output", type=Path, help="file to write, NAME.array_record")
+    parser.add_argument(
+        "--shards", type=int, default=1, help="number of files; default 1"
+    )
+    # `semlic` takes this option itself; here it is for the help.
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="show the traceback of an error; default: a one-sentence message",
+    )
     options = parser.parse_args(argv)
     written, skipped = pack(options.photos, options.output, shards=options.shards)
-    for name in skipped:
-        print(f"left out: {name}")
-    print(f"{written} photographs written, {len(skipped)} left out")
+    for each in skipped:
+        print(f"skipped {each}", file=sys.stderr)
+    print(f"{written} photographs written, {len(skipped)} skipped")
+    return SKIPPED if skipped else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

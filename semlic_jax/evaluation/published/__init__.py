@@ -71,7 +71,7 @@ def published_curves(image_set: str) -> list[PublishedCurve]:
             )
     if not found:
         raise ValueError(
-            f"no published curves over {image_set!r}: there are some over "
+            f"no published curves over {image_set!r}: expected one of "
             f"{', '.join(sorted(known))}"
         )
     return found
@@ -99,6 +99,6 @@ def curves_beside(
     if image_set in sets and sets[image_set]["sha256"] != ours:
         raise ValueError(
             f"the published curves are over the {sets[image_set]['images']} images of "
-            f"{image_set}, these results over {len(results.images)} others"
+            f"{image_set}, these results are over {len(results.images)} others"
         )
     return curves
