@@ -213,6 +213,8 @@ def _run(options: argparse.Namespace, task: Task, count: int) -> list[_End]:
             for reader in readers:
                 reader.join()
             signal.signal(signal.SIGTERM, before)
+    if told:  # while the others were being stopped
+        sys.exit(128 + signal.SIGTERM)
     return [
         _End(process, each.returncode, process in stopped)
         for process, each in enumerate(running)

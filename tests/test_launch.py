@@ -518,6 +518,25 @@ def test_processes_that_are_told_to_stop_may_save(tmp_path, monkeypatch, capsys)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_while_others_are_stopped_ends_the_launcher(
+    tmp_path, monkeypatch, capsys
+):
+    """One process was lost, and the launcher would start all of them again."""
+    stand_in(
+        tmp_path,
+        "python",
+        f"if mkdir {tmp_path}/first 2>/dev/null; then sleep 0.5; exit 75; fi\n"
+        "trap 'kill -TERM $PPID; exit 75' TERM\nfor _ in {1..500}; do sleep 0.02; done",
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    train = ["train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "w")]
+    options = ["local", "--processes", "2", "--restarts", "2", "--grace", "0.1"]
+    with pytest.raises(SystemExit) as stop:
+        main([*options, *train])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.count("process 0 has PID") == 1
+
+
 def test_a_second_signal_ends_the_processes_at_once(tmp_path, monkeypatch, capsys):
     arguments = program_that(
         tmp_path,

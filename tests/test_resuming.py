@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from mini_config import get_config
 
+from semlic_jax.training import resuming
 from semlic_jax.training.resuming import check_resumed
 from semlic_jax.training.settings import read_settings
 from semlic_jax.training.train import train
@@ -106,3 +107,12 @@ def test_a_run_without_a_checkpoint_may_change_in_everything(workdir):
         if stage.is_dir():
             (stage / next(stage.iterdir()).name).rmdir()
     check(workdir, {"seed": 1, "rate_distortion.steps": 20})
+
+
+def test_a_bucket_that_cannot_be_read_is_refused(workdir, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("no access, 403")  # as libraries of buckets do
+
+    monkeypatch.setattr(resuming, "last_step", fail)
+    with pytest.raises(ValueError, match="--workdir must be .*: no access, 403"):
+        check(workdir)

@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ from semlic_jax.training.programs import (
     make_run,
 )
 from semlic_jax.training.settings import read_settings
-from semlic_jax.training.sharding import Preempted, make_mesh
+from semlic_jax.training.sharding import Preempted, make_mesh, stops_at_sigterm
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import PARTS, Optimizer, Stage
 from semlic_jax.training.steps import (
@@ -592,6 +593,40 @@ def test_a_run_that_is_told_to_stop_saves_first(tmp_path, monkeypatch):
     assert checkpoints.read_params(tmp_path / "perceptual", 4) == {"n": 4.0}
     monkeypatch.undo()
     assert run_counting(tmp_path, counting_program()) == {"n": 10.0}
+
+
+def test_a_signal_to_a_run_by_itself_saves_first(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def update(state, step, images):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return program.update(state, step, images)
+
+    program = counting_program()
+    with pytest.raises(Preempted, match="of step 4 of the stage"), stops_at_sigterm():
+        run_counting(tmp_path, program._replace(update=update), checkpoint_steps=100)
+    assert checkpoints.read_params(tmp_path / "perceptual", 4) == {"n": 4.0}
+    # Nothing of it is left.
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run_counting(tmp_path, program) == {"n": 10.0}
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Backend Error, 503"), ImportError("Please install gcsfs")]
+)
+def test_a_checkpoint_behind_other_errors_is_not_to_be_deleted(
+    tmp_path, monkeypatch, error
+):
+    run_counting(tmp_path, counting_program())
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(checkpoints._Manager, "restore", fail)
+    with pytest.raises(ValueError, match="cannot read the checkpoint .*") as refused:
+        run_counting(tmp_path, counting_program(), steps=20)
+    assert "delete" not in str(refused.value)
 
 
 def test_rows_and_pictures(tmp_path):

@@ -214,13 +214,13 @@ def _naming_damage(folder: epath.Path, step: int) -> Iterator[None]:
             reason = _DAMAGES["NOT_FOUND"]
         elif isinstance(error, json.JSONDecodeError | KeyError):
             reason = "its metadata cannot be parsed"
-        elif reason is None and (isinstance(error, OSError) or status.isupper()):
-            # No permission, or no network: nothing that should be deleted.
+        elif reason is None:
+            # No permission, no network, a missing package: nothing that should be
+            # deleted, and what bucket libraries raise cannot be told apart.
             raise ValueError(
                 f"cannot read the checkpoint {folder / str(step)}: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
-        reason = reason or " ".join(str(error).split())[:100]
         earlier = [each for each in _complete_steps(folder) if each < step]
         follows = f"continue from step {earlier[-1]}" if earlier else "start again"
         raise ValueError(

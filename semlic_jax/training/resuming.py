@@ -17,6 +17,7 @@ from etils import epath
 from semlic_jax.training.checkpoints import last_step
 from semlic_jax.training.settings import LABELLER_STAGE, Settings
 from semlic_jax.training.stages import LabellerStage, Stage
+from semlic_jax.training.writers import clear_errors
 
 _MISSING = "nothing"
 
@@ -30,15 +31,20 @@ def check_resumed(workdir: epath.Path, settings: Settings, record: str) -> None:
         record: the same as JSON.
 
     Raises:
-        ValueError: `seed` or `init_from` differs although stages were trained with the
-            other one, or a stage has steps to do that a later one was not made from.
+        ValueError: the folder cannot be read; `seed` or `init_from` differs although
+            stages were trained with the other one; or a stage has steps to do that a
+            later one was not made from.
     """
-    steps = {stage.name: last_step(workdir / stage.name) for stage in settings.records}
+    names = [stage.name for stage in settings.records]
+    with clear_errors(workdir):
+        steps = {name: last_step(workdir / name) for name in names}
     if not any(steps.values()):
         return
     _check_order(workdir, settings, steps)
     path = workdir / "config.json"
-    before, now = _read(path), json.loads(record)
+    with clear_errors(workdir):
+        before = _read(path)
+    now = json.loads(record)
     if not before:
         return
     first, first_before = _first_codec_stage(now), _first_codec_stage(before)
@@ -97,7 +103,7 @@ def _starts_from(later: Stage | LabellerStage, stage: Stage | LabellerStage) -> 
 def _read(path: epath.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}  # none yet, or a run was killed while it wrote it
     return found if isinstance(found, dict) else {}
 

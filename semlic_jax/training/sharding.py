@@ -14,7 +14,9 @@ import bisect
 import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ DATA, MODEL = "data", "model"
 LOST_STATUS = 75
 
 _calls = itertools.count(1)
+_signals: list[int] = []  # SIGTERM, of a process without JAX's service
 
 
 class Preempted(Exception):
@@ -101,20 +104,23 @@ def stops_with_the_others() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1:
-            raise
+        count = jax.process_count()
         if isinstance(error, Preempted):
+            whom, what = f"process {jax.process_index()} of {count}", "all of them"
+            if count == 1:
+                whom, what = "the run", "it"
             print(
-                f"semlic: process {jax.process_index()} of {jax.process_count()} was "
-                f"told to stop: {error}; start all of them again with the same command "
-                "to continue",
+                f"semlic: {whom} was told to stop: {error}; start {what} again with "
+                "the same command to continue",
                 file=sys.stderr,
                 flush=True,
             )
-            if jax.process_index() == 0:
+            if count > 1 and jax.process_index() == 0:
                 # The others abort if its coordination service goes before them.
                 time.sleep(1)
             _leave(LOST_STATUS)
+        if count == 1:
+            raise
         if _is_broken_collective(error):
             print(
                 f"semlic: process {jax.process_index()} of {jax.process_count()} "
@@ -129,6 +135,29 @@ def stops_with_the_others() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def stops_at_sigterm() -> Iterator[None]:
+    """Let the first SIGTERM of a process by itself end the run at the next step.
+
+    A second one ends the process at once. Of several processes JAX takes the signal.
+    """
+
+    def note(number: int, _: Any) -> None:
+        _signals.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    alone = jax.process_count() == 1
+    if not (alone and threading.current_thread() is threading.main_thread()):
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        _signals.clear()
+        signal.signal(signal.SIGTERM, before)
+
+
 def told_to_stop() -> bool:
     """Whether all processes are to stop after this step, since one got a SIGTERM.
 
@@ -136,8 +165,8 @@ def told_to_stop() -> bool:
     step. Call this once for each step: they agree on a number of calls, which unlike
     the number of the step grows by one each time in all stages.
     """
-    if jax.process_count() == 1:
-        return False
+    if _signals:
+        return True
     try:
         return multihost_utils.reached_preemption_sync_point(next(_calls))
     except RuntimeError:

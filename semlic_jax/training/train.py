@@ -5,7 +5,7 @@ The stages of a config run one after the other, each from the averaged parameter
 the one before. Each keeps its checkpoints in `DIR/<stage>`; running the same command
 again goes on where a killed run stopped. If one of several processes is lost, the
 others stop with exit status 75: start all of them again. If one gets SIGTERM, all save
-a checkpoint and stop, with the same status.
+a checkpoint and stop, with the same status, as does a process by itself.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from semlic_jax.training.sharding import (
     local_examples,
     make_mesh,
     start_processes,
+    stops_at_sigterm,
     stops_with_the_others,
 )
 from semlic_jax.training.sources import open_sources
@@ -368,7 +369,7 @@ def main(argv: Sequence[str], prog: str = "semlic train") -> None:
     start_processes(
         options.distributed, options.coordinator, options.processes, options.process
     )
-    with stops_with_the_others():
+    with stops_with_the_others(), stops_at_sigterm():
         train(config, options.workdir)
 
 

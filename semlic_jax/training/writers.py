@@ -45,14 +45,14 @@ class Writer:
         self._writers: dict[str, Any] = {}
         self._tensorboard = active and tensorboard and _clu() is not None
         if active:
-            with _clear_errors(self._workdir):
+            with clear_errors(self._workdir):
                 self._workdir.mkdir(parents=True, exist_ok=True)
                 self._log = _Log(self._workdir / "metrics.jsonl")
 
     def config(self, text: str) -> None:
         """Save the configuration, given as JSON."""
         if self._log is not None:
-            with _clear_errors(self._workdir):
+            with clear_errors(self._workdir):
                 (self._workdir / "config.json").write_text(text)
 
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -60,7 +60,7 @@ class Writer:
         if self._log is None:
             return
         row = json.dumps({"stage": stage, "step": step, **values})
-        with _clear_errors(self._workdir):
+        with clear_errors(self._workdir):
             self._log.add(row + "\n")
         if self._tensorboard:
             self._writer(stage).write_scalars(step, values)
@@ -74,7 +74,7 @@ class Writer:
         folder = self._workdir / "images"
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "PNG")
-        with _clear_errors(self._workdir):
+        with clear_errors(self._workdir):
             folder.mkdir(exist_ok=True)
             (folder / f"{stage}_{step:07d}.png").write_bytes(encoded.getvalue())
         if self._tensorboard:
@@ -91,7 +91,7 @@ class Writer:
         for writer in self._writers.values():
             writer.close()
         if self._log is not None:
-            with _clear_errors(self._workdir):
+            with clear_errors(self._workdir):
                 self._log.close()
 
 
@@ -136,7 +136,7 @@ class _Log:
 
 
 @contextmanager
-def _clear_errors(workdir: epath.Path) -> Iterator[None]:
+def clear_errors(workdir: epath.Path) -> Iterator[None]:
     """Turn any error into one that says which folder could not be written to."""
     try:
         yield
