@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from PIL import Image
 from small_trunk import load_small_trunk
 
 from semlic_jax import cli
-from semlic_jax.evaluation import image_sets
+from semlic_jax.evaluation import evaluate, image_sets
 from semlic_jax.evaluation import journal as journal_module
 from semlic_jax.evaluation import measures as measures_module
+from semlic_jax.evaluation import sweep as sweep_module
 from semlic_jax.evaluation.codecs import CODECS, Jpeg, classical_codec
 from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import (
@@ -36,8 +38,8 @@ from semlic_jax.evaluation.entrants import (
     refinement_identity,
 )
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.journal import Journal
-from semlic_jax.evaluation.measures import Measures
+from semlic_jax.evaluation.journal import Journal, alone_in
+from semlic_jax.evaluation.measures import SET_METRICS, Measures
 from semlic_jax.evaluation.results import read_results
 from semlic_jax.evaluation.sweep import check_rates, run_sweep
 from semlic_jax.objectives import metrics
@@ -379,6 +381,41 @@ def test_a_second_evaluation_in_the_folder_is_refused(
             sweep(folder, out, [ClassicalEntrant("jpeg")])
         holder.kill()
     assert cli.main(command) == 0  # the lock went with the process
+
+
+def test_no_file_that_is_used_is_locked(tmp_path):
+    """On SMB a locked file is closed to every other stream."""
+    fcntl = pytest.importorskip("fcntl", reason="folders are not locked on Windows")
+    with alone_in(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "journal.jsonl"}
+        for name, free in ((".lock", False), ("journal.jsonl", True)):
+            with open(tmp_path / name, "ab") as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    assert not free
+                else:
+                    assert free
+    (tmp_path / "journal.jsonl").unlink()
+    with alone_in(tmp_path):  # a start that was interrupted is no other folder
+        pass
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[1]"])
+def test_damaged_results_are_replaced(folder, tmp_path, capsys, no_weights, content):
+    command = ["eval", str(folder), "--codecs", "jpeg", "--bpp", "3"]
+    command += ["--metrics", "psnr_db", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    path = tmp_path / "results.json"
+    whole = json.loads(path.read_text())
+    path.write_text(content)
+    assert (
+        cli.main(command) == 0 and json.loads(path.read_text()).keys() == whole.keys()
+    )
+    whole["codecs"]["jpeg"]["identity"] = ["JPEG"]
+    whole["images"][0]["sha256"] = 5
+    path.write_text(json.dumps(whole))
+    assert cli.main(command) == 0 and "replaced" not in capsys.readouterr().err
 
 
 def test_evaluations_that_no_lock_parts_leave_no_holes(
@@ -1056,3 +1093,146 @@ def test_command_refuses_before_it_works(
     assert cli.main(["eval", str(folder), "--out", str(out), *options]) == 1
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_features_are_of_patches_of_one_size(folder, tmp_path, small_trunk):
+    """Another `--patch` in the same folder takes none of the features there."""
+
+    def run(side, out):
+        measures = Measures(["frechet"], patch_side=side)
+        codecs = [ClassicalEntrant("jpeg")]
+        return run_sweep(list_images([folder]), codecs, [3.0], measures, out).set_rows
+
+    run(32, tmp_path / "both")
+    assert run(48, tmp_path / "both") == run(48, tmp_path / "alone")
+
+
+def test_a_newer_codec_may_reach_what_an_older_one_did_not(folder, tmp_path):
+    class Refusing(Counting):
+        def fitter(self, image):
+            def refuse(bpp):
+                raise ValueError("it does not get there")
+
+            return refuse
+
+    first = sweep(folder, tmp_path, [Refusing("jpeg")], rates=[3.0])
+    assert all("file" in row.gaps for row in first.rows)
+    newer = Counting("jpeg")
+    newer.identity += " of tomorrow"
+    found = sweep(folder, tmp_path, [newer], rates=[3.0])
+    assert newer.fits == 3 and all(row.bpp for row in found.rows)
+
+
+def test_psnr_of_equal_images_is_a_gap(folder):
+    image = np.asarray(Image.open(next(folder.iterdir())))
+    values, gaps, failed = Measures(["psnr_db"]).measure(image, image, ["psnr_db"])
+    assert (values, gaps, failed) == ({}, {"psnr_db": "its value is inf"}, {})
+
+
+def test_the_time_left_is_that_of_the_images_left(monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(
+        sweep_module, "time", SimpleNamespace(perf_counter=lambda: now[0])
+    )
+    clock = sweep_module._Clock(10, told.append)
+    clock.say("a")
+    now[0] = 600.0  # ten minutes for two of ten images
+    clock.one_done()
+    clock.one_done()
+    clock.say("b")
+    assert told == ["0/10 images: a", "2/10 images, about 40 min left: b"]
+
+
+def test_only_the_best_quality_can_be_too_small(monkeypatch):
+    """Far below the rate at a lower quality is a step of the qualities, not the end."""
+    quality = [0.5]
+    codec = SimpleNamespace(
+        budget_bytes=lambda bpp, shape: 1000,
+        compress=lambda image, **options: bytes(800),
+        info=lambda data: dict(quality=quality[0], bpp=0.8, width=80, height=100),
+    )
+    monkeypatch.setattr(
+        "semlic_jax.evaluation.entrants.refinement_identity", lambda *_: ""
+    )
+    fit = RefinedEntrant("refined", codec, "fast").fitter(np.zeros((100, 80, 3)))
+    assert len(fit(1.0).data) == 800
+    quality[0] = 1
+    with pytest.raises(TooSmallError, match="0.800 bpp"):
+        fit(1.0)
+
+
+def test_layers_are_those_that_the_labels_name():
+    trunks = {name: metric.trunk for name, metric in SET_METRICS.items()}
+    for kind in ("frechet", "kernel"):
+        assert trunks[f"mobilenet_last_{kind}"] == "mobilenet_v2"
+        assert trunks[f"mobilenet_{kind}"] == "mobilenet_v2-block_13_expand_relu"
+
+
+# The command.
+
+
+def test_every_option_of_the_command_is_taken(folder, tmp_path, monkeypatch, capsys):
+    taken = {}
+
+    def stop(inputs, codecs, rates, out, **options):
+        taken.update(options, inputs=inputs, codecs=codecs, rates=rates, out=out)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(evaluate, "evaluate", stop)
+    command = ["eval", str(folder), "--codecs", "jpeg,webp", "--bpp", "0.5,1"]
+    command += ["--metrics", "psnr_db,ms_ssim", "--out", str(tmp_path / "out")]
+    command += ["--model", "base", "--anchor", "webp", "--weights", str(tmp_path)]
+    command += ["--patch", "64", "--published", "kodak", "--jobs", "3", "--remeasure"]
+    assert cli.main([*command, "--background", "#010203"]) == 1
+    assert "stop here" in capsys.readouterr().err
+    taken.pop("progress")
+    assert taken == dict(
+        inputs=[folder],
+        codecs=["jpeg", "webp"],
+        rates=[0.5, 1.0],
+        out=tmp_path / "out",
+        metrics=["psnr_db", "ms_ssim"],
+        model="base",
+        anchor="webp",
+        weights=tmp_path,
+        patch_side=64,
+        image_set="kodak",
+        jobs=3,
+        background=(1, 2, 3),
+        remeasure=True,
+    )
+
+
+def test_command_measures_again_and_says_what_it_left_out(
+    folder, tmp_path, capsys, monkeypatch
+):
+    def default_metrics(weights):
+        return ["psnr_db"], ["SSIMULACRA2 is left out"]
+
+    monkeypatch.setattr(evaluate, "default_metrics", default_metrics)
+    command = ["eval", str(folder), "--codecs", "jpeg", "--bpp", "3"]
+    command += ["--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    assert "* SSIMULACRA2 is left out" in capsys.readouterr().out
+    before = (tmp_path / "results.csv").read_text()
+    journal = tmp_path / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines() if line]
+    for line in lines:
+        if line["key"].startswith("measure "):
+            line["values"]["psnr_db"][1] = 99.0
+    journal.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert cli.main(command) == 0
+    assert (tmp_path / "results.csv").read_text().count(",99.0,") == 3
+    assert cli.main([*command, "--remeasure"]) == 0
+    after = (tmp_path / "results.csv").read_text()
+    values = [
+        [row.split(",")[10] for row in text.splitlines()] for text in (before, after)
+    ]
+    assert values[0] == values[1]
+
+
+def test_command_refuses_published_curves_over_other_images(folder, tmp_path, capsys):
+    command = ["eval", str(folder), "--codecs", "jpeg", "--bpp", "3", "--metrics"]
+    command += ["psnr_db", "--out", str(tmp_path), "--published", "kodak"]
+    assert cli.main(command) == 1
+    assert "images of kodak, these results are over 3 others" in capsys.readouterr().err

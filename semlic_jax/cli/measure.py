@@ -212,7 +212,7 @@ def add_eval(commands: Commands) -> None:
         type=Path,
         default=Path("eval"),
         help="output folder, created if missing; an interrupted run resumes; for "
-        "people: OUT/summary.md, for programs: OUT/summary.json; default eval",
+        "people: DIR/summary.md, for programs: DIR/summary.json; default eval",
     )
     add_model(sub)
     sub.add_argument(
@@ -336,7 +336,8 @@ def _compare(options: argparse.Namespace) -> None:
 
     output = options.out or options.input.with_suffix(".html")
     check_not_inputs([options.input], [output])
-    if output.suffix.lower() not in (".html", ".htm"):
+    a_file = output.is_file() or not output.exists()  # and no pipe or device
+    if a_file and output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"expected an output named .html or .htm, found {output}")
     metrics = options.metrics
     of_sets = [name for name in metrics or () if name in SET_METRICS]

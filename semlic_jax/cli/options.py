@@ -141,9 +141,6 @@ def rates(text: str) -> list[float]:
     return [positive_float(rate) for rate in names(text)]
 
 
-# argparse names the type in "invalid ... value".
-
-
 def background_colour(options: argparse.Namespace) -> tuple[int, int, int] | None:
     from semlic_jax.images import parse_colour
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,9 +129,11 @@ def evaluate(
 def _earlier(out: Path) -> Results | None:
     """The results that a folder holds, if any can be read."""
     try:
-        return read_results(out)
-    except (OSError, ValueError):
+        found = read_results(out)
+        found.set_sha256(), set(found.codecs)
+    except Exception:  # whatever it is that is damaged, it will be replaced
         return None
+    return found
 
 
 def _remove_plots(folder: Path, earlier: Results | None) -> None:
@@ -138,7 +141,8 @@ def _remove_plots(folder: Path, earlier: Results | None) -> None:
     known = [*IMAGE_METRICS, *SET_METRICS, *(earlier.metrics if earlier else ())]
     for name in {"all", *known}:
         for kind in ("png", "svg"):
-            (folder / f"rd_{name}.{kind}").unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):  # no name of a file
+                (folder / f"rd_{name}.{kind}").unlink()
 
 
 def _replaced(earlier: Results | None, results: Results, out: Path) -> str:
@@ -148,7 +152,7 @@ def _replaced(earlier: Results | None, results: Results, out: Path) -> str:
     of = []
     if earlier.set_sha256() != results.set_sha256():
         of.append("another set of images")
-    if earlier.codecs.items() - results.codecs.items():
+    if set(earlier.codecs) - set(results.codecs):
         of.append("other codecs")
     if not of:
         return ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a sweep: a line of JSON for each thing that was done.
 
-The folder of a sweep is locked by its journal.
+While a sweep runs, its folder is locked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL = "journal.jsonl"
+# A file that nobody reads or writes: on SMB a locked file is closed to all others, even
+# to another stream of the process that locked it.
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -31,19 +34,20 @@ def alone_in(folder: Path) -> Iterator[None]:
         it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / JOURNAL
-    if not path.exists() and any(folder.iterdir()):
+    others = {path.name for path in folder.iterdir()} - {_LOCK}
+    if others and JOURNAL not in others:
         raise ValueError(
             f"expected {folder} to be empty or an earlier evaluation, found other files"
         )
-    with open(path, "ab") as stream:
+    with open(folder / _LOCK, "ab") as stream:
         if fcntl is not None:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):
                 raise ValueError(f"another evaluation is running in {folder}") from None
             except OSError:  # a file system without locks
                 pass
+        (folder / JOURNAL).touch()
         yield
 
 

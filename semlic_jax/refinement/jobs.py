@@ -73,7 +73,7 @@ def plan_job(
 
     Raises:
         ValueError: the unrefined file exceeds the budget, or is of another size than
-            the image.
+            the image; or the profile alone exceeds the budget.
     """
     size = latents.size
     if len(unrefined) > budget_bytes:
@@ -97,7 +97,12 @@ def plan_job(
     # A profile takes the same bytes at every level, so it must not count: most of a
     # small file may be its profile.
     fixed = len(icc_profile or b"")
-    before = len(unrefined) - fixed
+    if budget_bytes <= fixed:
+        raise ValueError(
+            f"expected a budget of more than {fixed:,} bytes, which the colour profile "
+            f"takes, found {budget_bytes:,}"
+        )
+    before = len(unrefined) - header["icc_profile_bytes"]
     growth = math.log((len(data) - fixed) / before) / (probe - level)
     share = 1 + _overshoot(overshoot, region)
     wanted = math.log((budget_bytes - fixed) * share / before)

@@ -53,7 +53,7 @@ class Region:
     Attributes:
         mask: float32 [H, W] in [0, 1]; may be given as other numbers in this range, or
             as uint8 in 0..255.
-        foreground, background: w_fg and w_bg, finite, at least 0, not both 0.
+        foreground, background: w_fg and w_bg, from 0 to 1e6, not both 0.
         variant: `L1` or `L2`.
 
     Raises:
