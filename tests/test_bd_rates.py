@@ -112,3 +112,15 @@ def test_rates_without_a_common_range_are_refused():
     far = RateCurve([1, 2, 3, 4], GOOD["values"], name="far")
     with pytest.raises(ValueError, match="bpp of far goes from 1 to 4"):
         bd_metric(RateCurve(**GOOD), far)
+
+
+@pytest.mark.parametrize("low, high", [(10, 12), (34, 74)])
+def test_a_tenth_of_the_shorter_curve_is_enough_in_common(low, high):
+    """A short curve within a long one; two that share 15 % of their ranges."""
+
+    def curve(low, high, factor=1.0):
+        values = np.linspace(low, high, 5)
+        return RateCurve(factor * 10 ** (values / 20), values)
+
+    assert bd_rate(curve(0, 40), curve(low, high, 0.8)) == pytest.approx(-20, abs=1e-9)
+    assert bd_rate(curve(low, high, 0.8), curve(0, 40)) == pytest.approx(25, abs=1e-9)

@@ -593,3 +593,28 @@ def test_a_lack_of_memory_is_a_refusal(folder, semlic, monkeypatch):
     monkeypatch.setattr(semlic_jax, "load", exhausted)
     command = ("compress", "photo.png", "--quality", 0.5)
     refused(semlic(*command), "not enough memory: encoding needs 9 GiB")
+
+
+def test_info_says_what_is_in_the_file(folder, semlic, other_profile):
+    Image.open("photo.png").save("other.png", icc_profile=other_profile)
+    assert semlic("compress", "other.png", "--quality", 0.4)[0] == 0
+    facts = json.loads(semlic("info", "other.semlic", "--json")[1])
+    header, payload = unpack(Path("other.semlic").read_bytes())
+    assert facts["payload_bytes"] == len(payload)
+    assert facts["icc_profile_bytes"] == len(header.chunks[b"ICCP"]) > 0
+    assert (facts["same_machine_only"], facts["coder"]) == (False, "ans")
+    assert facts["model"] is None  # no packaged one
+
+
+def test_the_table_of_times_has_each_under_its_name():
+    ours = benchmark.Row("semlic", 900, 1.5, 30.0, 0.01, 0.02, 0.003, 0.004)
+    rival = benchmark.Row("JPEG", 901, 1.5, 31.0, 0.5, 1.5)
+    report = benchmark.Report(8, 6, 2, "here", 3, (ours, rival), 7.0, 8.0, 9.0)
+    _, header, first, second, note, calls, process = report.table().splitlines()
+    assert header.split()[4:] == ["compress", "(coding)", "decompress", "(coding)"]
+    assert first.split("dB")[1].split() == (
+        ["10.0", "ms", "3.0", "ms", "20.0", "ms", "4.0", "ms"]
+    )
+    assert second.split("dB")[1].split() == ["500.0", "ms", "-", "1,500.0", "ms", "-"]
+    assert note.startswith("JPEG ") and "compress 7.00 s, decompress 8.00 s" in calls
+    assert process.endswith(" 9.00 s")

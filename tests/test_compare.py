@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 
 import chromium
 import numpy as np
@@ -506,3 +507,45 @@ def test_the_table_says_why_a_codec_is_missing(browser, address):
     assert browser.evaluate("document.querySelectorAll('a[download]').length") == sum(
         "save" in row for row in rows
     )
+
+
+def test_the_page_has_its_numbers_under_their_names(pixels, shown, measures):
+    kept = replace(shown[0], encode_s=1.25, decode_s=2.5, bits=np.ones((4, 5)))
+    data = data_of(compare.page("a", pixels, [kept, *shown[1:]], measures))
+    first = data["codecs"][0]
+    assert (first["encode"], first["decode"]) == ("1.25 s", "2.50 s")
+    assert (first["bits"]["rows"], first["bits"]["columns"]) == (4, 5)
+    for facts in data["metrics"]:
+        name = facts["name"]
+        known = measures.image_metrics[name]
+        assert facts["better"] == ("higher" if known.higher_is_better else "lower")
+        values = {each.key: each.values[name] for each in shown if name in each.values}
+        best = max if known.higher_is_better else min
+        marked = [
+            each["key"]
+            for each in data["codecs"]
+            if each["values"].get(name, {}).get("best")
+        ]
+        assert marked == [key for key in values if values[key] == best(values.values())]
+
+
+def test_command_with_a_profile_a_background_and_a_rate(
+    tmp_path, pixels, other_profile
+):
+    half = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    half[:8, :8, 3] = 0
+    path = tmp_path / "cup.png"
+    Image.fromarray(half).save(path, icc_profile=other_profile)
+    command = ["compare", str(path), "--codecs", "jpeg", "--metrics", "psnr_db"]
+    assert cli.main([*command, "--bpp", "3"]) == 1
+    sizes = []
+    for bpp in ("2", "4"):
+        options = ["--bpp", bpp, "--background", "#010203", "--force"]
+        assert cli.main([*command, *options]) == 0
+        data = data_of((tmp_path / "cup.html").read_text())
+        sizes.append(8 * data["bytes"] / pixels[..., 0].size)
+    assert sizes[0] <= 2 < sizes[1] <= 4
+    body = data["original"].partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(body))) as image:
+        assert image.info["icc_profile"] == other_profile
+        assert image.convert("RGB").getpixel((0, 0)) == (1, 2, 3)

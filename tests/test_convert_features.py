@@ -230,3 +230,32 @@ def test_outputs_are_kept_unless_forced(tmp_path, capsys):
     assert "No such file or directory" in error
     assert main(["convert", "features", source, str(folder), "--force"]) == 0
     jax.block_until_ready(load_features(folder, "alexnet").params)
+
+
+def test_networks_see_pixels_as_their_weights_were_trained_with():
+    """Deep Compression's SqueezeNet, of the published tables, those of Caffe."""
+    kernel, one = np.ones((2, 2, 1, 1), np.float32), np.ones(2, np.float32)
+    norm = ("running_mean", "running_var", "weight", "bias")
+    inception = {f"Mixed_5b.branch1x1.bn.{part}": one for part in norm}
+    for name, layer, more, wanted in (
+        ("squeezenet1_0", "fire2.conv1x1_1", {}, "caffe"),
+        ("squeezenet1_0", "features.3.squeeze", {}, "imagenet"),
+        ("vgg16", "features.0", {}, "imagenet"),
+        ("inception_v3", "Mixed_5b.branch1x1.conv", inception, "torch_fidelity"),
+    ):
+        state = {f"{layer}.weight": kernel} | more
+        found = feature_weights.convert_network(state, name)
+        assert str(found["preprocessing"]) == wanted, layer
+    inception["Mixed_5b.branch1x1.bn.running_var"] = np.float32([0.5, -5e-4])
+    with pytest.raises(ValueError, match="variances of at least 0 in .*running_var"):
+        feature_weights.convert_network(state | inception, "inception_v3")
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    path = save(tmp_path / "a.npz", {"a": np.zeros(1)})
+    monkeypatch.setattr(feature_weights, "read_arrays_file", exhausted)
+    with pytest.raises(MemoryError):
+        feature_weights.read_arrays(path)

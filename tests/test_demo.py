@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 import semlic_jax
 from semlic_jax import cli
@@ -162,3 +162,27 @@ def test_demo_refuses_before_it_works(tmp_path):
             None, Photograph(np.zeros((8, 8, 3), np.uint8)), "cup", tmp_path, bpp=1
         )
     assert os.listdir(tmp_path) == ["cup.comparison.png"]
+
+
+def test_pictures_keep_the_colour_profile(tmp_path, photograph):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    made = Photograph(photograph(64, 64), icc_profile=profile)
+    outputs, _ = demo.run_demo(Stub(), made, "cup", tmp_path, bpp=4)
+    for path in (outputs.decoded, outputs.comparison):
+        with Image.open(path) as image:
+            assert image.info["icc_profile"] == profile, path
+
+
+def test_a_rival_that_cannot_shows_its_smallest_file(photograph):
+    pixels = photograph(64, 64)
+    codec = demo.classical_codec("jpeg")
+    found = demo._rival(codec, pixels, 10)
+    assert found.over_budget
+    assert found.file_bytes == len(codec.encode(pixels, codec.settings[0]))
+    original = demo.Candidate("original", 1, pixels, float("inf"))
+    found = demo.Candidate("a", 9, pixels, 30.0, True, encode_s=1.25, decode_s=2.5)
+    _, line = demo.table([original, found]).splitlines()
+    assert line.split("dB")[1].split()[:4] == ["1.25", "s", "2.50", "s"]
+    assert line.endswith("its smallest file")
+    below = demo.Candidate("b", 9, pixels, 30.0)
+    assert "smallest" not in demo.table([original, below])

@@ -337,3 +337,39 @@ def test_embedding_runs_under_jit_as_an_argument():
     image = jnp.full((2, 4, 4, 3), 0.5)
     found = jax.jit(FeatureNetwork.embed)(network, image)
     np.testing.assert_allclose(found, np.tile([0.5] * 3 + [0.25] * 3, (2, 1)))
+
+
+class Exploit:
+    """Loading this would run code."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_pickles_among_statistics_are_refused():
+    arrays = dict(np.load(io.BytesIO(statistics_of(vectors(9)).to_bytes())))
+    changed = io.BytesIO()
+    np.savez(changed, **arrays | {"extra": np.array([Exploit()], dtype=object)})
+    with pytest.raises(ValueError, match="not a file of feature statistics.*pickle"):
+        FeatureStatistics.from_bytes(changed.getvalue())
+
+
+def test_a_shard_does_not_merge_twice():
+    statistics = statistics_of(vectors(9))
+    before = statistics.to_bytes()
+    for other in (statistics, statistics_of(vectors(3, seed=1))):
+        with pytest.raises(ValueError, match="found one twice"):
+            statistics.merge(FeatureStatistics.from_bytes(other.to_bytes()))
+    with pytest.raises(ValueError, match="number for each of 2 vectors, found 1"):
+        statistics.update(vectors(2), [30])
+    assert statistics.to_bytes() == before
+
+
+def test_subsets_have_each_vector_once():
+    """So a subset of as many vectors as there are is the whole set."""
+    a, b = vectors(30, 4) / 100, vectors(30, 4, seed=1, shift=1) / 100
+    found = kernel_distance(
+        statistics_of(a), statistics_of(b), subsets=3, subset_size=30
+    )
+    assert found.mean == pytest.approx(polynomial_mmd(a, b), rel=1e-9)
+    assert found.std == pytest.approx(0, abs=1e-9 * found.mean)

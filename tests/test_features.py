@@ -732,3 +732,78 @@ def test_normalise_channels_has_the_gradient_of_its_equation():
     np.testing.assert_allclose(
         gradient(features.normalise_channels), expected, rtol=1e-5, atol=1e-5
     )
+
+
+def write_stream(path, little=True, count=6, values=6, data=None):
+    """The older form of `tensor_pickle([2, 3], [3, 1])`: five pickles, then values."""
+    number = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+    order = b"}X\x0d\0\0\0little_endian" + (b"\x88" if little else b"\x89") + b"s."
+    pickles = (b"\x8a\x0a" + number + b".", b"M\xe9\x03.", order)
+    head = b"".join(b"\x80\x02" + part for part in pickles)
+    keys = b"\x80\x02](X\x01\0\0\x000e."
+    content = count.to_bytes(8, "little") + np.arange(values, dtype="<f4").tobytes()
+    path.write_bytes(head + (data or tensor_pickle([2, 3], [3, 1])) + keys + content)
+
+
+def test_torch_files_of_the_other_byte_order_are_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    values = np.arange(6, dtype=np.float32)
+    for little in (True, False):
+        for zipped in (True, False):
+            if zipped:
+                data = tensor_pickle([2, 3], [3, 1])
+                write_zip(path, data, [("0", values)])
+                with zipfile.ZipFile(path, "a") as archive:
+                    order = "little" if little else "big"
+                    archive.writestr("archive/byteorder", order)
+            else:
+                write_stream(path, little)
+            if little:
+                found = read_torch_file(path)["x"]
+                np.testing.assert_array_equal(found, values.reshape(2, 3))
+            else:
+                with pytest.raises(ValueError, match="numbers are big-endian"):
+                    read_torch_file(path)
+
+
+def test_storages_of_another_length_are_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    write_stream(path, count=7)
+    with pytest.raises(ValueError, match="storage 0 has 7 elements"):
+        read_torch_file(path)
+    write_stream(path, values=5)
+    with pytest.raises(ValueError, match="24 bytes, found 20"):
+        read_torch_file(path)
+    for count in (5, 7):
+        values = np.zeros(count, np.float32)
+        write_zip(path, tensor_pickle([2, 3], [3, 1]), [("0", values)])
+        with pytest.raises(ValueError, match=f"24 bytes, found {4 * count}"):
+            read_torch_file(path)
+
+
+def test_views_of_storages_are_refused(tmp_path):
+    """Their offset would be left out, and the weights be others."""
+    path = tmp_path / "a.pth"
+    plain, values = tensor_pickle([2, 3], [3, 1]), np.zeros(6, np.float32)
+    write_zip(path, plain.replace(b"tQ", b"NtQ"), [("0", values)])
+    assert read_torch_file(path)["x"].shape == (2, 3)
+    view = b"(X\x01\0\0\x001K\x03K\x03ttQ"  # key, offset and size
+    write_zip(path, plain.replace(b"tQ", view), [("0", values)])
+    with pytest.raises(ValueError, match="not a plain storage"):
+        read_torch_file(path)
+
+
+def test_of_two_dicts_of_tensors_none_is_chosen(tmp_path):
+    """As of a checkpoint with averaged weights beside those of the last step."""
+    one = tensor_pickle([2, 3], [3, 1])[2:-1]
+    names = (b"X\x01\0\0\0" + name for name in (b"a", b"b"))
+    data = b"\x80\x02}" + b"".join(name + one + b"s" for name in names) + b"."
+    write_zip(tmp_path / "a.pth", data, [("0", np.zeros(6, np.float32))])
+    with pytest.raises(ValueError, match="no single dict of tensors"):
+        read_torch_file(tmp_path / "a.pth")
+
+
+def test_attributes_of_other_things_than_dicts_are_refused(tmp_path):
+    write_zip(tmp_path / "a.pth", b"\x80\x02NNb.")
+    with pytest.raises(ValueError, match="sets attributes of something that is not"):
+        read_torch_file(tmp_path / "a.pth")

@@ -7,12 +7,14 @@ import os
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from semlic_jax.refinement import Refined, preset, refine_folder
 from semlic_jax.refinement import folder as folder_module
-from semlic_jax.refinement.folder_table import to_csv
+from semlic_jax.refinement.batch import Progress
+from semlic_jax.refinement.folder_table import Table, to_csv
 
 SIZE = (20, 30)
 SETTINGS = preset(4, gamma=0.0)
@@ -255,3 +257,79 @@ def test_tables_that_are_no_csv(album, refined, content):
     with pytest.raises(ValueError, match="expected a table of refined files"):
         run(album)
     assert len(refined) == 3
+
+
+def test_images_of_a_stopped_run_are_refined_again(album, refined, monkeypatch):
+    """Their files are from too few steps; the other images were not begun."""
+    whole = folder_module.refine_batch
+
+    def stopped(*arguments, progress, **options):
+        now = Progress(1, SETTINGS.steps, np.ones(1), np.ones(1))
+        assert progress(now) is False
+        return [each._replace(steps=1) for each in whole(*arguments, **options)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder_module, "refine_batch", stopped)
+        report = run(album, progress=lambda now: False)
+    assert report.stopped and refined == [1]
+    assert [row.steps for row in report.rows] == [1]
+    report = run(album)
+    assert not report.stopped and refined == [1, 1, 2, 3]
+    assert [row.steps for row in report.rows] == [SETTINGS.steps] * 3
+
+
+def test_a_kill_between_a_row_and_its_file_leaves_no_file_that_is_not_ours(
+    album, refined, monkeypatch
+):
+    def killed(table, row):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Table, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(album)
+    assert len(run(album).rows) == 3 and refined == [1, 1, 2, 3]
+
+
+def test_the_same_values_in_another_shape_are_another_photograph(album, refined):
+    run(album)
+    Image.new("RGB", SIZE, (2, 0, 0)).save(album / "b.png")
+    with pytest.raises(ValueError, match="b.semlic was not made from this image"):
+        run(album)
+
+
+def test_another_model_or_trunk_is_another_task(album, refined):
+    run(album)
+    other = Stub()
+    other.fingerprint = b"else"
+    with pytest.raises(ValueError, match="a.semlic was not made from this image"):
+        run(album, other)
+    # A trunk counts by its weights.
+    trunk = preset(4, gamma=1.0).load_features()
+    near = replace(trunk, params=jax.tree.map(lambda leaf: 1.001 * leaf, trunk.params))
+    texts = [
+        folder_module._as_text(preset(4, gamma=1.0, features=network))
+        for network in (trunk, trunk, near)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_seconds_are_those_of_one_image(album, refined, monkeypatch):
+    times_s = iter([0.0, 6.0])
+    monkeypatch.setattr(folder_module.time, "perf_counter", lambda: next(times_s))
+    assert [row.seconds for row in run(album, batch=3).rows] == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(batch=0), "a batch of at least 1 image, found 0"),
+        (dict(bpp=0.0), "bits per pixel above 0, found 0"),
+        (dict(bpp=float("nan")), "bits per pixel above 0, found nan"),
+        (dict(process=2, processes=2), "a process from 0 to 1 of 2, found 2"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(album, refined, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(album, **options)
+    assert not refined and not (album.parent / "out").exists()

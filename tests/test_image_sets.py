@@ -43,3 +43,12 @@ def test_no_two_images_have_one_name(tmp_path, monkeypatch):
     found = [facts.name for facts, _ in readable_images(paths, None, skipped)]
     assert len(found) == len(set(found)) == 2 and found[0] == "x.png"
     assert [each.reason for each in skipped] == ["it has the same pixels as x.png"]
+
+
+def test_the_same_bytes_in_another_shape_are_another_image(tmp_path):
+    paths = [tmp_path / "wide.png", tmp_path / "tall.png"]
+    for path, size in zip(paths, [(8, 4), (4, 8)], strict=True):
+        Image.new("RGB", size, (9, 9, 9)).save(path)
+    skipped = []
+    found = list(readable_images(paths, None, skipped))
+    assert len(found) == 2 and not skipped

@@ -399,9 +399,9 @@ def put(value):
         ("g_ep_1_0", "bias", lambda a: a.astype(np.float32), "g_ep_1_0/bias as int32"),
         ("g_ep_1_0", "bias", put(2**31 - 1), "within int32 in g_ep_1_0"),
         ("g_ep_1_0", "bias", put(-(2**31)), "within int32 in g_ep_1_0"),
-        ("g_ep_1_0", "shift", put(0), r"1\.\.14 in g_ep_1_0, found 0"),
-        ("g_ep_1_0", "shift", put(15), r"1\.\.14 in g_ep_1_0, found .*15"),
-        ("g_ep_1_index", "shift", put(17), r"1\.\.16 in g_ep_1_index"),
+        ("g_ep_1_0", "shift", put(0), r"1 to 14 in g_ep_1_0, found 0"),
+        ("g_ep_1_0", "shift", put(15), r"1 to 14 in g_ep_1_0, found .*15"),
+        ("g_ep_1_index", "shift", put(17), r"1 to 16 in g_ep_1_index"),
         ("g_ep_1_0", "scale", None, "g_ep_1_0"),
     ],
 )

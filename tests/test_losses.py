@@ -464,3 +464,80 @@ def test_zoom_takes_a_share_of_the_perceptual_term_from_an_enlarged_part(network
     np.testing.assert_allclose(np.diff(part[0, 8, 4:-4, 0]), 0.5, atol=1e-4)
     with pytest.raises(ValueError, match="a.zoom must be from 0 to 1, found 2"):
         Stage(name="a", steps=1, zoom=2.0)
+
+
+@pytest.mark.parametrize("side, scales", [(32, 2), (44, 3), (11, 1)])
+def test_structural_of_small_crops_has_fewer_scales_of_larger_weights(side, scales):
+    """The shorter side decides, whichever it is."""
+    rng = np.random.default_rng(side)
+    for shape in ((1, side, 2 * side + 40, 3), (1, 2 * side + 40, side, 3)):
+        x = rng.random(shape).astype(np.float32)
+        x_hat = np.clip(x + 0.2 * rng.normal(size=shape), 0, 1).astype(np.float32)
+        found = losses.structural(x, x_hat)
+        weights = np.array(similarity.MS_SSIM_WEIGHTS[:scales])
+        a, b = (jnp.asarray(v) * 255 - 128 for v in (x, x_hat))
+        product = 1.0
+        for scale, weight in enumerate(weights / weights.sum()):
+            parts = similarity.ssim_terms(a, b)  # SSIM at the last, else its contrast
+            factor = np.asarray(parts[0 if scale == scales - 1 else 1], np.float64)
+            product = product * factor**weight
+            a, b = similarity.halve(a), similarity.halve(b)
+        np.testing.assert_allclose(found, 1 - product.mean(-1), rtol=1e-4)
+    with pytest.raises(ValueError, match="at least 11 pixels, found 10"):
+        losses.structural(x[:, :, :10], x_hat[:, :, :10])
+
+
+def test_structural_has_a_finite_gradient_where_images_are_opposites():
+    x = np.random.default_rng(0).random((1, 32, 32, 3)).astype(np.float32)
+    gradient = jax.grad(lambda v: losses.structural(x, v).sum())(jnp.asarray(1 - x))
+    assert np.isfinite(gradient).all()
+
+
+def test_ensemble_has_the_terms_of_pixels_as_they_are():
+    rng = np.random.default_rng(9)
+    x = rng.random((2, 48, 64, 3)).astype(np.float32)
+    x_hat = np.clip(x / 2 + 0.1 * rng.normal(size=x.shape), 0, 1).astype(np.float32)
+    weights = LossWeights(
+        charbonnier=0.0, squared_error=1.0, structural=1.0, lattice=1.0
+    )
+    terms = losses.ensemble_terms(x, x_hat, weights)
+    expected = {
+        "squared_error": losses.squared_error(x, x_hat),
+        "structural": losses.structural(x, x_hat),
+        "lattice": lattice(x, x_hat),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5)
+    # The original is no variable: what it shows decides what can be seen.
+    swapped = lattice(x_hat, x)
+    assert not np.allclose(terms["lattice"], swapped, rtol=0.1)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_weights_of_losses_are_finite(value):
+    with pytest.raises(ValueError, match="weight of style must be at least 0, found"):
+        LossWeights(style=value)
+
+
+def test_styles_of_maps_without_features_are_finite():
+    nothing = [jnp.zeros((1, 8, 8, 4))]
+    some = [jnp.ones((1, 8, 8, 4))]
+    for maps in (nothing, some):
+        found = (
+            style_losses.mean_style(nothing, maps),
+            style_losses.local_mean_style(nothing, maps, (128, 128)),
+        )
+        assert all(np.isfinite(value).all() for value in found)
+
+
+def test_patches_of_local_style_are_rounded_to_whole_cells():
+    """An 8 x 8 map of 29 x 29 pixels: 16 pixels are 4.4 cells, 18 are 4.97, thus 5."""
+    rng = np.random.default_rng(10)
+    f, g = rng.normal(size=(2, 1, 5, 5, 3)).astype(np.float32)
+    fill = ((0, 0), (0, 3), (0, 3), (0, 0))
+    whole = style_losses.style([f], [g])
+    found = style_losses.local_style(
+        [np.pad(f, fill)], [np.pad(g, fill)], (29, 29), patch_pixels=18
+    )
+    np.testing.assert_allclose(found, whole / 4, rtol=1e-5)  # three are empty

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.signal import fftconvolve
 
 from semlic_jax.objectives import (
+    distribution_metrics,
     feature_weights,
     features,
     metrics,
@@ -426,3 +427,50 @@ def test_published_squeezenet_ranks_qualities():
     low, high = (measure(x, jpeg(x, q))["feature_distance"][0] for q in (5, 60))
     assert 0 < high < low
     assert trunks.SQUEEZENET1_0_TAPS == features.NETWORKS["squeezenet1_0"].taps
+
+
+class Precision(nn.Module):
+    """A trunk that notes with what precision its program is made."""
+
+    taps: tuple[str, ...] = ("colour",)
+    preprocessing: str = "none"
+    seen = []
+
+    def __call__(self, images):
+        self.seen.append(jax.config.jax_default_matmul_precision)
+        return {"colour": images}
+
+
+def test_products_have_full_precision_on_every_device(monkeypatch):
+    """Else a GPU or a TPU rounds their factors, and metrics depend on the device."""
+    monkeypatch.setattr(Precision, "seen", seen := [])
+    network = FeatureNetwork({}, Precision())
+    x = synthetic(32, 40)
+    metrics.FeatureDistance(network)(x, x)
+    assert seen and set(seen) == {"highest"}
+    seen.clear()
+    collected = distribution_metrics.PatchStatistics(network, patch_side=32)
+    seen.clear()  # of the shapes
+    collected.add(x, 0)
+    collected.statistics()
+    assert seen and set(seen) == {"highest"}
+
+
+def test_psnr_clips_float_images():
+    x = np.ones((8, 8, 3), np.float32)
+    assert similarity.psnr_db(x, 1.5 * x)[0] == np.inf
+    assert similarity.psnr_db(0 * x, -0.5 * x)[0] == np.inf
+
+
+def test_mean_style_of_an_image_that_is_not_square():
+    """Patches of 64 pixels along both sides."""
+    network = FeatureNetwork({}, Precision())
+    x, x_hat = synthetic(128, 320), jpeg(synthetic(128, 320), 10)
+    found = metrics.MeanStyleDistance(network)(x, x_hat)
+    means, means_hat = (
+        image.astype(np.float64).reshape(2, 64, 5, 64, 3).mean((1, 3)) / 255
+        for image in (x, x_hat)
+    )
+    square = ((means - means_hat) ** 2).sum(-1).mean()
+    expected = square / ((means**2).sum(-1).mean() + 1e-6)
+    assert float(found[0]) == pytest.approx(expected, rel=1e-3)

@@ -273,3 +273,14 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     write_model(tmp_path / "other", weights)
     with pytest.raises(ValueError, match="expected the arrays block_3_expand_BN/gamma"):
         load_features(tmp_path / "other" / "model.json", "mobilenet_v2")
+
+
+def test_a_large_json_of_tensorflow_js_is_not_read(tmp_path, monkeypatch):
+    write_model(tmp_path / "web", {"a": np.zeros(3, np.float32)})
+    file = tmp_path / "web" / "model.json"
+    size_bytes = file.stat().st_size
+    monkeypatch.setattr(tfjs_files, "_MAX_JSON_BYTES", size_bytes)
+    assert list(read_tfjs_file(file)) == ["a"]
+    monkeypatch.setattr(tfjs_files, "_MAX_JSON_BYTES", size_bytes - 1)
+    with pytest.raises(ValueError, match=f"at most {size_bytes - 1} bytes, found"):
+        read_tfjs_file(file)

@@ -27,6 +27,7 @@ from semlic_jax.refinement.objective import (
     objective_residuals,
 )
 from semlic_jax.refinement.settings import METHODS
+from semlic_jax.refinement.steps import Target, rate_excess
 from semlic_jax.refinement.structure import (
     lattice_residuals,
     lattice_weights,
@@ -667,3 +668,41 @@ def test_commands(mini_codec, mini_model, image, tmp_path, monkeypatch, capsys):
             cli.main([command, "--help"])
         shown = capsys.readouterr().out.replace("\n", " ")
         assert all(method in shown for method in METHODS)
+
+
+def test_a_step_changes_multiplier_and_z_within_bounds():
+    """The multiplier rises above the target and falls below; z moves by few rates."""
+    y, z = jnp.zeros((3, 1, 1, 2)), jnp.zeros((3, 4, 5, 5))
+    state = newton.State((y, z), z, z, jnp.ones_like(y), jnp.zeros(3), None)
+    now = newton.Schedule(0, 1.0, 0.0, 0.5, 0.1, 0)
+    target = Target(jnp.full(3, 2.0), jnp.ones(3), jnp.float32(3), jnp.float32(0))
+    excess = rate_excess(jnp.array([2.2, 1.8, 20.0]), target)
+    np.testing.assert_allclose(excess, [np.log(1.1), np.log(0.9), 0.3], rtol=1e-5)
+    gradient = z.at[:, 0, 0, 0].set(7.0)  # ten times the root mean square
+    found = newton.moved(state, now, (y, gradient), y, excess, target.integral)
+    np.testing.assert_allclose(found.log_beta, 3 * np.asarray(excess), rtol=1e-5)
+    np.testing.assert_allclose(found.latents[1][:, 0, 0, 0], -0.1 * 4.0, rtol=1e-5)
+    assert np.count_nonzero(found.latents[1]) == 3
+    even = newton.moved(state, now, (y, z + 7), y, excess, target.integral)
+    np.testing.assert_allclose(even.latents[1], -0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 12, 100])
+def test_the_travel_of_z_is_the_sum_of_its_learning_rates(steps):
+    settings = dataclasses.replace(SETTINGS, steps=steps, z_travel=0.6)
+    rates = newton.make_schedule(settings).learning_rate
+    assert rates.sum() == pytest.approx(0.6, rel=1e-5) and rates[-1] == 0
+    assert (np.diff(rates) < 0).all()
+
+
+def test_structure_of_small_images_has_fewer_scales_of_larger_weights(photograph):
+    """So the term weighs as much beside the others as for any image."""
+    size = (32, 32)
+    x = photograph(*size, seed=5)[None].astype(np.float32) / 255
+    weights = equal_weights(x, [size])
+    found = structure_weights(x, weights, (size,))
+    assert len(found) == 3  # of 32, 16 and 8 pixels
+    flat = structure_weights(jnp.full_like(x, 0.5), weights, (size,))
+    # Of a plain surface, all tolerances are 1 / c.
+    total = sum(float(jnp.sum(part)) for part in flat)
+    assert total == pytest.approx(1 / (0.03 * 255) ** 2, rel=1e-4)

@@ -370,6 +370,7 @@ def test_unrefined_files_that_do_not_fit_are_refused(mini_codec, image, photogra
     for budget, start, message in (
         (len(data) - 1, data, f"at most {len(data) - 1} bytes, found {len(data)}"),
         (len(data), other, "unrefined file of 64 x 56 pixels, found 60 x 50"),
+        (len(data), data, "more than 500 bytes, which the colour profile takes"),
     ):
         with pytest.raises(ValueError, match=message):
             refinement.refine_batch(
@@ -377,6 +378,7 @@ def test_unrefined_files_that_do_not_fit_are_refused(mini_codec, image, photogra
                 [image],
                 max_bytes=[budget],
                 unrefined=[start],
+                icc_profiles=[500 * b"p"],
                 settings=SETTINGS,
             )
 
@@ -735,3 +737,28 @@ def test_names_that_collide_are_refused(semlic, album):
     Image.new("RGB", (64, 56)).save("in/a.bmp")
     status, _, err = semlic(*REFINE)
     assert status == 1 and "a.bmp" in err and "a.png" in err
+
+
+def test_learning_rates_fall_at_the_end_alone():
+    def rates(decay):
+        settings = dataclasses.replace(SETTINGS, learning_rate=0.1, decay=decay)
+        return settings.learning_rates()
+
+    found = rates(0.3)  # of 40 steps: the last 12
+    np.testing.assert_allclose(found[:28], 0.1, rtol=1e-6)
+    assert (np.diff(found[27:]) < 0).all() and 0 < found[-1] < 0.001
+    assert found[28:].mean() == pytest.approx(0.05, rel=1e-3)
+    np.testing.assert_allclose(rates(0.0), 0.1, rtol=1e-6)
+
+
+def test_first_steps_of_adam_are_of_the_learning_rate():
+    """Whatever the gradient's size: its moments start from 0, and this is undone."""
+    y, z = jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 1, 1, 2))
+    state = State((y, z), (y, z), (y, z), jnp.zeros(1))
+    gradient = (y + 1e-3, z - 50.0)
+    for step in range(3):
+        now = Schedule(step, 0.5, 0.01, 0)
+        latents, first, second = steps_module._adam(state, gradient, now)
+        state = State(latents, first, second, state.log_beta)
+        np.testing.assert_allclose(latents[0], -0.01 * (step + 1), rtol=1e-3)
+        np.testing.assert_allclose(latents[1], 0.01 * (step + 1), rtol=1e-3)

@@ -17,7 +17,7 @@ from semlic_jax.refinement import (
     read_mask,
     salient_mask,
 )
-from semlic_jax.refinement.roi import soften
+from semlic_jax.refinement.roi import _barrier_distance, soften
 
 SIZE = (56, 64)
 
@@ -240,3 +240,41 @@ def test_weights_raise_the_foreground(mini_codec, photograph):
         )
     assert inside == sorted(inside) and inside[2] - inside[0] > 0.1
     assert outside == sorted(outside)[::-1] and outside[0] - outside[2] > 0.1
+
+
+def test_ratios_of_foregrounds_without_a_weight_have_a_logarithm():
+    """`--roi-weight 0`: where an image starts depends on the ratio's logarithm."""
+    region = Region(half_mask(), 0.0, 1.0)
+    assert region.weight_ratio() == pytest.approx(1e-3)
+    assert Region(1 - half_mask(), 0.0, 1.0).weight_ratio() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("edge_pixels", [8.0, 20.0])
+def test_soft_edges_have_the_deviation_they_are_asked_for(edge_pixels):
+    mask = np.zeros((9, 201), np.float32)
+    mask[:, 100] = 1
+    line = soften(mask, edge_pixels)[4].astype(np.float64)
+    assert line.sum() == pytest.approx(1, rel=1e-4)
+    deviation = np.sqrt((line * (np.arange(201) - 100) ** 2).sum())
+    assert deviation == pytest.approx(edge_pixels, rel=0.2)
+
+
+def test_an_object_that_touches_one_side_stands_out():
+    image = np.full((96, 96, 3), 70, np.uint8)
+    image += np.random.default_rng(0).integers(0, 12, image.shape, np.uint8)
+    image[40:, 30:66] = (230, 120, 40)  # down to the lower side
+    mask = salient_mask(image)
+    assert mask[50:70, 36:60].mean() > 0.8 and mask[:, :16].mean() < 0.2
+
+
+def test_barriers_are_seen_from_all_sides():
+    """Within a wall with a gap to the right, all is one with the border."""
+    channel = np.zeros((9, 9))
+    channel[2:7, 2:7] = 1
+    channel[3:6, 3:6] = 0
+    closed = _barrier_distance(channel)
+    assert (closed[3:6, 3:6] == 1).all()
+    for gap in (np.s_[4, 6], np.s_[4, 2], np.s_[2, 4], np.s_[6, 4]):
+        opened = channel.copy()
+        opened[gap] = 0
+        assert _barrier_distance(opened)[4, 4] == 0

@@ -148,3 +148,29 @@ def test_unknown_methods_are_refused():
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match=r"'magic'.*sga"):
         draw_noise("magic", keys, (1,))
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.2, -0.4])
+def test_three_candidates_have_the_weights_of_their_paper(offset):
+    """SGA+: sigmoid(-a logit(r d / 1.5))^n with a = 1.4, n = 1.5 and r = 0.98.
+
+    With a temperature T, the mixture is softmax((n log sigmoid / T + noise) / T).
+    """
+    distance = 0.98 * np.abs(offset - np.array([-1, 0, 1]))
+    share = np.clip(distance / 1.5, 1e-5, 1 - 1e-5)
+    weights = (1 / (1 + (share / (1 - share)) ** 1.4)) ** 1.5
+    noise = np.random.default_rng(0).gumbel(size=(5, 3)).astype(np.float32)
+    for temperature in (1.0, 0.5):
+        exponents = (np.log(weights) / temperature + noise) / temperature
+        mixture = np.exp(exponents)
+        expected = 4 + (mixture @ [-1, 0, 1]) / mixture.sum(-1)
+        v = jnp.full((5,), 4 + offset, jnp.float32)
+        found = relaxed_round(v, noise, jnp.float32(temperature), "ssl3")
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_without_noise_the_mixture_is_that_of_the_weights():
+    u, temperature = 0.3, 0.5
+    low, high = (weight("sga", x) ** (1 / temperature) for x in (u, 1 - u))
+    found = sample("deterministic", jnp.full((1,), 7 + u), temperature)
+    np.testing.assert_allclose(found, 7 + high / (low + high), rtol=1e-4)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from semlic_jax.evaluation import summary
+from semlic_jax.evaluation import summary as summary_module
 from semlic_jax.evaluation.plots import figure_bytes, plot_metric, style_of, write_plots
 from semlic_jax.evaluation.published import curves_beside, published_curves
 from semlic_jax.evaluation.results import (
@@ -527,3 +528,73 @@ def test_a_metric_without_points_has_no_plot(tmp_path):
     results = replace(results, rows=tuple(rows))
     names = {path.stem for path in write_plots(results, tmp_path)}
     assert names == {"rd_all", "rd_psnr_db", "rd_frechet"}
+
+
+@pytest.mark.parametrize(("every", "enough"), [(10, False), (25, True)])
+def test_resamples_that_do_not_compare_cost_the_interval(monkeypatch, every, enough):
+    """A few may be missing; those of one side would be, so not more than that."""
+    whole, calls = summary_module.bd_rate, []
+
+    def fails_sometimes(base, test):
+        calls.append(0)
+        if len(calls) % every == 0:
+            raise ValueError("they do not overlap")
+        return whole(base, test)
+
+    monkeypatch.setattr(summary_module, "bd_rate", fails_sometimes)
+    found = bd_rate_of(made_up(noise=0.1), "semlic", "avif", "psnr_db", resamples=100)
+    assert found.percent is not None and (found.low is not None) == enough
+    assert found.gap == ("" if enough else "10 of 100 resampled curves do not compare")
+
+
+def test_an_interval_leaves_out_as_much_on_either_side(monkeypatch):
+    values = iter(np.arange(-1.0, 1000.0))  # the first is of all images
+    monkeypatch.setattr(summary_module, "bd_rate", lambda *curves: next(values))
+    found = bd_rate_of(made_up(), "semlic", "avif", "psnr_db", resamples=1000)
+    assert found.percent == -1
+    assert found.low == pytest.approx(999 - found.high) and 0 < found.low < 25
+
+
+def test_times_are_medians():
+    """The first call of each shape compiles."""
+    results = made_up(("avif",))
+    first, *rest = results.rows
+    slow = replace(first, encode_s=1000.0, decode_s=2000.0)
+    rest = [replace(row, encode_s=1.0, decode_s=2.0) for row in rest]
+    [timing] = summarise(replace(results, rows=(slow, *rest)), resamples=1).timing
+    assert (timing.encode_s, timing.decode_s) == (1.0, 2.0)
+
+
+def test_merged_sweeps_keep_all_that_readers_are_told():
+    results = made_up()
+    first = replace(
+        part_of(results, "semlic"), notes=("a",), skipped=(Skipped("x.png", "broken"),)
+    )
+    second = replace(
+        part_of(results, "avif"),
+        notes=("a", "b"),
+        skipped=(Skipped("x.png", "broken"), Skipped("y.png", "no room")),
+    )
+    merged = merge([first, second])
+    assert merged.notes == ("a", "b")
+    assert [each.name for each in merged.skipped] == ["x.png", "y.png"]
+
+
+def test_the_table_of_sets_has_its_numbers_under_their_names():
+    header, line, *_ = made_up(("avif",)).set_csv().splitlines()
+    found = dict(zip(header.split(","), line.split(","), strict=True))
+    assert found == {
+        "codec": "avif",
+        "target_bpp": "0.1",
+        "bpp": "0.1",
+        "patches": "48",
+        "frechet": "10.0",
+        "gaps": "",
+    }
+
+
+def test_only_our_codecs_are_compared_with_published_curves(monkeypatch):
+    results = over_kodak(made_up(), monkeypatch)
+    published = published_curves("kodak")
+    found = summarise(results, published=published, resamples=1).to_published
+    assert {each.codec for each in found} == {"semlic"}

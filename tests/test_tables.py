@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
+
+from test_summary import made_up, without
 
 from semlic_jax.evaluation.results import (
     CodecFacts,
@@ -90,3 +93,13 @@ def test_metrics_without_a_value_have_no_table_and_are_told_of():
     gaps = text.split("### Gaps")[1]
     assert "dists: semlic at 0.1 bpp" in gaps and "needs 16x16 pixels" in gaps
     assert "by the names that the command line gives them" in gaps
+
+
+def test_used_rates_are_those_of_the_files_and_of_all_images():
+    results = made_up(("avif",))
+    rows = [replace(row, bpp=0.9 * row.target_bpp) for row in results.rows]
+    results = without(replace(results, rows=tuple(rows)), "avif", "3.png", 0.2, "no")
+    text = markdown(summarise(results, resamples=1))
+    part = text.partition("### Bits per pixel used")[2].splitlines()
+    cells = [cell.strip() for cell in part[4].strip("|").split("|")]
+    assert cells == ["AVIF", "0.0900", "-", "0.2700", "0.3600", "0.4500"]
