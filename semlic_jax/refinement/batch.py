@@ -159,8 +159,8 @@ class Batch:
 
         Raises:
             ValueError: the images are of several buckets, a region's mask has another
-                size than its image, an unrefined file exceeds its budget or is of
-                another size, or perceptual terms lack feature weights.
+                size than its image, an unrefined file is of another size, or
+                perceptual terms lack feature weights.
             MemoryError: there is no room for the steps.
         """
         self.codec = codec

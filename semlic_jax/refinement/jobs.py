@@ -72,15 +72,10 @@ def plan_job(
             exceeds it, if there is no region.
 
     Raises:
-        ValueError: the unrefined file exceeds the budget, or is of another size than
-            the image; or the profile alone exceeds the budget.
+        ValueError: the unrefined file is of another size than the image, or the
+            profile alone exceeds the budget.
     """
     size = latents.size
-    if len(unrefined) > budget_bytes:
-        raise ValueError(
-            f"expected an unrefined file of at most {budget_bytes:,} bytes, found "
-            f"{len(unrefined):,}"
-        )
     header = codec.info(unrefined)
     if (header["height"], header["width"]) != size:
         raise ValueError(

@@ -131,6 +131,12 @@ def refine_batch(
                 images, max_bytes, icc_profiles, strict=True
             )
         ]
+    for data, budget in zip(unrefined, max_bytes, strict=True):
+        if len(data) > budget:
+            raise ValueError(
+                f"expected an unrefined file of at most {budget:,} bytes, found "
+                f"{len(data):,}"
+            )
     arguments = (images, max_bytes, regions, icc_profiles, unrefined)
     listener = progress if progress is None else _Listener(progress)
 
