@@ -1057,7 +1057,7 @@ def test_command_tells_where_programs_and_metrics_are(capsys):
     with pytest.raises(SystemExit):
         cli.main(["eval", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "for programs: OUT/summary.json" in text
+    assert "for programs: DIR/summary.json" in text
     of_each, of_all = text.split("of each image: ")[1].split("over patches of all")[:2]
     of_all = of_all.split("default:")[0]
     for name in metrics.IMAGE_METRICS:
