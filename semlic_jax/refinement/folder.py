@@ -232,7 +232,10 @@ def _reuse(
 
 
 class _Listener:
-    """Passes on the progress of one batch; remembers whether it was stopped."""
+    """Passes on the progress of one batch, and says whether it was stopped.
+
+    `refine_batch` does not call it again after that.
+    """
 
     def __init__(
         self,
@@ -244,7 +247,7 @@ class _Listener:
         self.stopped = False
 
     def __call__(self, now: Progress) -> bool:
-        if self._progress is not None and not self.stopped:
+        if self._progress is not None:
             answer = self._progress(FolderProgress(self._done, self._images, now))
             self.stopped = answer is False
         return not self.stopped
