@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     options = parser.parse_args(argv)
     try:
+        if options.restarts < 0:  # every target has this option
+            raise ValueError(f"--restarts must be at least 0, found {options.restarts}")
         task = read_task(options.task, options.arguments)
         return _TARGETS[options.target][0].start(options, task)
     except (ValueError, OSError) as error:

@@ -79,8 +79,6 @@ def start(options: argparse.Namespace, task: Task) -> int:
         raise ValueError(
             f"--gpus must be a multiple of the {count} processes, found {options.gpus}"
         )
-    if options.restarts < 0:
-        raise ValueError(f"--restarts must be at least 0, found {options.restarts}")
     if options.dry_run:
         for command, variables in _commands(options, task, count):
             print(shown(command, variables))

@@ -90,8 +90,6 @@ def start(options: argparse.Namespace, task: Task) -> int:
         ValueError: an argument is wrong, gcloud is missing or not logged in, or the
             task failed.
     """
-    if options.restarts < 0:
-        raise ValueError(f"--restarts must be at least 0, found {options.restarts}")
     task.check_paths_shared("a TPU slice")
     slice_ = _Slice(options, task.shipped_config())
     if options.dry_run:

@@ -294,6 +294,11 @@ REFUSED = [
         [*TPU, "--project", "p", "--restarts", "-1", *REFINE],
         "--restarts must be at least 0, found -1",
     ),
+    ([*SLURM, "--restarts", "-1", *REFINE], "--restarts must be at least 0, found -1"),
+    (
+        [*GKE, *SLICE, "--restarts", "-1", *REFINE],
+        "--restarts must be at least 0, found -1",
+    ),
     ([*SLURM[:2], "--time", "soon", *REFINE], "such as 24:00:00, found 'soon'"),
     ([*SLURM, "--nodes", "0", *REFINE], "--nodes of at least 1"),
     ([*SLURM, "--cpus-per-gpu", "0", *REFINE], "must be at least 1, found 0"),
