@@ -7,6 +7,7 @@ entry holds and takes entries of any kind. Imports numpy only.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Mapping
@@ -23,11 +24,13 @@ ALLOWED_BYTES = 2**24
 MAX_ENTRIES = 2**14
 
 
-def read_arrays_file(path: Path, dtypes: tuple[str, ...]) -> dict[str, np.ndarray]:
+def read_arrays_file(
+    source: Path | bytes, dtypes: tuple[str, ...]
+) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name, read-only.
 
     Args:
-        path: the file.
+        source: the file, or its content.
         dtypes: what the allowed ones start with, as `numpy.dtype.str` writes them:
             "<f2" is one, "<f" all little-endian floats.
 
@@ -36,10 +39,15 @@ def read_arrays_file(path: Path, dtypes: tuple[str, ...]) -> dict[str, np.ndarra
             archive raises what zipfile and zlib do.
     """
     arrays: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(path) as archive:
+    file: io.BytesIO | Path
+    if isinstance(source, bytes):
+        packed, file = len(source), io.BytesIO(source)
+    else:
+        packed, file = source.stat().st_size, source
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         unpacked = sum(entry.file_size for entry in entries)
-        limit = MAX_EXPANSION * path.stat().st_size + ALLOWED_BYTES
+        limit = MAX_EXPANSION * packed + ALLOWED_BYTES
         limit = min(limit, MAX_FILE_BYTES)
         if len(entries) > MAX_ENTRIES or unpacked > limit:
             raise ValueError(

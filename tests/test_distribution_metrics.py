@@ -350,8 +350,25 @@ def test_pickles_among_statistics_are_refused():
     arrays = dict(np.load(io.BytesIO(statistics_of(vectors(9)).to_bytes())))
     changed = io.BytesIO()
     np.savez(changed, **arrays | {"extra": np.array([Exploit()], dtype=object)})
-    with pytest.raises(ValueError, match="not a file of feature statistics.*pickle"):
+    with pytest.raises(ValueError, match="not a file of feature statistics.*found .O"):
         FeatureStatistics.from_bytes(changed.getvalue())
+
+
+def test_statistics_that_unpack_to_far_more_are_refused():
+    arrays = dict(np.load(io.BytesIO(statistics_of(vectors(9)).to_bytes())))
+    changed = io.BytesIO()
+    np.savez_compressed(changed, **arrays | {"extra": np.zeros(2**22)})
+    assert len(changed.getvalue()) < 2**17
+    with pytest.raises(ValueError, match="statistics: expected at most .* bytes in to"):
+        FeatureStatistics.from_bytes(changed.getvalue())
+
+
+def test_statistics_that_were_read_take_more():
+    whole = statistics_of(vectors(9))
+    read = FeatureStatistics.from_bytes(statistics_of(vectors(9)[:5]).to_bytes())
+    read.update(vectors(9)[5:], range(5, 9))
+    np.testing.assert_allclose(read.scatter, whole.scatter)
+    np.testing.assert_array_equal(read.kept, whole.kept)
 
 
 def test_a_shard_does_not_merge_twice():

@@ -10,7 +10,7 @@ Statistics are float64 on the host. Mean and scatter matrix are updated in place
 et al. 1983), so a set of any size fits in memory. For the kernel distance, a sample of
 features is kept, chosen by a hash of each patch's place in the set. So the merged
 statistics of several processes are those that one process would have. Imports jax,
-numpy and this package's `features`.
+numpy, `semlic_jax.arrays_file` and this package's `features`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from semlic_jax.arrays_file import read_arrays_file
 from semlic_jax.objectives.features import FeatureNetwork
 
 PATCH_SIDE = 256
 _PATCHES_PER_IMAGE = 1 << 24  # numbers reserved for the patches of each image
 _MAX_KEPT = 10_000
 _PENDING_ROWS = 256
+_FILE_DTYPES = ("<f4", "<f8", "<i8", "<U")
 
 
 def patch_grids(image: np.ndarray, side: int = PATCH_SIDE) -> np.ndarray:
@@ -207,8 +209,7 @@ class FeatureStatistics:
             ValueError: the bytes are anything else.
         """
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                values = {key: file[key] for key in file.files}
+            values = read_arrays_file(data, _FILE_DTYPES)
             count, max_kept = int(values["count"]), int(values["max_kept"])
             _check_statistics(count, max_kept, values)
             statistics = cls(
@@ -216,7 +217,7 @@ class FeatureStatistics:
             )
             statistics.count = count
             for name in ("mean", "scatter", "numbers", "kept"):
-                setattr(statistics, name, values[name])
+                setattr(statistics, name, values[name].copy())  # not read-only
         except Exception as error:  # zipfile, zlib and numpy have errors of their own
             raise ValueError(f"not a file of feature statistics: {error}") from error
         return statistics
