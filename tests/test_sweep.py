@@ -834,6 +834,11 @@ def test_rates_that_are_none(rates):
         check_rates(rates)
 
 
+def test_a_rate_given_twice_is_named():
+    with pytest.raises(ValueError, match="the rate 0.15 was given twice"):
+        check_rates([0.3, 0.15, 0.15])
+
+
 def test_rates_are_sorted():
     assert check_rates([0.3, 0.1]) == [0.1, 0.3]
 

@@ -71,8 +71,9 @@ def check_rates(rates: Sequence[float]) -> list[float]:
             raise ValueError(
                 f"expected rates above 0 and up to 48 bits per pixel, found {rate}"
             )
-    if len(set(rates)) < len(rates):
-        raise ValueError("a rate was given twice")
+    for index, rate in enumerate(rates):
+        if rate in rates[:index]:
+            raise ValueError(f"the rate {rate:g} was given twice")
     return sorted(rates)
 
 
