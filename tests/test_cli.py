@@ -416,6 +416,7 @@ def test_bench(folder, semlic, monkeypatch):
     report = json.loads(out)
     assert (report["width"], report["height"], report["repeats"]) == (64, 48, 1)
     assert [row["name"] for row in report["rows"]] == ["semlic", "JPEG", "AVIF"]
+    assert report["missing"] == {"webp": "too wide for me"}
     ours = report["rows"][0]
     assert 0 < ours["coding_compress_s"] < ours["compress_s"]
     assert 0 < ours["coding_decompress_s"] < ours["decompress_s"]
@@ -609,12 +610,14 @@ def test_info_says_what_is_in_the_file(folder, semlic, other_profile):
 def test_the_table_of_times_has_each_under_its_name():
     ours = benchmark.Row("semlic", 900, 1.5, 30.0, 0.01, 0.02, 0.003, 0.004)
     rival = benchmark.Row("JPEG", 901, 1.5, 31.0, 0.5, 1.5)
-    report = benchmark.Report(8, 6, 2, "here", 3, (ours, rival), 7.0, 8.0, 9.0)
-    _, header, first, second, note, calls, process = report.table().splitlines()
+    missing = {"avif": "too wide for me"}
+    report = benchmark.Report(8, 6, 2, "here", 3, (ours, rival), 7.0, 8.0, 9.0, missing)
+    _, header, first, second, note, left, calls, process = report.table().splitlines()
     assert header.split()[4:] == ["compress", "(coding)", "decompress", "(coding)"]
     assert first.split("dB")[1].split() == (
         ["10.0", "ms", "3.0", "ms", "20.0", "ms", "4.0", "ms"]
     )
     assert second.split("dB")[1].split() == ["500.0", "ms", "-", "1,500.0", "ms", "-"]
+    assert left == "avif was left out: too wide for me"
     assert note.startswith("JPEG ") and "compress 7.00 s, decompress 8.00 s" in calls
     assert process.endswith(" 9.00 s")

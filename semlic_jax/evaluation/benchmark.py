@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from semlic_jax.coding.entropy_coding import SymbolDecoder, SymbolEncoder
-from semlic_jax.evaluation.codecs import FAILURES, Ladder, classical_codec
+from semlic_jax.evaluation.codecs import FAILURES, Ladder, classical_codec, reason_of
 from semlic_jax.evaluation.demo import packaged_photograph, psnr_db
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `run_benchmark` measured, and on what."""
+    """What `run_benchmark` measured, and on what.
+
+    `missing` has the reason for each codec that could not be measured.
+    """
 
     width: int
     height: int
@@ -70,6 +73,7 @@ class Report:
     first_compress_s: float
     first_decompress_s: float
     process_decompress_s: float
+    missing: dict[str, str]
 
     def facts(self) -> dict[str, Any]:
         """The report for JSON, which has no infinity: PSNR of equal images is None."""
@@ -96,6 +100,7 @@ class Report:
         for row in self.rows[1:]:
             if row.file_bytes > self.rows[0].file_bytes:
                 lines.append(f"{row.name} cannot make a smaller file of this image")
+        lines += [f"{name} was left out: {why}" for name, why in self.missing.items()]
         lines.append(
             f"first calls in this process: compress {self.first_compress_s:.2f} s, "
             f"decompress {self.first_decompress_s:.2f} s"
@@ -161,12 +166,13 @@ def run_benchmark(
             coding_decompress_s,
         )
     ]
+    missing = {}
     for name in RIVALS:
         progress(f"measuring {name}")
         try:
             rows.append(_rival(name, pixels, len(data), repeats))
-        except FAILURES:  # it is missing from the table; the others still count
-            continue
+        except FAILURES as error:  # the others still count
+            missing[name] = reason_of(error)
     progress("measuring a new process")
     return Report(
         width,
@@ -178,6 +184,7 @@ def run_benchmark(
         first_compress_s,
         first_decompress_s,
         _process_s(data, model),
+        missing,
     )
 
 
