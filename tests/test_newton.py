@@ -619,6 +619,13 @@ def test_schedules_end_without_noise():
     assert alone.temperature[0] == 0 and np.isfinite(np.array(alone)).all()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_rates_of_z_add_up_to_its_travel(steps):
+    settings = dataclasses.replace(SETTINGS, steps=steps, z_travel=0.7)
+    rates = newton.make_schedule(settings).learning_rate
+    assert rates.sum() == pytest.approx(0.7) and (np.diff(rates) < 0).all()
+
+
 @pytest.mark.parametrize(("steps", "rise", "rising"), [(20, 0.2, 4), (12, 0.25, 3)])
 def test_trust_rises_and_then_falls(steps, rise, rising):
     settings = dataclasses.replace(SETTINGS, steps=steps, trust_rise=rise)

@@ -430,11 +430,12 @@ def make_schedule(settings: Settings) -> Schedule:
     if rising >= 2:  # a shorter rise would only waste the first step
         trust = trust * np.minimum(np.arange(steps) / rising, 1)
     cooling = np.clip(1 - done / _NOISY, 0, 1)
+    mean = 0.5 if steps > 1 else 1.0  # of 1 - done
     return Schedule(
         np.arange(steps, dtype=np.int32),
         np.full(steps, settings.kappa, np.float32),
         (settings.noise * cooling).astype(np.float32),
         trust.astype(np.float32),
-        (2 * settings.z_travel / steps * (1 - done)).astype(np.float32),
+        (settings.z_travel / (mean * steps) * (1 - done)).astype(np.float32),
         trunk_shifts(settings).astype(np.int32),
     )

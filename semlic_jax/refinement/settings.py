@@ -17,7 +17,7 @@ from semlic_jax.refinement.sga import check_method, temperatures
 METHODS = (*RELAXED, "newton")
 # Goes up whenever the same settings come to give other files; part of what identifies a
 # finished file in the table of a folder (`folder.py`).
-REVISION = 8
+REVISION = 9
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
