@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ImageCms
+from PIL import Image, ImageCms
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -160,6 +160,32 @@ def quick_to_compile():
 def photograph():
     """Function (height, width, seed=0) -> uint8 [height, width, 3]."""
     return photograph_like
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Folder of three small photographs; tests do not write there."""
+    path = tmp_path_factory.mktemp("images")
+    for seed in range(3):
+        image = Image.fromarray(photograph_like(64, 80, seed))
+        image.save(path / f"photo{seed}.png")
+    return path
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No folder of feature weights, whatever the environment says."""
+    monkeypatch.delenv("SEMLIC_FEATURES", raising=False)
+
+
+@pytest.fixture
+def small_trunk(monkeypatch):
+    """Evaluations measure features of `small_trunk.py`."""
+    from small_trunk import load_small_trunk
+
+    from semlic_jax.evaluation import measures
+
+    monkeypatch.setattr(measures, "load_features", load_small_trunk)
 
 
 @pytest.fixture(scope="session")
