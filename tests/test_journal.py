@@ -109,23 +109,17 @@ def test_evaluations_that_no_lock_parts_leave_no_holes(
     """A second one runs from start to end while the first writes a file of features."""
     monkeypatch.setattr(journal_module, "fcntl", None)
     measures = Measures(["psnr_db", "frechet"], patch_side=32)
-    run = (
-        list_images([photo_folder]),
-        [ClassicalEntrant("jpeg")],
-        [3.0],
-        measures,
-        tmp_path,
-    )
+    run = list_images([photo_folder]), [ClassicalEntrant("jpeg")], [3.0], measures
     save, found = np.save, []
 
     def save_and_wait(*arguments, **options):
         save(*arguments, **options)
         monkeypatch.setattr(np, "save", save)
         if not found:
-            found.append(run_sweep(*run))
+            found.append(run_sweep(*run, tmp_path))
 
     monkeypatch.setattr(np, "save", save_and_wait)
-    found.append(run_sweep(*run))
+    found.append(run_sweep(*run, tmp_path))
     for results in found:
         assert all(row.gaps == {} for row in results.rows)
         assert results.set_rows == found[0].set_rows and results.set_rows[0].values

@@ -194,14 +194,8 @@ def test_damaged_features_are_measured_again(
     photo_folder, tmp_path, small_trunk, damage
 ):
     measures = Measures(["psnr_db", "frechet"], patch_side=32)
-    run = (
-        list_images([photo_folder]),
-        [ClassicalEntrant("jpeg")],
-        [3.0],
-        measures,
-        tmp_path,
-    )
-    results = run_sweep(*run)
+    run = list_images([photo_folder]), [ClassicalEntrant("jpeg")], [3.0], measures
+    results = run_sweep(*run, tmp_path)
     paths = sorted((tmp_path / "features").iterdir())
     whole = [path.read_bytes() for path in paths]
     for path in paths:  # of the originals, and of what was decoded
@@ -210,7 +204,7 @@ def test_damaged_features_are_measured_again(
             continue
         found = {"empty": b"", "cut": path.read_bytes()[:-9], "text": b"not an array"}
         path.write_bytes(found.get(damage, b"PK\3\4 not an archive"))
-    again = run_sweep(*run)
+    again = run_sweep(*run, tmp_path)
     assert again.set_rows == results.set_rows
     assert [path.read_bytes() for path in paths] == whole
 
