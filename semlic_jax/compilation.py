@@ -14,9 +14,12 @@ a CPU, Linux allows a process 65,530 mappings, and beyond them LLVM ends it by S
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
+import glob
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -36,6 +39,12 @@ _LEVEL: dict[str, str | int] = {"xla_backend_optimization_level": 1}
 
 # Programs that took less to compile are not cached on disk: JAX's default, and ours.
 _USUAL_LEAST_COMPILE_S, _LEAST_COMPILE_S = 1.0, 0.1
+
+_CACHE_WARNING = re.compile(
+    "Error (reading|writing) persistent compilation cache entry for "
+    "'([^']+)': ([A-Za-z]+): ?(.*)",
+    re.DOTALL,
+)
 
 _MOST_BUCKETS = 16
 _MOST_MAPPED = 0.5  # share of the mappings that Linux allows
@@ -142,6 +151,34 @@ def own_settings() -> Iterator[None]:
         jax.transfer_guard("allow"),
     ):
         yield
+
+
+def told_of_cache(warning: str) -> str | None:
+    """What people are told in the place of a warning of JAX's about its cache.
+
+    JAX writes the cache such that a full disk or a kill leaves parts of entries, never
+    replaces one, and so would warn of it and compile its program again for ever. What
+    it could not read is deleted here, before the program that it then compiles is kept.
+
+    Args:
+        warning: the text of any warning.
+
+    Returns:
+        One clause; None for warnings of anything else.
+    """
+    found = _CACHE_WARNING.match(warning)
+    if found is None:
+        return None
+    action, name, kind, why = found.groups()
+    if action == "writing":
+        return f"a compiled program could not be kept: {why or kind}"
+    if issubclass(getattr(builtins, kind, Exception), OSError):
+        return f"a compiled program could not be read: {why or kind}"
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    for path in Path(folder or os.devnull).glob(f"{glob.escape(name)}-*cache"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return "damaged programs in the cache are compiled again"
 
 
 def use_disk_cache() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compilation of float programs, with and without the options of the compiler."""
 
+import os
+import subprocess
 import sys
 import weakref
 
@@ -106,3 +108,67 @@ def test_programs_of_the_codec_can_be_forgotten():
         assert program in compilation._programs
     for program in (codec._analyse, codec._synthesise):
         assert isinstance(program, compilation.FloatProgram)
+
+
+COMPILE_ONE = """
+import jax
+from semlic_jax.cli.terminal import cache_warnings_are_notes
+from semlic_jax.compilation import use_disk_cache
+
+use_disk_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+with cache_warnings_are_notes():
+    for x in (1.0, jax.numpy.ones(3)):
+        assert (jax.jit(lambda x: 2 * x + 1)(x) == 3).all()
+"""
+
+
+def test_parts_of_cached_programs_are_replaced(tmp_path):
+    """As a full disk or a kill leaves them."""
+
+    def run():
+        process = subprocess.run(
+            [sys.executable, "-c", COMPILE_ONE],
+            env=dict(os.environ, SEMLIC_CACHE=str(tmp_path), JAX_PLATFORMS="cpu"),
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stderr
+
+    assert run() == ""
+    entries = [path for path in tmp_path.iterdir() if path.name.endswith("-cache")]
+    sizes = {path: path.stat().st_size for path in entries}
+    assert len(entries) >= 2
+    for path, length in zip(entries, (0, 100, *([9] * 50)), strict=False):
+        path.write_bytes(path.read_bytes()[:length])
+    assert run() == "note: damaged programs in the cache are compiled again\n"
+    assert {path: path.stat().st_size for path in entries} == pytest.approx(sizes, 0.1)
+    assert run() == ""
+
+
+@pytest.mark.parametrize(
+    ("warning", "told", "left"),
+    [
+        ("reading {}'jit_f': error: cut", "damaged programs", False),
+        ("reading {}'jit_f': ValueError: ", "damaged programs", False),
+        ("reading {}'jit_f-0a': ValueError: cut", "damaged programs", True),
+        ("reading {}'jit_f': PermissionError: no", "could not be read: no", True),
+        ("writing {}'jit_f': OSError: full", "could not be kept: full", True),
+        ("writing {}'jit_f': OSError: ", "could not be kept: OSError", True),
+        ("of another kind", None, True),
+    ],
+)
+def test_only_what_is_damaged_leaves_the_cache(tmp_path, warning, told, left):
+    entry, other = tmp_path / "jit_f-0a1b-cache", tmp_path / "jit_fg-0a1b-cache"
+    for path in (entry, other):
+        path.write_bytes(b"")
+    text = f"Error {warning}".format("persistent compilation cache entry for ")
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        found = compilation.told_of_cache(text)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert (found is None) if told is None else (told in found)
+    assert entry.exists() == left and other.exists()

@@ -32,6 +32,7 @@ from semlic_jax.cli.terminal import (
     REFUSED,
     STREAM,
     USAGE,
+    cache_warnings_are_notes,
     reason_of,
     say,
 )
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         options.command.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        status = options.run(options)
+        with cache_warnings_are_notes():
+            status = options.run(options)
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
         return status or 0

@@ -19,6 +19,8 @@ from semlic_jax.terminal import clear_line
 STREAM = "-"
 _BAR_WIDTH = 24
 
+_OF_CACHE = "persistent compilation cache"
+
 USAGE, INTERNAL, INTERRUPTED = 2, 3, 130
 
 
@@ -91,10 +93,37 @@ def warnings_are_notes(note: Callable[[str], None] | None = None) -> Iterator[No
         for kind in (RefinementWarning, RegionWarning):
             warnings.simplefilter("always", kind)
 
+        usual = warnings.showwarning
+
         def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if _OF_CACHE in str(message):
+                usual(message, *rest, **more)
+                return
             say(f"note: {message}")
             if note is not None:
                 note(str(message))
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def cache_warnings_are_notes() -> Iterator[None]:
+    """Mends the cache of compiled programs where JAX warns of it; says so once."""
+    with warnings.catch_warnings():
+        usual, told = warnings.showwarning, set()
+
+        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            text = None
+            if _OF_CACHE in str(message):
+                from semlic_jax.compilation import told_of_cache
+
+                text = told_of_cache(str(message))
+            if text is None:
+                usual(message, *rest, **more)
+            elif text not in told:
+                told.add(text)
+                say(f"note: {text}")
 
         warnings.showwarning = show
         yield
