@@ -19,6 +19,8 @@ _TIFF_BITS = 258  # the tag BitsPerSample
 _TIFF_PHOTOMETRIC = 262
 _WHITE_IS_ZERO = 0
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # modes of 16-bit grey
+DAMAGED_PROFILE = "its ICC profile is damaged and was dropped"
+_MAX_PROFILE_BYTES = 2**24  # of a chunk of the file format
 _ROUNDED = "16-bit samples were rounded to 8 bits"
 _GRID_LEVELS = 18  # of each colour, to compare profiles
 
@@ -132,6 +134,15 @@ def to_rgb(
     """
     image = at_most_8_bits(image, name, samples, notes)
     space = icc_profile[16:20] if icc_profile else None
+    if icc_profile and len(icc_profile) > _MAX_PROFILE_BYTES:
+        notes.append(
+            f"its ICC profile of {len(icc_profile):,} bytes is too large and was "
+            "dropped"
+        )
+        icc_profile, space = None, None
+    if icc_profile and space == b"RGB " and not _is_whole(icc_profile):
+        notes.append(DAMAGED_PROFILE)
+        icc_profile, space = None, None
     if icc_profile and space == b"RGB " and _is_srgb(icc_profile):
         icc_profile, space = None, None  # 3 kB that say what no profile says
     if image.mode == "RGB" and space in (None, b"RGB "):
@@ -151,7 +162,7 @@ def to_rgb(
         try:
             return _through_profile(image, icc_profile), None
         except (ImageCms.PyCMSError, OSError):
-            notes.append("its ICC profile is damaged and was dropped")
+            notes.append(DAMAGED_PROFILE)
             return image.convert("RGB"), None
     try:
         rgb = image.convert("RGB")
@@ -204,6 +215,15 @@ def _through_profile(image: Image.Image, icc_profile: bytes) -> Image.Image:
     )
     assert converted is not None  # only an in-place conversion gives None
     return converted
+
+
+def _is_whole(icc_profile: bytes) -> bool:
+    """Whether the head of a profile is there, and all that it announces.
+
+    One that LittleCMS has no transform for may mean something elsewhere.
+    """
+    announced = int.from_bytes(icc_profile[:4], "big")
+    return icc_profile[36:40] == b"acsp" and 128 <= announced <= len(icc_profile)
 
 
 def _is_srgb(icc_profile: bytes) -> bool:

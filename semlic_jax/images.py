@@ -15,11 +15,10 @@ import contextlib
 import io
 import operator
 import os
+import re
 import secrets
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from PIL import (
 )
 
 from semlic_jax.image_modes import (
+    DAMAGED_PROFILE,
     Samples,
     at_most_8_bits,
     samples_of,
@@ -51,22 +51,11 @@ MAX_PIXELS = 2**27
 _TIFF_SIDES = 256, 257  # the tags ImageWidth and ImageLength
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 
-# What Pillow's decoders raise on damaged data.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ZeroDivisionError,
-    Image.DecompressionBombError,
-    struct.error,
-    zlib.error,
-)
+# Programs, and files in which Pillow finds others of any format, such as programs.
+_NO_PHOTOGRAPHS = {
+    "EPS": "a PostScript file",
+    "IPTC": "a file of IPTC records",
+}
 
 # Lossless where the format can be, so that a decoded photograph is not coded twice.
 _SAVE_OPTIONS: dict[str, tuple[str, dict]] = {
@@ -81,6 +70,7 @@ _SAVE_OPTIONS: dict[str, tuple[str, dict]] = {
 }
 
 
+_DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)")
 _LONGEST_SIDES = {"JPEG": 65500, "WEBP": 16383}
 
 
@@ -200,7 +190,9 @@ def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
             width, height = _sides_as_stored(image)
             try:
                 orientation = image.getexif().get(ExifTags.Base.Orientation)
-            except _DECODE_ERRORS:
+            except MemoryError:
+                raise
+            except Exception:
                 orientation = None
     return (width, height) if orientation in _TURNED else (height, width)
 
@@ -225,7 +217,10 @@ def read_brightness(source: str | os.PathLike | BinaryIO) -> np.ndarray:
                 image = with_alpha(image, name, samples, [])
                 alpha = image.getchannel("A")
                 return np.array(ImageChops.multiply(image.convert("L"), alpha))
-            return np.array(at_most_8_bits(image, name, samples, []).convert("L"))
+            image = at_most_8_bits(image, name, samples, [])
+            if image.mode == "LAB":  # Pillow knows no way from there to grey
+                image = image.convert("RGB")
+            return np.array(image.convert("L"))
 
 
 def _sides_as_stored(image: Image.Image) -> tuple[int, int]:
@@ -250,14 +245,17 @@ def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
         raise ValueError(f"{name} is not an image in a known format") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is refused for its size: {error}") from None
-    except (FileNotFoundError, PermissionError):
+    except MemoryError:
         raise
-    except _DECODE_ERRORS as error:
+    except Exception as error:  # each of Pillow's decoders has errors of its own
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of opening the file
         raise ValueError(
             f"{name} is not a readable image: {_one_line(error)}"
         ) from None
-    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
-        raise ValueError(f"{name} is a PostScript file: expected a photograph")
+    if image.format in _NO_PHOTOGRAPHS:  # Pillow would have Ghostscript run them
+        kind = _NO_PHOTOGRAPHS[image.format]
+        raise ValueError(f"{name} is {kind}: expected a photograph")
     return image
 
 
@@ -288,7 +286,7 @@ def _convert(
     if isinstance(icc_profile, bytearray):
         icc_profile = bytes(icc_profile)
     if not isinstance(icc_profile, bytes | None):  # a TIFF's can be of any type
-        notes.append("its ICC profile is damaged and was dropped")
+        notes.append(DAMAGED_PROFILE)
         icc_profile = None
     first = _upright(image, notes)
     first = without_transparency(first, name, samples, colour, notes)
@@ -306,7 +304,9 @@ def _load(image: Image.Image, name: str, samples: Samples) -> None:
         raise ValueError(f"{name} has 32-bit samples: expected 8 or 16 bits per sample")
     try:
         image.load()
-    except _DECODE_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise ValueError(f"{name} is damaged: {_one_line(error)}") from None
 
 
@@ -314,14 +314,18 @@ def _count_frames(image: Image.Image) -> int:
     """Of an animation; 1 where those after the first are damaged."""
     try:
         return getattr(image, "n_frames", 1)
-    except _DECODE_ERRORS:
+    except MemoryError:
+        raise
+    except Exception:
         return 1
 
 
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS:
+    except MemoryError:
+        raise
+    except Exception:
         notes.append("damaged EXIF data were ignored")
         return image
 
@@ -364,7 +368,12 @@ def encode_image(
 
 
 def check_outputs(paths: Sequence[str | os.PathLike], *, force: bool) -> None:
-    """Refuses outputs that cannot or must not be written, before any work is done."""
+    """Refuses outputs that cannot or must not be written, before any work is done.
+
+    Raises:
+      ValueError: one must not be written.
+      OSError: no file can have that name.
+    """
     for given in paths:
         path = Path(given)
         if path.is_dir():
@@ -379,7 +388,18 @@ def check_outputs(paths: Sequence[str | os.PathLike], *, force: bool) -> None:
             raise ValueError(f"the folder of {path} cannot be written to")
 
 
+def _descriptor_of(path: Path) -> int | None:
+    """The open file of this process that a path such as /dev/stdout names."""
+    found = _DESCRIPTOR.fullmatch(os.path.abspath(path))
+    if found is None:
+        return None
+    return int(found[2] or {"stdout": 1, "stderr": 2}[found[1]])
+
+
 def _is_regular(path: Path) -> bool:
+    # What it leads to may be a file, to which a shell has us append.
+    if _descriptor_of(path) is not None:
+        return False
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:  # nothing there, or a link that leads nowhere
@@ -390,12 +410,27 @@ def write_file(path: str | os.PathLike, data: bytes, *, force: bool = False) -> 
     """Writes a whole file or nothing: a temporary file in the same folder, renamed.
 
     A file that is already there stays as it was unless `force` is given, also if it
-    appeared while we worked. A pipe or a device is written to directly.
+    appeared while we worked; the one that replaces it is open to the same users. A
+    pipe, a device or what /dev/stdout stands for is written to directly.
+
+    Raises:
+      ValueError: see `check_outputs`.
+      OSError: it cannot be written; it has the name of the file.
     """
     check_outputs([path], force=force)
-    if not _is_regular(Path(path)):
-        # Not resolved: what /dev/stdout leads to may have no name.
-        with open(path, "wb") as stream:
+    try:
+        _write_checked(Path(path), data, force)
+    except OSError as error:
+        error.filename = os.fspath(path)  # not that of the temporary file, or none
+        raise
+
+
+def _write_checked(path: Path, data: bytes, force: bool) -> None:
+    if not _is_regular(path):
+        descriptor = _descriptor_of(path)
+        # To open /dev/stdout again would empty a file that it leads to.
+        known = path if descriptor is None else os.dup(descriptor)
+        with open(known, "wb") as stream:
             stream.write(data)
         return
     target = Path(os.path.realpath(path))
@@ -403,6 +438,8 @@ def write_file(path: str | os.PathLike, data: bytes, *, force: bool = False) -> 
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb") as stream:
+            if force and target.exists():
+                os.chmod(part, stat.S_IMODE(target.stat().st_mode))
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

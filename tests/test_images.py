@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 import types
 
@@ -68,9 +69,21 @@ def test_rgb_icc_profile_is_kept_where_it_says_something(pixels, other_profile):
     photograph = read(Image.fromarray(pixels), icc_profile=other_profile)
     assert photograph.icc_profile == other_profile
     # One that cannot be used here may mean something elsewhere.
-    broken = other_profile[:200]
-    photograph = read(Image.fromarray(pixels), icc_profile=broken)
-    assert photograph.icc_profile == broken
+    foreign = other_profile.replace(b"TRC", b"???")
+    photograph = read(Image.fromarray(pixels), icc_profile=foreign)
+    assert photograph.icc_profile == foreign
+    no_size = bytes(4) + other_profile[4:]
+    junk = bytes(16) + b"RGB " + bytes(3000)
+    for damaged in (other_profile[:-1], other_profile[:200], no_size, junk):
+        photograph = read(Image.fromarray(pixels), icc_profile=damaged)
+        assert photograph.icc_profile is None
+        assert photograph.notes == ("its ICC profile is damaged and was dropped",)
+    long = other_profile + bytes(2**24)
+    photograph = read(Image.fromarray(pixels), kind="TIFF", icc_profile=long)
+    assert photograph.icc_profile is None
+    assert photograph.notes == (
+        f"its ICC profile of {len(long):,} bytes is too large and was dropped",
+    )
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photograph = read(Image.fromarray(pixels), icc_profile=srgb)
     assert photograph.icc_profile is None and photograph.notes == ()
@@ -103,6 +116,69 @@ def test_programs_are_no_photographs():
         images.read_photograph(io.BytesIO(eps))
 
 
+def iptc_records(content: bytes) -> bytes:
+    """A file of IPTC records that holds another file as its 64 x 64 pixels."""
+    records = [
+        (3, 60, b"\1\0"),
+        (3, 20, b"\0\x40"),
+        (3, 30, b"\0\x40"),
+        (3, 120, b"\5"),
+        (8, 10, content),
+        (9, 10, b""),
+    ]
+    return b"".join(
+        bytes([0x1C, *kind, *len(data).to_bytes(2, "big")]) + data
+        for *kind, data in records
+    )
+
+
+@pytest.mark.parametrize("reader", ["read_photograph", "read_brightness"])
+def test_what_may_hold_a_program_is_no_photograph(reader, monkeypatch):
+    """Pillow opens what IPTC records hold, whatever it is, while it loads pixels."""
+    inner = io.BytesIO()
+    Image.new("L", (64, 64)).save(inner, "PNG")
+    outer = iptc_records(inner.getvalue())
+    assert Image.open(io.BytesIO(outer)).format == "IPTC"
+    with pytest.raises(ValueError, match="is a file of IPTC records: expected a photo"):
+        getattr(images, reader)(io.BytesIO(outer))
+
+
+class OwnError(Exception):
+    """As some of Pillow's decoders have."""
+
+
+@pytest.mark.parametrize("error", [AttributeError("no offset"), OwnError("no offset")])
+def test_any_error_of_a_decoder_is_a_refusal(pixels, monkeypatch, error):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+
+    def fail(*arguments, **options):
+        raise error
+
+    for owner, name, message in (
+        (PngImagePlugin.PngImageFile, "load", "the input is damaged: no offset"),
+        (Image, "open", "the input is not a readable image: no offset"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fail)
+            with pytest.raises(ValueError, match=message):
+                images.read_photograph(stream)
+    assert images.read_photograph(stream).notes == ()
+    with monkeypatch.context() as patched:
+        patched.setattr(images.ImageOps, "exif_transpose", fail)
+        assert images.read_photograph(stream).notes == (
+            "damaged EXIF data were ignored",
+        )
+    monkeypatch.setattr(OwnError, "n_frames", property(fail), raising=False)
+    assert images._count_frames(OwnError()) == 1
+    # This says nothing of the file.
+    error = MemoryError()
+    with monkeypatch.context() as patched:
+        patched.setattr(PngImagePlugin.PngImageFile, "load", fail)
+        with pytest.raises(MemoryError):
+            images.read_photograph(stream)
+
+
 def test_sides_that_a_kind_of_file_cannot_have():
     wide = np.zeros((1, 65501, 3), np.uint8)
     for suffix, most in ((".jpg", 65500), (".webp", 16383)):
@@ -116,6 +192,37 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the folder of .* cannot be written to"):
         images.check_outputs([tmp_path / "a.png"], force=False)
     images.check_outputs(["/dev/null"], force=False)
+
+
+def test_what_a_shell_appends_to_is_not_replaced(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"kept, ")
+    with open(path, "ab") as log:
+        for name in (f"/dev/fd/{log.fileno()}", f"/proc/self/fd/{log.fileno()}"):
+            if os.path.exists(name):
+                images.write_file(name, b"whole", force=True)
+    assert path.read_bytes() in (b"kept, whole", b"kept, wholewhole")
+
+
+def test_a_file_that_is_replaced_keeps_its_users(tmp_path):
+    path = tmp_path / "private"
+    path.write_bytes(b"old")
+    for mode in (0o600, 0o644):
+        path.chmod(mode)
+        images.write_file(path, b"new", force=True)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["private"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "fsync", no_space)
+    path = tmp_path / "out.semlic"
+    with pytest.raises(OSError, match="No space left") as caught:
+        images.write_file(path, b"whole")
+    assert caught.value.filename == str(path) and os.listdir(tmp_path) == []
 
 
 def test_a_pipe_without_a_name_is_written_to():
