@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_there_and_back(folder, semlic):
     assert (status, err) == (0, "") and len(out.splitlines()) == 2
     assert sorted(os.listdir("back")) == ["a.png", "b.png"]
     assert pixels_of("back/b.png").shape == (32, 48, 3)
-    command = ("decompress", "--out-dir", "back", "--format", "tif", *files)
+    command = ("decompress", "--out-dir", "back", "--format", ".TIF", *files)
     assert semlic(*command)[0] == 0
     np.testing.assert_array_equal(pixels_of("back/a.tif"), pixels_of("back/a.png"))
 
@@ -102,6 +103,38 @@ def test_files_that_fail_are_skipped(folder, semlic):
     status, out, err = semlic(*command)
     assert status == 4 and err.startswith("skipped other.semlic: ")
     assert os.listdir("back") == ["a.png"]
+
+
+def test_names_that_no_file_can_have_are_skipped_too(folder, semlic):
+    """Whether the folder of the outputs is there or not."""
+    long = "n" * 250 + ".png"  # too long for NAME.semlic
+    shutil.copy("b.png", long)
+    for out_dir in ("new", "new"):
+        command = ("compress", "m" * 300, "a.png", long, "--quality", 0.5, "--force")
+        status, out, err = semlic(*command, "--out-dir", out_dir)
+        assert status == 4 and len(out.splitlines()) == 1
+        first, second = err.splitlines()
+        assert first == f"skipped {'m' * 300}: File name too long"
+        target = os.path.join(out_dir, f"{long[:-4]}.semlic")
+        assert second == f"skipped {long}: {target}: File name too long"
+        assert os.listdir(out_dir) == ["a.semlic"]
+    status, _, err = semlic("compress", long, "--quality", 0.5)
+    assert status == 1 and "File name too long" in err
+
+
+def test_an_output_that_is_named_like_a_folder_is_refused(folder, semlic):
+    for command in (
+        ("compress", "a.png", "new/", "--quality", 0.5),
+        ("decompress", "a.semlic", "new.png/"),
+    ):
+        status, out, err = semlic(*command)
+        assert (status, out) == (1, b"")
+        name = command[2]
+        assert err == (
+            f"semlic: the output {name} is a folder: expected a file name, or "
+            f"--out-dir {name}\n"
+        )
+        assert sorted(os.listdir()) == ["a.png", "b.png"]
 
 
 def test_nothing_is_done_where_something_is_in_the_way(folder, semlic):
@@ -278,6 +311,17 @@ def test_closed_streams_are_refused(folder, semlic, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     status, _, err = semlic("compress", "a.png", "-", "--quality", 0.5)
     assert status == 1 and "expected an open standard output for -" in err
+
+
+def test_a_shell_that_appends_loses_nothing(folder, tiny_model):
+    Path("log").write_bytes(b"kept\n")
+    command = [sys.executable, "-m", "semlic_jax.cli", "compress", "a.png"]
+    command += ["/dev/stdout", "--quality", "0.5", "--force", "--model", tiny_model]
+    with open("log", "ab") as log:
+        process = subprocess.run(command, stdout=log, stderr=subprocess.PIPE)
+    assert process.returncode == 0 and b"/dev/stdout: 64x48" in process.stderr
+    data = Path("log").read_bytes()
+    assert data[:5] == b"kept\n" and unpack(data[5:])[0].width == 64
 
 
 def test_pipes_of_programs(folder, tiny_model):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -135,7 +136,9 @@ def _check_targets(options: argparse.Namespace, tasks: Sequence[_Task]) -> None:
     folder = options.out_dir
     if folder is None:
         for each in tasks:
-            if each.target != STREAM and Path(each.target).is_dir():
+            # `Path` would take `new/` for `new`.
+            folder_named = each.target.endswith(("/", os.sep))
+            if each.target != STREAM and (folder_named or os.path.isdir(each.target)):
                 raise ValueError(
                     f"the output {each.target} is a folder: expected a file name, or "
                     f"--out-dir {each.target}"
@@ -147,7 +150,12 @@ def _check_targets(options: argparse.Namespace, tasks: Sequence[_Task]) -> None:
     sources = [Path(each.source) for each in tasks if each.source != STREAM]
     targets = [Path(each.target) for each in tasks if each.target != STREAM]
     check_not_inputs(sources, targets)
-    check_outputs(targets, force=options.force)
+    for target in targets:
+        try:
+            check_outputs([target], force=options.force)
+        except OSError:
+            if folder is None:
+                raise  # of several, that one is skipped when it is to be written
 
 
 def _attempt(
@@ -159,7 +167,10 @@ def _attempt(
     except Exception as error:
         if options.out_dir is None or not _is_of_the_file(error):
             raise
-        say(f"skipped {task.source}: {reason_of(error)}")
+        reason = reason_of(error)
+        if isinstance(error, OSError) and error.filename == task.target:
+            reason = f"{task.target}: {reason}"  # it is not the input's fault
+        say(f"skipped {task.source}: {reason}")
         return None
 
 
@@ -375,7 +386,7 @@ def add_decompress(commands: Commands) -> None:
 def _decompress(options: argparse.Namespace) -> int:
     from semlic_jax.images import check_suffix
 
-    usual = f".{options.format or 'png'}".lower()
+    usual = f".{(options.format or 'png').removeprefix('.').lower()}"
     check_suffix(usual)
     tasks = _tasks(options, usual)
     for each in tasks:

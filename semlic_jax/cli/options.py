@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -159,9 +160,10 @@ def read_input(options: argparse.Namespace) -> Photograph:
 
 def check_not_inputs(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Refuses an output that is one of the inputs, under whatever name."""
-    known = {_identity(path) for path in inputs if path.exists()}
+    # Not `Path.exists`, which raises where a folder is closed to us.
+    known = {_identity(path) for path in inputs if os.path.exists(path)}
     for path in outputs:
-        if path.exists() and _identity(path) in known:
+        if os.path.exists(path) and _identity(path) in known:
             raise ValueError(f"the output {path} is also an input: give another name")
 
 
