@@ -21,6 +21,9 @@ from semlic_jax.objectives.adversary import (
     upsample,
 )
 
+SMALL_DISCRIMINATOR = dict(
+    classes=3, widths=(3, 3), up_widths=(3,), context_channels=2, patch=4
+)
 SMALL_LABELLER = dict(
     widths=(4, 6), blocks=1, attention=False, patch=4, code_count=5, code_channels=3
 )
@@ -273,3 +276,172 @@ def test_sides_that_do_not_fit_are_refused():
 def test_upsampling_repeats():
     x = np.arange(6.0).reshape(1, 2, 3, 1)
     np.testing.assert_array_equal(upsample(x)[0, :, :, 0], twice(x[0])[..., 0])
+
+
+def balanced(tree, seed=0):
+    """The same tree with random leaves that let every layer count in the result."""
+    rng = np.random.default_rng(seed)
+
+    def numbers(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4
+        return (rng.normal(size=leaf.shape) * fan_in**-0.5).astype(np.float32)
+
+    return jax.tree.map(numbers, tree)
+
+
+def test_labeller_against_numpy():
+    """Two levels of the encoder and of the decoder, with attention at the coarser."""
+    module = Labeller(widths=(4, 6), blocks=1, patch=2, code_count=5, code_channels=3)
+    image = np.random.default_rng(6).random((1, 8, 12, 3)).astype(np.float32)
+    params = balanced(shapes_of(module, image.shape))
+    found = jax.jit(module.apply)({"params": params}, image)
+
+    def norm(x, layer):
+        deviation = x - x.mean(-1, keepdims=True)
+        variance = (deviation**2).sum(-1, keepdims=True) / (x.shape[-1] - 1)
+        return deviation / np.sqrt(variance + 1e-3) * layer["gamma"] + layer["beta"]
+
+    def swish(x, layer):
+        x = norm(x, layer)
+        return x / (1 + np.exp(-x))
+
+    def block(x, layers):
+        h = conv(swish(x, layers["ChannelNorm_0"]), layers["Conv_0"], 1)
+        h = conv(swish(h, layers["ChannelNorm_1"]), layers["Conv_1"], 1)
+        return h + (conv(x, layers["shortcut"], 0) if "shortcut" in layers else x)
+
+    attend = CrossCovarianceAttention()
+
+    def attended(x, layers):
+        return np.asarray(attend.apply({"params": layers}, jnp.asarray(x[None])))[0]
+
+    def middle(h, layers):
+        h = attended(block(h, layers["middle_0"]), layers["middle_attention"])
+        return block(h, layers["middle_1"])
+
+    layers = params["encoder"]
+    blocks = image[0].reshape(4, 2, 6, 2, 3).transpose(0, 2, 1, 3, 4)
+    h = conv(blocks.reshape(4, 6, 12), layers["Conv_0"], 1)
+    h = block(h, layers["_SwishBlock_0"])
+    # As in VQGAN: a stride of 2 with a row and a column of zeros at the end alone.
+    h = np.pad(h, ((0, 1), (0, 1), (0, 0)))
+    h = conv(h, layers["Conv_1"], 0)[::2, ::2]
+    h = block(h, layers["_SwishBlock_1"])
+    h = middle(attended(h, layers["CrossCovarianceAttention_0"]), layers)
+    h = conv(swish(h, layers["ChannelNorm_0"]), layers["Conv_2"], 1)
+    h = conv(h, params["to_code"], 0)
+    h /= np.linalg.norm(h, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found.embeddings[0], h, atol=1e-3)
+
+    layers = params["decoder"]
+    book = params["codebook"]
+    book = book / np.linalg.norm(book, axis=1, keepdims=True)
+    h = conv(book[np.asarray(found.codes)[0]], params["from_code"], 0)
+    h = middle(conv(h, layers["Conv_0"], 1), layers)
+    for number in (0, 1):  # one more than in the encoder
+        h = block(h, layers[f"_SwishBlock_{number}"])
+        h = attended(h, layers[f"CrossCovarianceAttention_{number}"])
+    h = conv(twice(h), layers["Conv_1"], 1)
+    h = block(block(h, layers["_SwishBlock_2"]), layers["_SwishBlock_3"])
+    h = conv(swish(h, layers["ChannelNorm_0"]), layers["Conv_2"], 1)
+    x_hat = h.reshape(4, 6, 2, 2, 3).transpose(0, 2, 1, 3, 4).reshape(8, 12, 3)
+    assert np.std(x_hat) > 0.1
+    np.testing.assert_allclose(found.x_hat[0], x_hat, rtol=0, atol=1e-3)
+
+
+def test_what_a_discriminator_sees_beside_the_image_against_numpy():
+    """Latents on a log scale, and taps of a grid as fine and of one half as fine."""
+    module = Discriminator(
+        classes=4,
+        widths=(5, 5),
+        up_widths=(5,),
+        context_channels=2,
+        context_log=True,
+        patch=4,
+        feature_channels=3,
+        mix_widths=(6,),
+    )
+    rng = np.random.default_rng(7)
+    image = rng.normal(0.5, 0.5, (1, 32, 32, 3)).astype(np.float32)
+    y_hat = rng.normal(0, 30, (1, 2, 2, 7)).astype(np.float32)
+    taps = [
+        rng.normal(size=(1, n, n, c)).astype(np.float32) for n, c in ((4, 6), (2, 5))
+    ]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image, y_hat, taps)
+    params = balanced(shapes["params"])
+    found = jax.jit(module.apply)({"params": params}, image, y_hat, taps)
+
+    def residual(x, layers, leading):
+        a = lrelu(x) if leading else x
+        h = conv(lrelu(conv(a, layers["Conv_0"], 1)), layers["Conv_1"], 1)
+        return h, conv(a, layers["shortcut"], 0) if "shortcut" in layers else a
+
+    context = np.sign(y_hat[0]) * np.log(1 + np.abs(y_hat[0]))
+    context = np.pad(context, ((1, 1), (1, 1), (0, 0)), "reflect")
+    context = lrelu(conv(context, params["context"], 0))
+    blocks = image[0].reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4)
+    h = np.concatenate([blocks.reshape(8, 8, 48), twice(twice(context))], -1)
+    for level in range(2):
+        h = pool(sum(residual(h, params[f"down_{level}"], level > 0)))
+    h = sum(residual(twice(h), params["up_0"], True))
+    seen = [lrelu(h)]
+    for index, tap in enumerate(taps):
+        unit = tap[0] / np.linalg.norm(tap[0], axis=-1, keepdims=True)
+        seen.append(conv(4 * unit, params[f"tap_{index}"], 0))
+    # From 2 x 2 to 4 x 4, linearly between the centres of cells.
+    lines = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    seen[2] = np.einsum("ia,jb,abc->ijc", lines, lines, seen[2])
+    h = lrelu(conv(np.concatenate(seen, -1), params["mix_0"], 1))
+    expected = conv(h, params["head"], 0)
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-3)
+
+
+def test_networks_of_bfloat16_give_float32():
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    y_hat = jax.ShapeDtypeStruct((1, 2, 2, 4), jnp.float32)
+    key = jax.random.key(0)
+    labeller = Labeller(**SMALL_LABELLER, dtype=jnp.bfloat16)
+    made, params = jax.eval_shape(labeller.init_with_output, key, image)
+    assert {array.dtype for array in made} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    module = Discriminator(**SMALL_DISCRIMINATOR, dtype=jnp.bfloat16)
+    logits, more = jax.eval_shape(module.init_with_output, key, image, y_hat)
+    assert logits.dtype == jnp.float32
+    for leaf in jax.tree.leaves((params, more)):
+        assert leaf.dtype == jnp.float32
+
+
+def test_a_diversity_loss_sees_directions_alone():
+    rng = np.random.default_rng(8)
+    embeddings = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    codebook = rng.normal(size=(5, 4)).astype(np.float32)
+    lengths = np.linspace(0.1, 9, 5, dtype=np.float32)[:, None]
+    found = [
+        diversity_loss(embeddings, book, 0.5) for book in (codebook, lengths * codebook)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def test_recomputing_the_levels_changes_no_number():
+    """Nor the names and shapes of the parameters."""
+    module, frugal = (
+        Discriminator(**SMALL_DISCRIMINATOR, remat=remat) for remat in (False, True)
+    )
+    rng = np.random.default_rng(9)
+    image = rng.random((1, 32, 32, 3)).astype(np.float32)
+    y_hat = rng.normal(size=(1, 2, 2, 4)).astype(np.float32)
+    params = randomised(shapes_of(module, image.shape, y_hat.shape))
+    assert shapes_of(frugal, image.shape, y_hat.shape) == shapes_of(
+        module, image.shape, y_hat.shape
+    )
+
+    def gradient(module):
+        def loss(params):
+            return jnp.sum(jnp.sin(module.apply({"params": params}, image, y_hat)))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, map(gradient, (module, frugal))), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

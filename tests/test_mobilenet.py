@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from semlic_jax.cli import main
 from semlic_jax.evaluation.measures import Measures
 from semlic_jax.objectives import metrics, tfjs_files
 from semlic_jax.objectives.features import feature_distance, load_features
+from semlic_jax.objectives.mobilenet import MobileNetV2
 from semlic_jax.objectives.tfjs_files import read_tfjs_file
 
 # Table 2 of arXiv:1801.04381: expansion, channels, repeats, stride of the first.
@@ -284,3 +286,23 @@ def test_a_large_json_of_tensorflow_js_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tfjs_files, "_MAX_JSON_BYTES", size_bytes - 1)
     with pytest.raises(ValueError, match=f"at most {size_bytes - 1} bytes, found"):
         read_tfjs_file(file)
+
+
+def test_unknown_taps_and_small_images_are_refused():
+    network = MobileNetV2()
+    for taps in ((), ("block_0_expand_relu",), ("block_17_expand_relu",)):
+        with pytest.raises(ValueError, match="taps must be among block_1_expand_relu"):
+            network.clone(taps=taps).apply({}, jnp.zeros((1, 32, 32, 3)))
+    for height, width in ((31, 64), (64, 31)):
+        found = f"needs images of at least 32x32 pixels, found {width}x{height}"
+        with pytest.raises(ValueError, match=f"MobileNetV2 {found}"):
+            network.apply({}, jnp.zeros((1, height, width, 3)))
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    taps, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), image)
+    assert [taps[name].shape for name in network.taps] == [
+        (2, 16, 16, 96),
+        (2, 8, 8, 144),
+        (2, 4, 4, 192),
+        (2, 2, 2, 576),
+        (2, 1, 1, 1280),
+    ]

@@ -120,3 +120,33 @@ def test_a_picture_does_not_depend_on_its_padding(tiny_config):
 
     wide = decode(jnp.pad(y_hat, ((0, 0), (0, 0), (0, 8), (0, 0))))
     np.testing.assert_allclose(wide[:, :, :64], decode(y_hat)[:, :, :64], atol=1e-5)
+
+
+def test_features_say_where_the_noise_goes():
+    """h + mix(gate(h) * noise), each with a bias, at the place that the map has."""
+    rng = np.random.default_rng(3)
+    h = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    gate, mix = (
+        {
+            "kernel": rng.normal(size=(1, 1, *shape)).astype(np.float32),
+            "bias": rng.normal(size=shape[1]).astype(np.float32),
+        }
+        for shape in ((5, 2), (2, 5))
+    )
+    origin = np.array([[0, 0], [7, 9]])
+    found = Texture(2, 1).apply({"params": {"gate": gate, "mix": mix}}, h, origin)
+    noise = np.asarray(texture_noise((3, 4), 2, 1, jnp.asarray(origin)))
+    gated = (h @ gate["kernel"][0, 0] + gate["bias"]) * noise
+    expected = h + gated @ mix["kernel"][0, 0] + mix["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_of_a_level_is_that_of_every_version():
+    """The hash of a level adds a multiple of one number, which places cannot equal."""
+    for level in (0, 1, 3):
+        found = np.asarray(texture_noise((1, 1), 1, level)) / np.sqrt(12) + 0.5
+        bits = ((level + 1) * 0x27D4EB2F) % 2**32
+        bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) % 2**32
+        bits = ((bits ^ (bits >> 15)) * 0x846CA68B) % 2**32
+        bits ^= bits >> 16
+        np.testing.assert_allclose(found, ((bits >> 8) + 0.5) / 2**24, atol=1e-6)

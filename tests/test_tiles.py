@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from semlic_jax.model.mean_scale import network_of
-from semlic_jax.model.tiles import cuts
+from semlic_jax.model.tiles import cuts, over_tiles
 from semlic_jax.model.transforms import AnalysisTransform, SynthesisTransform
 
 # Of the transforms of `base` (texture, blocks at every level) and of HiFiC.
@@ -129,3 +130,44 @@ def test_codec_uses_tiles_and_gives_the_same_picture(codec, photograph):
     expected = np.round(np.clip(x_hat[0, :2300], 0, 1) * 255).astype(int)
     difference = np.abs(codec.decompress(data).astype(int) - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+class Blur(nn.Module):
+    """A 5 x 5 convolution of one input, beside the place and another input."""
+
+    tile: int = 0
+
+    @nn.compact
+    def __call__(self, fine, coarse):
+        if not self.tile:
+            return self.at(jnp.zeros(2, jnp.int32), fine, coarse)
+        grid = coarse.shape[1:3]
+        return over_tiles(self, Blur.at, [fine, coarse], grid, self.tile, 2, (2, 3))
+
+    @nn.nowrap
+    def at(self, start, fine, coarse):
+        mixed = nn.Conv(3, (5, 5), name="conv")(fine)
+        rows, columns = (jnp.arange(side) for side in coarse.shape[1:3])
+        place = 100 * (start[0] + rows)[:, None] + (start[1] + columns)
+        coarse = coarse + place[None, :, :, None]
+        return mixed + coarse.repeat(2, 1).repeat(2, 2)
+
+
+@pytest.mark.parametrize("grid", [(5, 21), (21, 5), (17, 19)])
+def test_every_image_of_a_batch_is_put_together_in_its_place(grid):
+    """Of inputs on two grids; the second side may be the one that is cut, or both."""
+    rng = np.random.default_rng(2)
+    height, width = grid
+    fine = rng.normal(size=(2, 2 * height, 2 * width, 4)).astype(np.float32)
+    coarse = rng.normal(size=(2, height, width, 1)).astype(np.float32)
+    params = lively(Blur(), fine, coarse)
+    whole = jax.jit(Blur().apply)(params, fine, coarse)
+    tiled = jax.jit(Blur(tile=9).apply)(params, fine, coarse)
+    assert whole.shape == (2, 2 * height, 2 * width, 3)
+    np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-3)
+
+
+def test_a_side_of_one_tile_is_not_cut():
+    assert cuts(30, 30, 7) == (30, 30, (0,))
+    # One latent more: cores of equal size between halos.
+    assert cuts(31, 30, 7) == (16, 30, (0, 15))

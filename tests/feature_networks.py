@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random parameters of feature networks, and the shapes of their layers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def lively_layers(module, side, seed=0):
+    """Random parameters under which activations keep their size, NumPy arrays."""
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+
+    def numbers(leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        fan_in = np.prod(leaf.shape[:-1])
+        return noise * np.float32(0.1 if leaf.ndim == 1 else (2 / fan_in) ** 0.5)
+
+    return jax.tree.map(numbers, shapes)
+
+
+def kernels(params):
+    """Shape of the kernel of each layer, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    return {
+        name.removesuffix(".kernel"): shape
+        for name, shape in names.items()
+        if name.endswith("kernel")
+    }
