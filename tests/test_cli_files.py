@@ -288,6 +288,20 @@ def test_streams(folder, semlic):
     assert not os.path.exists("-")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_what_is_no_coded_file_is_not_read_to_its_end(folder, semlic):
+    for command in (("info", "/dev/zero"), ("decompress", "/dev/zero", "x.png")):
+        status, out, err = semlic(*command)
+        assert (status, out) == (1, b"") and err.endswith(", found 00000000\n")
+    assert not os.path.exists("x.png")
+
+
+def test_an_output_folder_that_is_named_like_a_file_is_refused(folder, semlic):
+    status, out, err = semlic("refine", "a.png", "a.semlic", "--bpp", 1, model=None)
+    assert (status, out) == (1, b"") and not os.path.exists("a.semlic")
+    assert "found a.semlic: for one photograph there is semlic compress" in err
+
+
 def test_notes_and_refusals_of_streams(folder, semlic):
     stream = io.BytesIO()
     Image.open("a.png").convert("L").save(stream, "PNG")

@@ -393,6 +393,7 @@ def test_forged_files_are_refused(codec, small_file):
         {"height": 70},
         {"width": 33, "height": 20},
         {"quality": 200},
+        {"index_check": b"\0\0\0\0"},
         {"payload": b""},
         {"payload": payload[:-1]},
         {"payload": payload + b"\0"},

@@ -8,6 +8,7 @@ goes with `--out-dir`, and then one that fails is named and skipped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import semlic_jax
 from semlic_jax.cli.options import (
@@ -192,12 +193,23 @@ def _shown(
     return lambda text: progress(f"{bar(done, of)} {done}/{of} files: {text}")
 
 
-def _read(source: str) -> bytes:
-    if source != STREAM:
-        return Path(source).read_bytes()
+def _stream_in() -> BinaryIO:
     if sys.stdin is None:
         raise ValueError("expected data on standard input, found it closed")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer
+
+
+def _read_coded(source: str) -> bytes:
+    """All of a .semlic file; of any other only the start, however long it is."""
+    from semlic_jax.coding.bitstream import MAGIC
+
+    with contextlib.ExitStack() as stack:
+        if source == STREAM:
+            stream = _stream_in()
+        else:
+            stream = stack.enter_context(open(source, "rb"))
+        start = stream.read(len(MAGIC))
+        return start + stream.read() if start == MAGIC else start
 
 
 def _write(target: str, data: bytes, *, force: bool) -> None:
@@ -333,7 +345,7 @@ def _read_photograph(options: argparse.Namespace, task: _Task) -> Photograph:
 
     source: Any = task.source
     if source == STREAM:
-        source = io.BytesIO(_read(source))
+        source = io.BytesIO(_stream_in().read())
     photograph = read_photograph(source, background=background_colour(options))
     for note in photograph.notes:
         say(f"note: {task.name}: {note}")
@@ -403,7 +415,7 @@ def _decompress(options: argparse.Namespace) -> int:
         from semlic_jax.coding.bitstream import unpack
         from semlic_jax.images import encode_image
 
-        data = _read(task.source)
+        data = _read_coded(task.source)
         header, _ = unpack(data)
         suffix = _image_suffix(task.target, usual)
         check_suffix(suffix, (header.height, header.width))
@@ -481,7 +493,7 @@ def _info(options: argparse.Namespace) -> None:
     from semlic_jax.coding.bitstream import unpack
     from semlic_jax.packaged import name_of_model
 
-    data = _read(options.input)
+    data = _read_coded(options.input)
     header, payload = unpack(data)
     icc_profile = header.chunks.get(b"ICCP")
     facts = {

@@ -127,6 +127,11 @@ def _refine(options: argparse.Namespace) -> int:
         raise ValueError(
             f"expected a folder as OUT_DIR, found the file {options.output}"
         )
+    if options.output.suffix == ".semlic" and not options.output.exists():
+        raise ValueError(
+            f"expected a folder as OUT_DIR, found {options.output}: for one photograph "
+            "there is semlic compress --refine"
+        )
     images = list_images([options.input])
     note_folders_left_out([options.input], options.output)
     process, processes = _share(options)

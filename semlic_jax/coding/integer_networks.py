@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.coding.bitstream import BitstreamError
 from semlic_jax.coding.symbol_passes import Parameters, PassCoder, Symbols
 from semlic_jax.coding.symbol_tables import MAX_SYMBOL, SymbolTables
 from semlic_jax.compilation import exact_program
@@ -283,6 +284,11 @@ class IntegerEntropyModel(PassCoder):
     def parameters(
         self, z: np.ndarray, level: int, size: tuple[int, int], index_check: bytes
     ) -> Parameters:
+        if index_check:
+            raise BitstreamError(
+                "expected no checksum of table indexes, since this model's are exact, "
+                f"found {index_check.hex()}"
+            )
         level_array = jnp.int32(level)
         size_array = jnp.asarray(size, jnp.int32)
         psi = _psi(self._network, self._params, z, level_array, size_array)
