@@ -95,6 +95,63 @@ def test_terms_of_tiles_add_up_to_those_of_the_image(pair):
         assert without.value < 0.95 * expected.value, name
 
 
+def test_lattice_terms_of_tiles_add_up_too(pair, mini_codec, image):
+    """As far as windows without those over their ends are as many of each size."""
+    settings = dataclasses.replace(SETTINGS, lattice=0.03)
+    parts = []
+    for plain in pair:
+        other = made(type(plain), mini_codec, image, settings)
+        with_lattice = other.score(plain.start, other.images, PLAIN)
+        without = plain.score(plain.start, plain.images, PLAIN)
+        parts.append((with_lattice.value - without.value).item())
+    assert 0.95 * parts[1] < parts[0] < parts[1] and parts[0] > 0.1
+
+
+def test_a_window_has_what_lies_in_its_place(pair):
+    _, tiles = pair
+    rng = np.random.default_rng(0)
+    images = tiles.images
+    weights, feature_weights = (
+        jnp.asarray(rng.random(images.weights.shape, np.float32)) for _ in range(2)
+    )
+    images = images._replace(weights=weights, feature_weights=feature_weights)
+    for window in tiles.windows:
+        own = windows.view(tiles.tiling, images, window)
+        corner = [16 * start for start in window.start]
+        side = [16 * cut.window for cut in tiles.tiling[:2]]
+        part = tuple(
+            slice(first, first + length)
+            for first, length in zip(corner, side, strict=True)
+        )
+        for name in ("x", "weights", "feature_weights"):
+            whole = getattr(images, name)
+            np.testing.assert_array_equal(getattr(own, name), whole[:, *part], name)
+        inside = [
+            min(length, size - first)
+            for length, size, first in zip(side, SIZE, corner, strict=True)
+        ]
+        np.testing.assert_array_equal(own.sizes, [inside])
+
+
+def test_memory_is_asked_for_a_window_and_for_what_all_pixels_keep(pair):
+    whole, tiles = pair
+    pixels = [16 * cut.window for cut in tiles.tiling[:2]]
+    kept = tiles.pixels_at_once() - pixels[0] * pixels[1]
+    assert kept == pytest.approx(whole.pixels_at_once() / 32, abs=1)
+    assert tiles.pixels_at_once() < 0.5 * whole.pixels_at_once()
+
+
+def test_one_long_side_is_enough_for_tiles():
+    side = 16 * WINDOW
+    assert not windows.more_than_one_window((side, side))
+    for bucket in ((64, side + 64), (side + 64, 64)):
+        assert windows.more_than_one_window(bucket)
+        assert large.can_go_in_tiles(bucket, SETTINGS)
+        size = (bucket[0] - 10, bucket[1] - 10)
+        _, found = windows.cut_image(size, bucket, structure=False, lattice=False)
+        assert len(found) > 1
+
+
 def test_a_step_moves_the_latents_as_for_the_whole_image(pair):
     whole, tiles = pair
     one, other = whole.stepper(), tiles.stepper()
@@ -111,6 +168,16 @@ def test_a_step_moves_the_latents_as_for_the_whole_image(pair):
     assert other.state.log_beta == pytest.approx(
         np.asarray(one.state.log_beta), abs=1e-4
     )
+    # The next one is that of its place in the schedule, and shorter.
+    starts = [jnp.copy(each.state.latents[0]) for each in (one, other)]
+    one(1, whole.target)
+    other(1, whole.target)
+    expected, found = (
+        np.asarray(each.state.latents[0] - start)
+        for each, start in zip((one, other), starts, strict=True)
+    )
+    distance = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert distance < 0.3
 
 
 def test_windows_have_the_noise_of_their_place(tiny_config, image):
