@@ -126,13 +126,33 @@ def to_rgb(
     samples: Samples,
     icc_profile: bytes | None,
     notes: list[str],
+    *,
+    srgb: bool = False,
 ) -> tuple[Image.Image, bytes | None]:
     """An opaque image as RGB, and the RGB profile that it is in; None for sRGB.
 
+    `srgb` asks for an image in sRGB, whatever the file has.
+
     Raises:
-      ValueError: its pixels have no 8-bit RGB meaning.
+      ValueError: its pixels have no 8-bit RGB meaning, or no way to sRGB.
     """
     image = at_most_8_bits(image, name, samples, notes)
+    rgb, icc_profile = _as_rgb(image, name, icc_profile, notes)
+    if icc_profile is None or not srgb:
+        return rgb, icc_profile
+    try:
+        converted = _through_profile(rgb, icc_profile)
+    except (ImageCms.PyCMSError, OSError):
+        raise ValueError(
+            f"{name} has an ICC profile from which there is no way to sRGB"
+        ) from None
+    notes.append("its colours were converted from its ICC profile to sRGB")
+    return converted, None
+
+
+def _as_rgb(
+    image: Image.Image, name: str, icc_profile: bytes | None, notes: list[str]
+) -> tuple[Image.Image, bytes | None]:
     space = icc_profile[16:20] if icc_profile else None
     if icc_profile and len(icc_profile) > _MAX_PROFILE_BYTES:
         notes.append(

@@ -125,6 +125,7 @@ def read_photograph(
     source: str | os.PathLike | BinaryIO,
     *,
     background: tuple[int, int, int] | str | None = None,
+    srgb: bool = False,
     max_pixels: int = MAX_PIXELS,
     catch_warnings: bool = True,
 ) -> Photograph:
@@ -134,6 +135,7 @@ def read_photograph(
       source: a path or a binary file.
       background: colour that transparent pixels are laid on, three values 0..255 or
         text (`parse_colour`); None refuses images with transparency.
+      srgb: convert colours of another profile to sRGB, which needs none.
       max_pixels: larger images are refused from their header, before any memory is
         taken for them.
       catch_warnings: make the decoder's warnings notes. Not in threads: what Python
@@ -158,7 +160,7 @@ def read_photograph(
         image = _open(source, name)
         with image:
             _check_size(image.size, name, max_pixels)
-            photograph = _convert(image, name, background)
+            photograph = _convert(image, name, background, srgb)
     notes = [
         f"Pillow warns: {_one_line(warning.message)}"
         for warning in caught
@@ -276,7 +278,10 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 
 def _convert(
-    image: Image.Image, name: str, background: tuple[int, int, int] | str | None
+    image: Image.Image,
+    name: str,
+    background: tuple[int, int, int] | str | None,
+    srgb: bool = False,
 ) -> Photograph:
     colour = None if background is None else checked_colour(background)
     samples = samples_of(image)
@@ -290,7 +295,7 @@ def _convert(
         icc_profile = None
     first = _upright(image, notes)
     first = without_transparency(first, name, samples, colour, notes)
-    first, icc_profile = to_rgb(first, name, samples, icc_profile, notes)
+    first, icc_profile = to_rgb(first, name, samples, icc_profile, notes, srgb=srgb)
     pixels = np.array(first, dtype=np.uint8)
     # Last, since it reads on in the file.
     frames = _count_frames(image)

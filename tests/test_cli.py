@@ -179,6 +179,10 @@ def test_profile_is_carried(folder, semlic, other_profile):
     semlic("compress", "tagged.png", "--quality", 0.5)
     semlic("decompress", "tagged.semlic", "again.png")
     assert opened("again.png").info["icc_profile"] == other_profile
+    command = ("compress", "tagged.png", "plain.semlic", "--quality", 0.5, "--srgb")
+    status, _, err = semlic(*command)
+    assert status == 0 and "converted from its ICC profile to sRGB" in err
+    assert unpack(Path("plain.semlic").read_bytes())[0].chunks == {}
 
 
 def test_conversions_are_noted(folder, semlic):

@@ -154,6 +154,36 @@ def test_a_profile_that_is_nearly_srgb_is_kept(pixels):
     assert images.read_photograph(stream).icc_profile == profile
 
 
+def test_colours_are_converted_to_srgb_where_that_is_asked_for(other_profile):
+    """The other profile has red and green exchanged."""
+    colours = np.uint8([[[0, 200, 100], [90, 0, 255], [7, 7, 7]]])
+    palette = Image.fromarray(colours).quantize(3)
+    for image in (Image.fromarray(colours), palette):
+        stream = io.BytesIO()
+        image.save(stream, "PNG", icc_profile=other_profile)
+        assert images.read_photograph(stream).icc_profile == other_profile
+        photograph = images.read_photograph(stream, srgb=True)
+        expected = colours[..., [1, 0, 2]]
+        np.testing.assert_allclose(photograph.pixels, expected, atol=2)
+        assert photograph.icc_profile is None
+        note = "its colours were converted from its ICC profile to sRGB"
+        assert photograph.notes[-1] == note
+    plain = images.read_photograph(as_png(Image.fromarray(colours)), srgb=True)
+    np.testing.assert_array_equal(plain.pixels, colours)
+    assert plain.notes == ()
+    foreign = other_profile.replace(b"TRC", b"???")
+    with pytest.raises(ValueError, match="from which there is no way to sRGB"):
+        images.read_photograph(
+            as_png(Image.fromarray(colours), icc_profile=foreign), srgb=True
+        )
+
+
+def as_png(image: Image.Image, **options) -> io.BytesIO:
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream
+
+
 def with_exponent(profile: bytes, gamma: float) -> bytes:
     """An RGB profile with another curve in the place of its own."""
     for entry in range(132, 132 + 12 * struct.unpack(">I", profile[128:132])[0], 12):

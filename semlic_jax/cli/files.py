@@ -244,6 +244,12 @@ def add_compress(commands: Commands) -> None:
     )
     add_rate(sub.add_mutually_exclusive_group(required=True))
     add_background(sub)
+    sub.add_argument(
+        "--srgb",
+        action="store_true",
+        help="convert colours of another ICC profile to sRGB, and spend the bytes of "
+        "the profile on the image; default: keep the profile",
+    )
     add_force(sub)
     add_json(sub, _JSON_LINES)
     add_refinement(sub.add_argument_group("refinement"))
@@ -346,7 +352,9 @@ def _read_photograph(options: argparse.Namespace, task: _Task) -> Photograph:
     source: Any = task.source
     if source == STREAM:
         source = io.BytesIO(_stream_in().read())
-    photograph = read_photograph(source, background=background_colour(options))
+    photograph = read_photograph(
+        source, background=background_colour(options), srgb=options.srgb
+    )
     for note in photograph.notes:
         say(f"note: {task.name}: {note}")
     return photograph
