@@ -257,6 +257,7 @@ def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
         ) from None
     if image.format in _NO_PHOTOGRAPHS:  # Pillow would have Ghostscript run them
         kind = _NO_PHOTOGRAPHS[image.format]
+        image.close()
         raise ValueError(f"{name} is {kind}: expected a photograph")
     return image
 
