@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from mini_config import get_config
-from test_stages import counting_program, run_counting
+from test_loop import counting_program, run_counting
 
 from semlic_jax.objectives.losses import LossWeights, RateTarget
 from semlic_jax.training import steps
