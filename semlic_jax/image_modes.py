@@ -154,7 +154,8 @@ def _as_rgb(
     image: Image.Image, name: str, icc_profile: bytes | None, notes: list[str]
 ) -> tuple[Image.Image, bytes | None]:
     space = icc_profile[16:20] if icc_profile else None
-    if icc_profile and len(icc_profile) > _MAX_PROFILE_BYTES:
+    # One of another space is only used to convert, and takes no bytes of a file.
+    if icc_profile and space == b"RGB " and len(icc_profile) > _MAX_PROFILE_BYTES:
         notes.append(
             f"its ICC profile of {len(icc_profile):,} bytes is too large and was "
             "dropped"
