@@ -23,6 +23,11 @@ DAMAGED_PROFILE = "its ICC profile is damaged and was dropped"
 _MAX_PROFILE_BYTES = 2**24  # of a chunk of the file format
 _ROUNDED = "16-bit samples were rounded to 8 bits"
 _GRID_LEVELS = 18  # of each colour, to compare profiles
+# Code points of ITU-T H.273 that are those of sRGB, nearly so, or unspecified.
+_NEAR_SRGB = {
+    "color_primaries": (1, 2),
+    "transfer_characteristics": (1, 2, 4, 6, 13, 14, 15),
+}
 
 
 class Samples(NamedTuple):
@@ -56,8 +61,30 @@ def samples_of(image: Image.Image) -> Samples:
                     bits = int(arg[-1])
                 elif decoder.startswith("ppm") and isinstance(arg, int) and arg > 255:
                     bits, note = 16, _ROUNDED
+    of_heic = image.info.get("bit_depth")
+    if image.format == "HEIF" and isinstance(of_heic, int) and of_heic > 8:
+        return Samples(8, False, f"{of_heic}-bit samples were reduced to 8 bits")
     inverted = wide and tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
     return Samples(bits, inverted, note if bits == 16 and not wide else "")
+
+
+def note_of_colours(image: Image.Image) -> str:
+    """That colours will be taken for sRGB though the file says what they are.
+
+    It says so by code points of H.273, not by a profile; known of HEIC alone. Empty
+    where they are those of sRGB or nearly so.
+    """
+    found = image.info.get("nclx_profile")
+    if not isinstance(found, dict):
+        return ""
+    codes = {name: found.get(name, 2) for name in _NEAR_SRGB}
+    if all(codes[name] in near for name, near in _NEAR_SRGB.items()):
+        return ""
+    primaries, transfer = codes.values()
+    return (
+        "it has no ICC profile, and its colours were taken for sRGB (their code points "
+        f"in H.273: primaries {primaries}, transfer {transfer})"
+    )
 
 
 def without_transparency(

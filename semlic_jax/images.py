@@ -6,7 +6,7 @@ the ICC profile beside it names (sRGB where there is none). What a file holds be
 that is converted, and every conversion that changes values says so in a note; what
 cannot be converted without a decision of the caller (transparency) is refused.
 
-May import NumPy and Pillow, and of this package `image_modes`.
+May import NumPy and Pillow, and of this package `image_modes` and `other_formats`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ from semlic_jax.image_modes import (
     DAMAGED_PROFILE,
     Samples,
     at_most_8_bits,
+    note_of_colours,
     samples_of,
     to_rgb,
     with_alpha,
     without_transparency,
 )
+from semlic_jax.other_formats import add_format_of
 
 MAX_SIDE = 65535
 # 134 megapixels: 400 MB of pixels. Pillow's own limit (179 megapixels) stays in force.
@@ -241,10 +243,12 @@ def _name_of(source: str | os.PathLike | BinaryIO) -> str:
 def _open(source: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         raise ValueError(f"{name} is a folder: expected an image file")
+    missing = add_format_of(source)
     try:
         image = Image.open(source)
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image in a known format") from None
+        found = missing or "not an image in a known format"
+        raise ValueError(f"{name} is {found}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is refused for its size: {error}") from None
     except MemoryError:
@@ -294,6 +298,8 @@ def _convert(
     if not isinstance(icc_profile, bytes | None):  # a TIFF's can be of any type
         notes.append(DAMAGED_PROFILE)
         icc_profile = None
+    if icc_profile is None and (of_colours := note_of_colours(image)):
+        notes.append(of_colours)
     first = _upright(image, notes)
     first = without_transparency(first, name, samples, colour, notes)
     first, icc_profile = to_rgb(first, name, samples, icc_profile, notes, srgb=srgb)
@@ -301,7 +307,8 @@ def _convert(
     # Last, since it reads on in the file.
     frames = _count_frames(image)
     if frames > 1:
-        notes.insert(0, f"only the first of {frames} frames is used")
+        which = "the main one" if image.tell() else "the first"
+        notes.insert(0, f"only {which} of {frames} frames is used")
     return Photograph(pixels, icc_profile, tuple(dict.fromkeys(notes)))
 
 

@@ -18,8 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "semlic_jax"
 ALLOWED = {
     "": {"codec", "coding", "weights"},  # the lazy names of __init__.py
     "arrays_file": set(),
-    "images": {"image_modes"},
+    "images": {"image_modes", "other_formats"},
     "image_modes": set(),
+    "other_formats": set(),
     "terminal": set(),
     "compilation": set(),
     "level_search": set(),
@@ -61,6 +62,7 @@ ALLOWED = {
         "level_search",
         "model",
         "objectives",
+        "other_formats",
         "refinement",
         "terminal",
         "training",

@@ -334,11 +334,11 @@ def _compress(options: argparse.Namespace) -> int:
 
 def _check_not_named_as_image(target: str) -> None:
     """Refuses an output that is more likely a second photograph, `--force` or not."""
-    from PIL import Image
+    from semlic_jax.other_formats import image_suffixes
 
     path = Path(target)
     suffix = path.suffix.lower()
-    if suffix != SUFFIX and suffix in Image.registered_extensions():
+    if suffix != SUFFIX and suffix in image_suffixes():
         raise ValueError(
             f"the output {target} is named like an image: expected a name such as "
             f"{path.with_suffix(SUFFIX)} (several photographs: --out-dir)"

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from semlic_jax.evaluation.codecs import reason_of
 from semlic_jax.evaluation.results import ImageFacts, Skipped
 from semlic_jax.images import read_photograph
+from semlic_jax.other_formats import image_suffixes
 
 
 def list_images(inputs: Sequence[Path]) -> list[Path]:
@@ -26,7 +26,7 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
     Raises:
       ValueError: there is no such file or folder, or no image file at all.
     """
-    suffixes = Image.registered_extensions()
+    suffixes = image_suffixes()
     found: list[Path] = []
     for given in inputs:
         if given.is_dir():
