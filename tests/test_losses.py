@@ -12,6 +12,10 @@ from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.losses import LossWeights, RateTarget
 
+# Each operation by itself would be compiled for each of many shapes.
+structural = jax.jit(losses.structural)
+ssim_terms, halve = jax.jit(similarity.ssim_terms), jax.jit(similarity.halve)
+
 
 class TwoLayers(nn.Module):
     """A trunk small enough to follow by hand: two strided convolutions."""
@@ -298,7 +302,7 @@ def test_structural_is_one_minus_ms_ssim_where_that_is_defined(side):
     rng = np.random.default_rng(side)
     x = rng.random((1, side, side + 9, 3)).astype(np.float32)
     x_hat = np.clip(x + 0.1 * rng.normal(size=x.shape), 0, 1).astype(np.float32)
-    found = losses.structural(x, x_hat)
+    found = structural(x, x_hat)
     np.testing.assert_allclose(found, 1 - similarity.ms_ssim(x, x_hat), rtol=1e-4)
 
 
@@ -473,23 +477,23 @@ def test_structural_of_small_crops_has_fewer_scales_of_larger_weights(side, scal
     for shape in ((1, side, 2 * side + 40, 3), (1, 2 * side + 40, side, 3)):
         x = rng.random(shape).astype(np.float32)
         x_hat = np.clip(x + 0.2 * rng.normal(size=shape), 0, 1).astype(np.float32)
-        found = losses.structural(x, x_hat)
+        found = structural(x, x_hat)
         weights = np.array(similarity.MS_SSIM_WEIGHTS[:scales])
         a, b = (jnp.asarray(v) * 255 - 128 for v in (x, x_hat))
         product = 1.0
         for scale, weight in enumerate(weights / weights.sum()):
-            parts = similarity.ssim_terms(a, b)  # SSIM at the last, else its contrast
+            parts = ssim_terms(a, b)  # SSIM at the last, else its contrast
             factor = np.asarray(parts[0 if scale == scales - 1 else 1], np.float64)
             product = product * factor**weight
-            a, b = similarity.halve(a), similarity.halve(b)
+            a, b = halve(a), halve(b)
         np.testing.assert_allclose(found, 1 - product.mean(-1), rtol=1e-4)
     with pytest.raises(ValueError, match="at least 11 pixels, found 10"):
-        losses.structural(x[:, :, :10], x_hat[:, :, :10])
+        structural(x[:, :, :10], x_hat[:, :, :10])
 
 
 def test_structural_has_a_finite_gradient_where_images_are_opposites():
     x = np.random.default_rng(0).random((1, 32, 32, 3)).astype(np.float32)
-    gradient = jax.grad(lambda v: losses.structural(x, v).sum())(jnp.asarray(1 - x))
+    gradient = jax.grad(lambda v: structural(x, v).sum())(jnp.asarray(1 - x))
     assert np.isfinite(gradient).all()
 
 
@@ -500,10 +504,10 @@ def test_ensemble_has_the_terms_of_pixels_as_they_are():
     weights = LossWeights(
         charbonnier=0.0, squared_error=1.0, structural=1.0, lattice=1.0
     )
-    terms = losses.ensemble_terms(x, x_hat, weights)
+    terms = jax.jit(lambda *pair: losses.ensemble_terms(*pair, weights))(x, x_hat)
     expected = {
         "squared_error": losses.squared_error(x, x_hat),
-        "structural": losses.structural(x, x_hat),
+        "structural": structural(x, x_hat),
         "lattice": lattice(x, x_hat),
     }
     assert terms.keys() == expected.keys()
