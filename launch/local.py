@@ -175,7 +175,8 @@ def _run(options: argparse.Namespace, task: Task, count: int) -> list[_End]:
     If they work as one and one fails, the others get a grace period in which to say
     what they saw.
     """
-    # Noted and no more: an exception could come before a process is in the list.
+    # The handler only takes a note: an exception raised between starting a process and
+    # listing it would leave that process running.
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     running: list[subprocess.Popen[str]] = []

@@ -177,9 +177,15 @@ def _read_train(arguments: list[str]) -> Task:
         )
     if importlib.util.find_spec("ml_collections") and importlib.util.find_spec("orbax"):
         # A wrong key is better found here than on a hundred machines.
-        from semlic_jax.training.train import load_config
+        try:
+            from semlic_jax.training.train import load_config
 
-        load_config(options.config, overrides)
+            load_config(options.config, overrides)
+        except ImportError as error:
+            raise ValueError(
+                "the config cannot be checked here because a package is missing: "
+                f"{error}"
+            ) from error
     arguments = ["--config", options.config, "--workdir", options.workdir, *overrides]
     return Task("train", tuple(arguments), (options.workdir,), options.config)
 

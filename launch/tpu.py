@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -175,14 +176,11 @@ class _Slice:
             *(f"--worker={worker}", f"--command={line}"),
         ]
 
+    @property
+    def _archive(self) -> str:
+        return f"{tempfile.gettempdir()}/{self._options.name}_{_ARCHIVE}"
+
     def _install(self) -> list[list[str]]:
-        archive = f"{tempfile.gettempdir()}/{self._options.name}_{_ARCHIVE}"
-        # The tree as it is, without what git ignores.
-        pack = (
-            f"git -C {shlex.quote(str(ROOT))} ls-files -z -co --exclude-standard | "
-            f"tar -C {shlex.quote(str(ROOT))} --null --ignore-failed-read -T - "
-            f"-czf {shlex.quote(archive)}"
-        )
         line = (
             f"mkdir -p {_FOLDER} && tar -xzf {_ARCHIVE} -C {_FOLDER} && "
             # The machines come with an older Python than we need.
@@ -194,9 +192,8 @@ class _Slice:
         if self._options.before:
             line += f" && {self._options.before}"
         return [
-            ["sh", "-c", pack],
             [
-                *(*self._vm, "scp", archive, f"{self._options.name}:{_ARCHIVE}"),
+                *(*self._vm, "scp", self._archive, f"{self._options.name}:{_ARCHIVE}"),
                 *(*self._place, "--worker=all"),
             ],
             self._ssh(line),
@@ -229,6 +226,7 @@ class _Slice:
                 "if it is FAILED: why, and then as after a preemption",
                 [self._explain],
             ),
+            (f"pack what git lists in {ROOT}: {self._archive}", []),
             ("install on all workers", self._install()),
             ("run", [self._program(replace=False)]),
             (
@@ -260,10 +258,9 @@ class _Slice:
                 _say(why)
                 continue
             if fresh or not installed:
-                pack, *remote = self._install()
-                run_tool(pack)
+                _pack(self._archive)
                 try:
-                    for command in remote:
+                    for command in self._install():
                         run_tool(command)
                 except ValueError as error:
                     if not self._is_lost():
@@ -348,8 +345,23 @@ def _check_clone() -> None:
     """
     if shutil.which("git") is None:
         raise ValueError("git was not found: a TPU slice gets the files that git lists")
-    if not run_tool(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]):
+    if not _listed_files():
         raise ValueError(f"expected files listed by git in {ROOT}, found none")
+
+
+def _listed_files() -> list[str]:
+    """Names of the files of the tree as it is, without what git ignores."""
+    names = run_tool(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
+    )
+    return [name for name in names.split("\0") if name]
+
+
+def _pack(archive: str) -> None:
+    with tarfile.open(archive, "w:gz") as packed:
+        for name in _listed_files():
+            if os.path.lexists(ROOT / name):  # git lists what was deleted, too
+                packed.add(ROOT / name, name)
 
 
 def _say(text: str) -> None:

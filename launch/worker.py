@@ -118,7 +118,7 @@ def stage(name: str, arguments: list[str], scratch: Path) -> Staged:
     """Copy what is in buckets to `scratch`.
 
     Raises:
-        ValueError: an input does not exist.
+        ValueError: an input does not exist, or `eval` has no `--out`.
     """
     arguments = [
         part
@@ -128,6 +128,8 @@ def stage(name: str, arguments: list[str], scratch: Path) -> Staged:
         )
     ]
     inputs = sum(1 for _ in itertools.takewhile(_is_no_option, arguments))
+    if name == "eval" and "--out" not in arguments:
+        raise ValueError("eval needs --out DIR, found none")
     out = 1 if name == "refine" else arguments.index("--out") + 1
     staged = Staged(list(arguments), None, None)
     for i, path in enumerate(arguments):
@@ -209,6 +211,15 @@ class Uploader:
         return len(changed)
 
 
+def _try_to_upload(uploader: Uploader) -> None:
+    """A bucket that fails for a while does not end a program that is well."""
+    try:
+        uploader.upload()
+    except Exception as error:  # the libraries behind `epath` have their own
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"launch: not copied yet: {text}", file=sys.stderr, flush=True)
+
+
 def run(name: str, arguments: list[str], share: Share) -> int:
     """Run the program; return its exit status."""
     scratch = Path(tempfile.mkdtemp(prefix="semlic_"))
@@ -226,7 +237,7 @@ def run(name: str, arguments: list[str], share: Share) -> int:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     program.wait(_UPLOAD_SECONDS)
                 if uploader is not None:
-                    uploader.upload()
+                    _try_to_upload(uploader)
         finally:
             program.terminate()
             status = program.wait()

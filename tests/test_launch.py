@@ -172,9 +172,8 @@ def test_tpu_dry_runs(dry):
         "# if it is FAILED: why, and then as after a preemption",
         f"{queued} describe run {where} "
         "'--format=value(state.failedData.error.message)'",
+        f"# pack what git lists in {ROOT}: {archive}",
         "# install on all workers",
-        f"sh -c 'git -C {ROOT} ls-files -z -co --exclude-standard | tar -C {ROOT} "
-        f"--null --ignore-failed-read -T - -czf {archive}'",
         f"gcloud compute tpus tpu-vm scp {archive} run:semlic_jax.tar.gz {where} "
         "--worker=all",
         "# run",

@@ -230,7 +230,6 @@ def slice_with(
     """
     script = GCLOUD.format(folder=folder, task=task, install=install, create=create)
     stand_in(folder, "gcloud", script)
-    stand_in(folder, "sh", f'echo pack >> {folder}/calls; exec bash "$@"')
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return [*TPU, "--project", "p", "--poll", "0", *TRAIN, "gs://b/x"]
@@ -243,7 +242,7 @@ def test_a_preempted_slice_is_asked_for_again(tmp_path, monkeypatch, capsys):
     )
     arguments = slice_with(tmp_path, monkeypatch, preempted)
     assert main([*arguments[:1], "--delete", *arguments[1:]]) == 0
-    once = ["create", "pack", "scp", "install", "run"]
+    once = ["create", "scp", "install", "run"]
     calls = (tmp_path / "calls").read_text().split()
     assert calls == [*once, "delete", *once, "delete"]
     assert "the slice was preempted (status 255)" in capsys.readouterr().err
@@ -256,14 +255,19 @@ def test_a_slice_that_is_preempted_while_installing(tmp_path, monkeypatch, capsy
     tree = tmp_path / "tree"
     subprocess.run(["git", "init", "--quiet", str(tree)], check=True)
     (tree / "file").write_text("")
+    (tree / "gone").write_text("")
+    subprocess.run(["git", "-C", str(tree), "add", "gone"], check=True)
+    (tree / "gone").unlink()
     monkeypatch.setattr(tpu, "ROOT", tree)
     preempted = (
         "if [ $(grep -c install calls) = 1 ]; then echo SUSPENDED > state; exit 1; fi"
     )
     assert main(slice_with(tmp_path, monkeypatch, ":", preempted)) == 0
-    once = ["create", "pack", "scp", "install"]
+    once = ["create", "scp", "install"]
     calls = (tmp_path / "calls").read_text().split()
     assert calls == [*once, "delete", *once, "run"]
+    with tarfile.open(tmp_path / "run_semlic_jax.tar.gz") as archive:
+        assert archive.getnames() == ["file"]
     assert "the slice was preempted (gcloud compute" in capsys.readouterr().err
     # On a slice that is still there it is an error.
     arguments = slice_with(tmp_path, monkeypatch, ":", "exit 1")
@@ -303,7 +307,7 @@ def test_what_fails_on_a_slice(tmp_path, monkeypatch, capsys):
     assert main([*arguments[:1], "--restarts", "2", *arguments[1:]]) == 1
     assert "gave up after 2 restarts" in capsys.readouterr().err
     calls = (tmp_path / "calls").read_text().split()
-    assert calls == ["pack", "scp", "install", "run", "again", "again"]
+    assert calls == ["scp", "install", "run", "again", "again"]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, for git")
@@ -342,3 +346,20 @@ def test_shares_from_the_environment():
     assert share[:2] == (2, 4) and share.variables["TPU_PROCESS_BOUNDS"] == "1,1,1"
     with pytest.raises(ValueError, match="--auto needs SLURM"):
         worker.share_from_environment({"GCE_METADATA_IP": "localhost:1"})
+
+
+def test_a_tree_is_packed_by_any_tar(tmp_path, monkeypatch):
+    """That of macOS knows fewer options than GNU's."""
+    stand_in(tmp_path / "bin", "tar", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert main(slice_with(tmp_path, monkeypatch, ":")) == 0
+    assert (tmp_path / "run_semlic_jax.tar.gz").exists()
+
+
+def test_a_config_that_needs_a_missing_package(tmp_path, capsys):
+    config = tmp_path / "own.py"
+    config.write_text("import no_such_package")
+    arguments = ["train", "--config", str(config), "--workdir", str(tmp_path / "x")]
+    assert main(["local", "--dry-run", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert "a package is missing: No module named 'no_such_package'" in err
