@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-# The kinds of fusions for that library: its defaults less convolutions.
+# The operations that library may still take: its defaults without convolutions.
 _KINDS = ("INDIVIDUAL_DOT", "REDUCE")
 _OWN_CONVOLUTIONS: dict[str, str | int] = {
     "xla_cpu_experimental_ynn_fusion_type": ",".join(
@@ -84,8 +84,7 @@ class FloatProgram:
     def _program(self) -> Any:
         options = compiler_options()
         program = jax.jit(self._function, compiler_options=options, **self._options)
-        _programs.add(program)
-        return program
+        return _listed(program)
 
     def __call__(self, *arguments: Any) -> Any:
         """As the function."""
@@ -105,11 +104,16 @@ def exact_program(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: `jax.jit` of a program in integers, or of a few floats."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        program = jax.jit(function, **options)
-        _programs.add(program)
-        return program
+        return _listed(jax.jit(function, **options))
 
     return decorate
+
+
+def _listed(program: Any) -> Any:
+    """A program that `enter_bucket`, also of another thread, knows from now on."""
+    with _lock:
+        _programs.add(program)
+    return program
 
 
 def enter_bucket(bucket: Hashable) -> None:

@@ -69,10 +69,10 @@ def samples_of(image: Image.Image) -> Samples:
 
 
 def note_of_colours(image: Image.Image) -> str:
-    """That colours will be taken for sRGB though the file says what they are.
+    """A note that the file states other colours than sRGB, which are ignored.
 
-    It says so by code points of H.273, not by a profile; known of HEIC alone. Empty
-    where they are those of sRGB or nearly so.
+    HEIC files can state them by code points of H.273 instead of a profile. Empty where
+    they are those of sRGB or nearly so.
     """
     found = image.info.get("nclx_profile")
     if not isinstance(found, dict):
@@ -96,20 +96,25 @@ def without_transparency(
 ) -> Image.Image:
     """Opaque: laid on the background, or as it was where nothing shows through.
 
+    What is done is appended to `notes`.
+
     Raises:
-      ValueError: it has transparent pixels, and there is no background.
+      ValueError: it has transparent pixels, and there is no background; or as
+        `with_alpha`.
     """
     if not image.has_transparency_data:
         return image
     grey = image.mode in ("L", "LA", "La", "1", "I;16", "I")
     rgba = with_alpha(image, name, samples, notes)
+    if image.mode == "P":
+        notes.append(_was_converted(image.mode))
     if rgba.getchannel("A").getextrema() == (255, 255):
         notes.append("an alpha channel that was opaque everywhere was dropped")
         return rgba.convert("L" if grey else "RGB")
     if background is None:
         raise ValueError(
             f"{name} has transparent pixels: give a background colour to lay them on "
-            "(--background white)"
+            "(background='white', --background white)"
         )
     ground = Image.new("RGBA", rgba.size, (*background, 255))
     notes.append("transparent pixels were laid on the background colour")
@@ -119,10 +124,11 @@ def without_transparency(
 def with_alpha(
     image: Image.Image, name: str, samples: Samples, notes: list[str]
 ) -> Image.Image:
-    """An image that has transparency as RGBA.
+    """An image that has transparency as RGBA; what is rounded is appended to `notes`.
 
     Raises:
-      ValueError: which pixels are transparent is lost with their lower bits.
+      ValueError: which pixels are transparent is lost with their lower bits, or samples
+        are out of range.
     """
     key = image.info.get("transparency")
     if image.mode == "RGB" and samples.bits == 16:
@@ -158,7 +164,8 @@ def to_rgb(
 ) -> tuple[Image.Image, bytes | None]:
     """An opaque image as RGB, and the RGB profile that it is in; None for sRGB.
 
-    `srgb` asks for an image in sRGB, whatever the file has.
+    `srgb` asks for an image in sRGB, whatever the file has. What changes values or
+    drops a profile is appended to `notes`.
 
     Raises:
       ValueError: its pixels have no 8-bit RGB meaning, or no way to sRGB.
@@ -195,15 +202,8 @@ def _as_rgb(
         icc_profile, space = None, None  # 3 kB that say what no profile says
     if image.mode == "RGB" and space in (None, b"RGB "):
         return image, icc_profile
-    kinds = {
-        "1": "a black-and-white image",
-        "L": "a greyscale image",
-        "P": "a palette image",
-        "CMYK": "a CMYK image",
-    }
-    notes.append(
-        f"{kinds.get(image.mode, f'a {image.mode} image')} was converted to RGB"
-    )
+    if image.mode != "RGB":
+        notes.append(_was_converted(image.mode))
     if image.mode == "1":
         image = image.convert("L")
     if icc_profile and {b"GRAY": "L", b"CMYK": "CMYK"}.get(space or b"") == image.mode:
@@ -224,10 +224,26 @@ def _as_rgb(
     return rgb, icc_profile
 
 
+def _was_converted(mode: str) -> str:
+    kind = {
+        "1": "a black-and-white image",
+        "L": "a greyscale image",
+        "P": "a palette image",
+        "CMYK": "a CMYK image",
+    }.get(mode, f"a {mode} image")
+    return f"{kind} was converted to RGB"
+
+
 def at_most_8_bits(
     image: Image.Image, name: str, samples: Samples, notes: list[str]
 ) -> Image.Image:
-    """16-bit grey as 8-bit grey, others as they are; refuses floating-point samples."""
+    """16-bit grey as 8-bit grey, others as they are.
+
+    What is rounded is appended to `notes`.
+
+    Raises:
+      ValueError: samples are in floating point, or out of the range of their bits.
+    """
     if image.mode == "F":
         raise ValueError(
             f"{name} has floating-point samples: expected 8 or 16 bits per sample"
@@ -243,7 +259,7 @@ def _narrow(
     """Grey of 9 to 16 bits -> 8-bit, rounded."""
     bits = samples.bits if 8 < samples.bits < 16 else 16
     most = 2**bits - 1
-    wide = np.asarray(image).astype(np.int64)
+    wide = np.asarray(image).astype(np.int32)
     if wide.size and (wide.min() < 0 or wide.max() > most):
         raise ValueError(
             f"{name} has samples from {wide.min()} to {wide.max()}: "
@@ -263,6 +279,11 @@ def _through_profile(image: Image.Image, icc_profile: bytes) -> Image.Image:
     )
     assert converted is not None  # only an in-place conversion gives None
     return converted
+
+
+def is_rgb_profile(icc_profile: bytes) -> bool:
+    """Whether this is a whole ICC profile of RGB colours."""
+    return icc_profile[16:20] == b"RGB " and _is_whole(icc_profile)
 
 
 def _is_whole(icc_profile: bytes) -> bool:

@@ -53,7 +53,8 @@ MAX_PIXELS = 2**27
 _TIFF_SIDES = 256, 257  # the tags ImageWidth and ImageLength
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 
-# Programs, and files in which Pillow finds others of any format, such as programs.
+# Formats that are refused: PostScript is a program, and IPTC records can hold a file of
+# any format, PostScript included.
 _NO_PHOTOGRAPHS = {
     "EPS": "a PostScript file",
     "IPTC": "a file of IPTC records",
@@ -71,6 +72,9 @@ _SAVE_OPTIONS: dict[str, tuple[str, dict]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
 
+
+# What is written without a profile even where there is one.
+_WITHOUT_PROFILES = ("BMP", "PPM")
 
 _DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)")
 _LONGEST_SIDES = {"JPEG": 65500, "WEBP": 16383}
@@ -93,13 +97,19 @@ class Photograph:
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
-    """`white`, `#ff8800`, `rgb(1, 2, 3)` -> three values 0..255."""
+    """`white`, `#ff8800`, `rgb(1, 2, 3)` -> three values 0..255.
+
+    Raises:
+      ValueError: it names no colour, or one that is not opaque.
+    """
     try:
         colour = ImageColor.getrgb(text)
     except ValueError:
         raise ValueError(
             f"unknown colour {text!r}: expected a name such as white, or #rrggbb"
         ) from None
+    if len(colour) == 4 and colour[3] < 255:
+        raise ValueError(f"expected an opaque colour, found {text!r}")
     return colour[0], colour[1], colour[2]
 
 
@@ -140,8 +150,8 @@ def read_photograph(
       srgb: convert colours of another profile to sRGB, which needs none.
       max_pixels: larger images are refused from their header, before any memory is
         taken for them.
-      catch_warnings: make the decoder's warnings notes. Not in threads: what Python
-        catches is of the whole process.
+      catch_warnings: make the decoder's warnings notes. Pass False in threads:
+        catching warnings changes the filters of the whole process.
 
     Raises:
       ValueError: not an image, damaged, too large, transparent without a background,
@@ -175,13 +185,19 @@ def read_photograph(
 def photograph_of(
     image: Image.Image, *, background: tuple[int, int, int] | str | None = None
 ) -> Photograph:
-    """The same conversions for a Pillow image that is open already."""
+    """The same conversions for a Pillow image that is open already.
+
+    Raises:
+      ValueError: as `read_photograph`.
+    """
     _check_size(image.size, "the image", max_pixels=MAX_PIXELS)
     return _convert(image, "the image", background)
 
 
 def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     """Height and width of what `read_photograph` gives, from the head of the file.
+
+    For the main thread: it catches warnings, see `read_photograph`.
 
     Raises:
       ValueError, OSError: as `read_photograph`, as far as the head says it.
@@ -204,27 +220,26 @@ def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
 def read_brightness(source: str | os.PathLike | BinaryIO) -> np.ndarray:
     """uint8 [H, W] of an image file that nobody has checked, whatever its colours.
 
-    Upright, as photographs are, and the darker the more transparent it is.
+    Upright, as photographs are, and the darker the more transparent it is. What the
+    decoder warns of is left to Python: threads come here.
 
     Raises:
       ValueError, OSError: as `read_photograph`, but for transparency.
     """
     name = _name_of(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _open(source, name) as image:
-            _check_size(image.size, name, MAX_PIXELS)
-            samples = samples_of(image)
-            _load(image, name, samples)
-            image = _upright(image, [])
-            if image.has_transparency_data:
-                image = with_alpha(image, name, samples, [])
-                alpha = image.getchannel("A")
-                return np.array(ImageChops.multiply(image.convert("L"), alpha))
-            image = at_most_8_bits(image, name, samples, [])
-            if image.mode == "LAB":  # Pillow knows no way from there to grey
-                image = image.convert("RGB")
-            return np.array(image.convert("L"))
+    with _open(source, name) as image:
+        _check_size(image.size, name, MAX_PIXELS)
+        samples = samples_of(image)
+        _load(image, name, samples)
+        image = _upright(image, [])
+        if image.has_transparency_data:
+            image = with_alpha(image, name, samples, [])
+            alpha = image.getchannel("A")
+            return np.array(ImageChops.multiply(image.convert("L"), alpha))
+        image = at_most_8_bits(image, name, samples, [])
+        if image.mode == "LAB":  # Pillow knows no way from there to grey
+            image = image.convert("RGB")
+        return np.array(image.convert("L"))
 
 
 def _sides_as_stored(image: Image.Image) -> tuple[int, int]:
@@ -353,6 +368,9 @@ def check_suffix(suffix: str, size: tuple[int, ...] = (1, 1)) -> None:
     Args:
       suffix: of the file.
       size: height and width of the image.
+
+    Raises:
+      ValueError: the suffix is of another kind, or a side too long for its kind.
     """
     if suffix.lower() not in _SAVE_OPTIONS:
         raise ValueError(
@@ -367,13 +385,24 @@ def check_suffix(suffix: str, size: tuple[int, ...] = (1, 1)) -> None:
         )
 
 
+def keeps_profile(suffix: str) -> bool:
+    """Whether the kind of file that a suffix names has a place for an ICC profile."""
+    return _SAVE_OPTIONS[suffix.lower()][0] not in _WITHOUT_PROFILES
+
+
 def encode_image(
     pixels: np.ndarray, suffix: str, *, icc_profile: bytes | None = None
 ) -> bytes:
-    """uint8 [H, W, 3] -> the bytes of an image file of the kind that `suffix` names."""
+    """uint8 [H, W, 3] -> the bytes of an image file of the kind that `suffix` names.
+
+    Kinds without a place for a profile go without, see `keeps_profile`.
+
+    Raises:
+      ValueError: see `check_suffix`.
+    """
     check_suffix(suffix, pixels.shape)
     kind, options = _SAVE_OPTIONS[suffix.lower()]
-    if icc_profile and kind not in ("BMP", "PPM"):  # these have no place for it
+    if icc_profile and keeps_profile(suffix):
         options = {**options, "icc_profile": icc_profile}
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format=kind, **options)
@@ -385,7 +414,7 @@ def check_outputs(paths: Sequence[str | os.PathLike], *, force: bool) -> None:
 
     Raises:
       ValueError: one must not be written.
-      OSError: no file can have that name.
+      OSError: no file can have that name, or its folder is closed to us.
     """
     for given in paths:
         path = Path(given)
@@ -451,7 +480,8 @@ def _write_checked(path: Path, data: bytes, force: bool) -> None:
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb") as stream:
-            if force and target.exists():
+            # On Windows a mode is little more than the read-only flag.
+            if force and target.exists() and os.name != "nt":
                 os.chmod(part, stat.S_IMODE(target.stat().st_mode))
             stream.write(data)
             stream.flush()
@@ -467,8 +497,15 @@ def _write_checked(path: Path, data: bytes, force: bool) -> None:
 def _rename_to_free_name(part: Path, target: Path) -> None:
     """A rename that fails where another process took the name since it was checked."""
     try:
-        os.link(part, target)
+        _link_or_rename(part, target)
     except FileExistsError:
         raise ValueError(f"{target} exists: give --force to replace it") from None
+
+
+def _link_or_rename(part: Path, target: Path) -> None:
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise
     except OSError:  # a file system without hard links
-        os.replace(part, target)
+        os.rename(part, target)  # on Windows this fails, too, where the name is taken

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-
-# With more than this free nothing is asked, which takes as long as tracing the program
-# again. A step of the method `newton` takes 1.3 kB per pixel with `small`.
-_ROOMY_BYTES = 16_384
+# With more than this free for each pixel, `needed_bytes` is not called: it traces the
+# program again. A step of `newton` takes 1.3 kB per pixel with `small`.
+_ROOMY_BYTES_PER_PIXEL = 16_384
 _GIB = 2**30
 
 _PROC = Path("/proc")
@@ -39,7 +37,7 @@ def require_memory(
         MemoryError: says how much is needed and left.
     """
     left = available_bytes()
-    if left is None or pixels * _ROOMY_BYTES <= left:
+    if left is None or pixels * _ROOMY_BYTES_PER_PIXEL <= left:
         return
     needed = needed_bytes()
     if needed is not None and needed > left:
@@ -49,8 +47,18 @@ def require_memory(
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host or an accelerator has too little memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    )
+
+
 def available_bytes() -> int | None:
     """What a program on the CPU can still get; None on accelerators, or not known."""
+    import jax
+
     if jax.default_backend() != "cpu":
         return None
     try:

@@ -10,10 +10,13 @@
     again.thumbnail((256, 256))  # decoded here
 
 Importing this is light; JAX and a model are loaded at the first pixel. Models are
-loaded once and shared by all threads. A file is decoded by the packaged model that it
-was made with, or by one that `register_model` was given. `save` also takes `model`,
-`background` (a colour as text or three values 0..255), `icc_profile` (None leaves it
-out), and `refine` and `roi` as `Codec.compress` does.
+loaded once and shared by all threads. `save` also takes `model`, `background` (a colour
+as text or three values 0..255), `icc_profile` (None leaves it out; one that is not of
+RGB colours is not kept), and `refine` and `roi` as `Codec.compress` does.
+
+Models that differ in their decoder alone can all decode a file. It is decoded by the
+first that can, of those that `register_model` was given, the latest first; then of the
+packaged models; then of those that were loaded to save.
 
 What cannot be saved is refused with a ValueError. By then Pillow has opened the file,
 and so has emptied one that was there, as with every format: where that matters, save to
@@ -41,6 +44,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 import semlic_jax
 from semlic_jax.coding.bitstream import MAGIC, BitstreamError, unpack
+from semlic_jax.image_modes import is_rgb_profile
 from semlic_jax.images import Photograph, photograph_of
 
 if TYPE_CHECKING:
@@ -74,34 +78,59 @@ class _Models:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_name: dict[str, Codec] = {}
+        self._loaded: dict[str, Codec] = {}
+        self._registered: dict[str, Codec] = {}  # the latest last
 
     def named(self, name: str | os.PathLike) -> Codec:
-        key = os.fspath(name)
         with self._lock:
-            if key not in self._by_name:
-                self._by_name[key] = semlic_jax.load(key)
-            return self._by_name[key]
+            return self._load(_model_name(name))
+
+    def register(self, name: str | os.PathLike) -> None:
+        key = _model_name(name)
+        with self._lock:
+            codec = self._load(key)
+            self._registered.pop(key, None)
+            self._registered[key] = codec
+
+    def _load(self, key: str) -> Codec:
+        if key not in self._loaded:
+            self._loaded[key] = semlic_jax.load(key)
+        return self._loaded[key]
 
     def of_file(self, data: bytes) -> Codec:
+        from semlic_jax.packaged import load_for, name_of_model
+
         header, _ = unpack(data)
+        packaged = name_of_model(header.fingerprint)
         with self._lock:
-            for codec in self._by_name.values():
+            for codec in reversed(self._registered.values()):
                 if codec.fingerprint.startswith(header.fingerprint):
                     return codec
-            from semlic_jax.packaged import load_for
-
-            codec = load_for(data)
-            self._by_name[codec.name] = codec
-            return codec
+            if packaged is not None:
+                return self._load(packaged)
+            for codec in self._loaded.values():
+                if codec.fingerprint.startswith(header.fingerprint):
+                    return codec
+        return load_for(data)  # says which models there are
 
 
 _models = _Models()
 
 
 def register_model(name_or_path: str | os.PathLike) -> None:
-    """Loads a model so that files that were made with it can be opened."""
-    _models.named(name_or_path)
+    """Loads a model so that files that were made with it can be opened.
+
+    Raises:
+        ValueError: no such model, or not a valid model file.
+    """
+    _models.register(name_or_path)
+
+
+def _model_name(given: Any) -> str:
+    name = os.fspath(given) if isinstance(given, str | os.PathLike) else b""
+    if not name or not isinstance(name, str):
+        raise ValueError(f"expected a model's name or path as model, found {given!r}")
+    return name
 
 
 class SemlicImageFile(ImageFile.ImageFile):
@@ -117,8 +146,8 @@ class SemlicImageFile(ImageFile.ImageFile):
             header, _ = unpack(self._data)
         self._size = (header.width, header.height)
         self._mode = "RGB"
-        if b"ICCP" in header.chunks:
-            self.info["icc_profile"] = header.chunks[b"ICCP"]
+        if header.icc_profile is not None:
+            self.info["icc_profile"] = header.icc_profile
         self.info["quality"] = header.quality / 255
         # Stands for pixels that are still to come; `load` replaces it.
         self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, "RGB")]
@@ -154,19 +183,17 @@ def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
         photograph.pixels,
         **(rate or {"quality": DEFAULT_QUALITY}),
         **{name: given[name] for name in _REFINEMENT if name in given},
-        icc_profile=_profile_to_write(image, options, photograph),
+        icc_profile=_profile_to_write(options, photograph),
     )
     stream.write(data)
 
 
-def _profile_to_write(
-    image: Image.Image, options: dict[str, Any], photograph: Photograph
-) -> bytes | None:
+def _profile_to_write(options: dict[str, Any], photograph: Photograph) -> bytes | None:
     """The profile that is given, also None; that of the pixels where none is."""
     given = options.get("icc_profile", photograph.icc_profile)
-    if given and isinstance(given, bytes) and image.mode != "RGB":
+    if given and isinstance(given, bytes) and not is_rgb_profile(given):
         # Programs hand on the profile of the CMYK image that they had.
-        return given if given[16:20] == b"RGB " else photograph.icc_profile
+        return photograph.icc_profile
     return given
 
 

@@ -214,3 +214,13 @@ def test_every_byte_of_the_fingerprint_counts():
 def test_a_chunk_may_be_as_large_as_the_format_says():
     header = Header(8, 8, 0, FINGERPRINT, {b"ICCP": bytes(MAX_CHUNK_BYTES)})
     assert unpack(pack(header, b"payload")) == (header, b"payload")
+
+
+def test_the_profile_of_a_header():
+    assert Header(8, 8, 0, FINGERPRINT, CHUNKS).icc_profile == CHUNKS[b"ICCP"]
+    assert Header(8, 8, 0, FINGERPRINT).icc_profile is None
+
+
+def test_one_byte_is_not_several():
+    with pytest.raises(BitstreamError, match="expected 1 more byte at position 4"):
+        unpack(MAGIC)

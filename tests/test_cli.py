@@ -12,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -196,7 +197,7 @@ def test_conversions_are_noted(folder, semlic):
 
 def test_transparency_needs_a_background(folder, semlic):
     Image.new("RGBA", (20, 10), (9, 9, 9, 99)).save("clear.png")
-    refused(semlic("compress", "clear.png", "--quality", 0.5), "(--background white)")
+    refused(semlic("compress", "clear.png", "--quality", 0.5), "--background white")
     assert not os.path.exists("clear.semlic")
     command = ("compress", "clear.png", "--quality", 0.5, "--background")
     refused(semlic(*command, "whyte"), "whyte")
@@ -331,7 +332,7 @@ def test_files_of_other_models_name_both(folder, semlic, tiny_model):
     (folder / "other.semlic").write_bytes(stranger)
     ours = semlic_jax.load(tiny_model).fingerprint[:4].hex()
     refused(semlic("decompress", "other.semlic"), "12345678", ours)
-    refused(semlic("decompress", "other.semlic", model=None), "12345678", "(--model)")
+    refused(semlic("decompress", "other.semlic", model=None), "12345678", "(--model, ")
     status, out, _ = semlic("info", "other.semlic")
     assert status == 0 and "12345678" in out and "not a packaged model" in out
     assert not os.path.exists("other.png")
@@ -591,13 +592,31 @@ def test_a_closed_pipe_is_no_error_message():
     assert done.stderr == ""
 
 
-def test_a_lack_of_memory_is_a_refusal(folder, semlic, monkeypatch):
+@pytest.mark.parametrize("kind", [MemoryError, jax.errors.JaxRuntimeError])
+def test_a_lack_of_memory_is_a_refusal(folder, semlic, monkeypatch, kind):
     def exhausted(name, **options):
-        raise MemoryError("encoding needs 9 GiB")
+        raise kind("RESOURCE_EXHAUSTED: 9 GiB")
 
     monkeypatch.setattr(semlic_jax, "load", exhausted)
     command = ("compress", "photo.png", "--quality", 0.5)
-    refused(semlic(*command), "not enough memory: encoding needs 9 GiB")
+    refused(semlic(*command), "not enough memory: RESOURCE_EXHAUSTED: 9 GiB")
+
+
+def test_a_folder_of_which_nothing_is_done_is_refused(folder, semlic, tiny_model):
+    (folder / "in").mkdir()
+    Image.new("RGBA", (8, 8)).save("in/clear.png")
+    command = ("refine", "in", "out", "--bpp", 1, "--gamma", 0, "--model", tiny_model)
+    status, out, err = semlic(*command)
+    assert (status, out) == (1, "") and "skipped clear.png: " in err
+    # Beside other processes it is a share like others, or none.
+    for process, found in ((0, 4), (1, 0)):
+        share = ("--processes", 2, "--process", process)
+        assert semlic(*command, *share)[0] == found
+
+
+def test_a_file_is_no_folder_for_a_demo(folder, semlic):
+    result = semlic("demo", "photo.png", "--out", "photo.png")
+    refused(result, "expected a folder as --out, found the file photo.png")
 
 
 def test_info_says_what_is_in_the_file(folder, semlic, other_profile):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import semlic_jax
 from semlic_jax import cli, terminal
 from semlic_jax.coding.bitstream import Header, pack, unpack
 from semlic_jax.evaluation.demo import packaged_photograph
@@ -151,6 +152,8 @@ def test_nothing_is_done_where_something_is_in_the_way(folder, semlic):
     ("arguments", "words"),
     [
         (["a.png", "c/a.jpg"], "found a.png and c/a.jpg for out/a.semlic"),
+        (["a.png", "a.png"], "found a.png and a.png for out/a.semlic"),
+        (["A.jpg", "a.png"], "found A.jpg and a.png for out/a.semlic"),
         (["a.png", "-"], "expected file names with --out-dir, found -"),
     ],
 )
@@ -370,3 +373,28 @@ def test_folders_that_are_not_looked_into_are_named(folder, semlic, monkeypatch)
     options = ("--out", "photos/out", "--codecs", "none", "--bpp", 0.2)
     status, _, err = semlic("eval", "photos", *options)
     assert status == 1 and err.startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("name", "notes"),
+    [
+        ("c.bmp", ["BMP has no place for the ICC profile, which was dropped"]),
+        ("c.png", []),
+    ],
+)
+def test_a_profile_that_is_dropped_is_noted(
+    folder, semlic, other_profile, monkeypatch, name, notes
+):
+    header = Header(8, 8, 0, b"none", {b"ICCP": other_profile})
+    (folder / "c.semlic").write_bytes(pack(header, b""))
+
+    class Decoder:
+        name = "none"
+
+        def decompress(self, data):
+            return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(semlic_jax, "load", lambda name: Decoder())
+    status, out, err = semlic("decompress", "c.semlic", name, "--json")
+    assert status == 0 and json.loads(out)["notes"] == notes
+    assert err == "".join(f"note: c.semlic: {note}\n" for note in notes)

@@ -172,3 +172,15 @@ def test_only_what_is_damaged_leaves_the_cache(tmp_path, warning, told, left):
         jax.config.update("jax_compilation_cache_dir", before)
     assert (found is None) if told is None else (told in found)
     assert entry.exists() == left and other.exists()
+
+
+def test_programs_are_listed_while_no_thread_reads_the_list(monkeypatch):
+    class Watched(weakref.WeakSet):
+        def add(self, item):
+            assert compilation._lock.locked()
+            super().add(item)
+
+    monkeypatch.setattr(compilation, "_programs", Watched())
+    exact = compilation.exact_program(static_argnums=0)(double)
+    floats = compilation.FloatProgram(double, static_argnums=0)._program
+    assert set(compilation._programs) == {exact, floats}

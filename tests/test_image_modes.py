@@ -235,3 +235,21 @@ def test_samples_below_zero_are_refused():
     """Cast to 8 bits they would be nearly white."""
     with pytest.raises(ValueError, match="samples from -5 to -5: expected 16 bits"):
         images.photograph_of(Image.fromarray(np.full((2, 2), -5, np.int32)))
+
+
+@pytest.mark.parametrize("space", [b"GRAY", b"CMYK"])
+def test_an_rgb_image_is_not_said_to_be_converted(pixels, other_profile, space):
+    image = Image.fromarray(pixels)
+    image.info["icc_profile"] = other_profile[:16] + space + other_profile[20:]
+    notes = images.photograph_of(image).notes
+    assert notes == ("an ICC profile of another colour space was dropped",)
+
+
+def test_an_opaque_palette_image_is_said_to_be_one():
+    image = Image.fromarray(np.zeros((2, 2), np.uint8), "P")
+    image.putpalette([10, 20, 30])
+    stream = as_png(image, transparency=bytes([255]))
+    assert images.read_photograph(stream).notes == (
+        "a palette image was converted to RGB",
+        "an alpha channel that was opaque everywhere was dropped",
+    )

@@ -247,6 +247,7 @@ def test_threads_leave_the_warnings_of_python_alone(pixels, monkeypatch):
     Image.fromarray(pixels).save(stream, "PNG")
     found = sources.decode(stream.getvalue(), "here")
     np.testing.assert_array_equal(found, pixels)
+    assert images.read_brightness(stream).shape == pixels.shape[:2]  # of a mask
 
 
 def test_palette(pixels):
@@ -284,7 +285,7 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("name", TRANSPARENT)
 def test_transparency_needs_a_background(name):
-    message = r"give a background colour .* \(--background white\)"
+    message = "give a background colour .*background='white', --background white"
     with pytest.raises(ValueError, match=message):
         read(TRANSPARENT[name])
 
@@ -500,6 +501,13 @@ def test_colours(text, colour):
 def test_unknown_colour():
     with pytest.raises(ValueError, match="'whyte'"):
         images.parse_colour("whyte")
+
+
+@pytest.mark.parametrize("text", ["#ff000000", "#f008", "rgba(255, 0, 0, 254)"])
+def test_colours_that_are_not_opaque_are_refused(text):
+    with pytest.raises(ValueError, match="expected an opaque colour, found"):
+        images.parse_colour(text)
+    assert images.parse_colour("#ff0000ff") == (255, 0, 0)
 
 
 @pytest.mark.parametrize("colour", ["white", (255, 255, 255), [255] * 3])

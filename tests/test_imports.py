@@ -42,7 +42,7 @@ ALLOWED = {
         "weights",
     },
     "packaged": {"codec", "coding", "weights"},
-    "pillow_plugin": {"", "codec", "coding", "images", "packaged"},
+    "pillow_plugin": {"", "codec", "coding", "image_modes", "images", "packaged"},
     "training": {
         "",
         "codec",

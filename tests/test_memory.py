@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from semlic_jax import memory
@@ -102,7 +103,7 @@ def test_groups_with_colons_and_shared_controllers(machine, lines, files, left):
 
 
 def test_memory_of_the_machine_says_nothing_of_an_accelerator(machine, monkeypatch):
-    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert memory.available_bytes() is None
 
 

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+import types
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -19,8 +20,9 @@ from PIL import Image, ImageCms
 
 import semlic_jax
 from semlic_jax import pillow_plugin
-from semlic_jax.coding.bitstream import unpack
+from semlic_jax.coding.bitstream import Header, pack, unpack
 from semlic_jax.evaluation.demo import packaged_photograph
+from semlic_jax.weights import pretrained_models
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,16 @@ def test_profiles_of_other_colour_spaces_are_not_for_rgb(
     assert written(image, icc_profile=other_profile) == other_profile
 
 
+@pytest.mark.parametrize("space", [b"Lab ", b"CMYK", None])
+def test_what_is_no_rgb_profile_is_not_kept(photo, written, other_profile, space):
+    given = b"junk" * 99
+    if space is not None:
+        given = other_profile[:16] + space + other_profile[20:]
+    assert written(photo, icc_profile=given) is None
+    photo.info["icc_profile"] = other_profile  # what the pixels are in
+    assert written(photo, icc_profile=given) == other_profile
+
+
 @pytest.mark.parametrize(
     "expected",
     [semlic_jax.BitstreamError, Image.UnidentifiedImageError, OSError, ValueError],
@@ -296,6 +308,55 @@ def test_a_model_is_loaded_once(model, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: models.named("any"), range(32)))
     assert calls == ["any"]
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Models of which `small`, `variant` and `other` differ in their decoder alone."""
+    small = bytes.fromhex(pretrained_models()["small"]["fingerprint"])
+    monkeypatch.setattr(
+        semlic_jax,
+        "load",
+        lambda name: types.SimpleNamespace(
+            name=name, fingerprint=b"elsewhere" if name == "own" else small
+        ),
+    )
+    models = pillow_plugin._Models()
+
+    def decoder_of(name):
+        fingerprint = semlic_jax.load(name).fingerprint
+        return models.of_file(pack(Header(8, 8, 0, fingerprint), b"")).name
+
+    models.decoder_of = decoder_of
+    return models
+
+
+def test_a_model_that_saves_does_not_decode_the_files_of_others(models):
+    models.named("variant")
+    models.named("own")
+    assert models.decoder_of("small") == "small"
+    assert models.decoder_of("own") == "own"
+
+
+def test_the_model_that_was_registered_last_decodes(models):
+    assert models.decoder_of("small") == "small"
+    for name in ("variant", "other", "variant", "own"):
+        models.register(name)
+        assert models.decoder_of("small") == (name if name != "own" else "variant")
+
+
+@pytest.mark.parametrize("name", [3, b"small", "", 0.5])
+def test_what_is_no_name_of_a_model(photo, name):
+    with pytest.raises(ValueError, match="expected a model's name or path as model"):
+        photo.save(io.BytesIO(), "SEMLIC", model=name)
+    with pytest.raises(ValueError, match="expected a model's name or path as model"):
+        pillow_plugin.register_model(name)
+
+
+@pytest.mark.parametrize("option", ["refine", "max_bytes"])
+def test_yes_is_no_number(photo, model, option):
+    with pytest.raises(ValueError, match=f"a number as {option}, found True"):
+        photo.save(io.BytesIO(), "SEMLIC", model=model, **{option: True})
 
 
 def test_importing_it_is_light():

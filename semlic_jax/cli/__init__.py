@@ -36,6 +36,7 @@ from semlic_jax.cli.terminal import (
     reason_of,
     say,
 )
+from semlic_jax.memory import is_out_of_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     text = reason_of(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {text}"
-    if isinstance(error, ValueError | OSError | MemoryError):
+    if isinstance(error, ValueError | OSError) or is_out_of_memory(error):
         return text, REFUSED
     kind = type(error).__name__
     return f"internal error, {kind}: {text} (--debug shows the traceback)", INTERNAL

@@ -47,6 +47,7 @@ from semlic_jax.cli.terminal import (
     say,
     tell,
 )
+from semlic_jax.memory import is_out_of_memory
 from semlic_jax.terminal import progress_line
 
 if TYPE_CHECKING:
@@ -116,18 +117,20 @@ def _tasks(options: argparse.Namespace, suffix: str) -> list[_Task]:
 
 
 def _tasks_into(folder: Path, given: Sequence[str], suffix: str) -> list[_Task]:
-    sources: dict[str, str] = {}
+    tasks: dict[str, _Task] = {}
     for source in given:
         if source == STREAM:
             raise ValueError("expected file names with --out-dir, found -")
         target = str(folder / f"{Path(source).stem}{suffix}")
-        if target in sources:
+        # Names that differ in case alone are those of one file on some systems.
+        name = target.casefold()
+        if name in tasks:
             raise ValueError(
-                f"expected one input for each output, found {sources[target]} and "
+                f"expected one input for each output, found {tasks[name].source} and "
                 f"{source} for {target}"
             )
-        sources[target] = source
-    return [_Task(source, target) for target, source in sources.items()]
+        tasks[name] = _Task(source, target)
+    return list(tasks.values())
 
 
 def _check_targets(options: argparse.Namespace, tasks: Sequence[_Task]) -> None:
@@ -179,8 +182,6 @@ def _is_of_the_file(error: Exception) -> bool:
     """Whether another file may do better."""
     if isinstance(error, BrokenPipeError):  # whoever reads our output went away
         return False
-    from semlic_jax.refinement.refine import is_out_of_memory
-
     return isinstance(error, ValueError | OSError) or is_out_of_memory(error)
 
 
@@ -421,7 +422,7 @@ def _decompress(options: argparse.Namespace) -> int:
 
     def decompress(task: _Task, progress: Callable[[str], None]) -> bool:
         from semlic_jax.coding.bitstream import unpack
-        from semlic_jax.images import encode_image
+        from semlic_jax.images import encode_image, keeps_profile
 
         data = _read_coded(task.source)
         header, _ = unpack(data)
@@ -434,10 +435,15 @@ def _decompress(options: argparse.Namespace) -> int:
         pixels = codec.decompress(data)
         wall_s = time.perf_counter() - start_s
         progress(f"writing {task.target}")
-        encoded = encode_image(pixels, suffix, icc_profile=header.chunks.get(b"ICCP"))
+        encoded = encode_image(pixels, suffix, icc_profile=header.icc_profile)
         _write(task.target, encoded, force=options.force)
         facts = _facts(task, data, options.model or codec.name, wall_s)
         facts["notes"] = []
+        if header.icc_profile and not keeps_profile(suffix):
+            kind = suffix.removeprefix(".").upper()
+            note = f"{kind} has no place for the ICC profile, which was dropped"
+            facts["notes"].append(note)
+            say(f"note: {task.name}: {note}")
         line = f"{task.target}: {header.width}x{header.height}, {wall_s:.2f} s"
         tell(json.dumps(facts) if options.json else line, task.target)
         return True
@@ -503,7 +509,6 @@ def _info(options: argparse.Namespace) -> None:
 
     data = _read_coded(options.input)
     header, payload = unpack(data)
-    icc_profile = header.chunks.get(b"ICCP")
     facts = {
         "file": options.input,
         "format_version": semlic_jax.BITSTREAM_VERSION,
@@ -515,7 +520,7 @@ def _info(options: argparse.Namespace) -> None:
         "quality": round(header.quality / 255, 6),
         "fingerprint": header.fingerprint.hex(),
         "model": name_of_model(header.fingerprint),
-        "icc_profile_bytes": len(icc_profile) if icc_profile else 0,
+        "icc_profile_bytes": len(header.icc_profile or b""),
         "same_machine_only": bool(header.index_check),
         "coder": header.coder,
     }

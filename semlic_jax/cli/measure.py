@@ -100,6 +100,8 @@ def _demo(options: argparse.Namespace) -> None:
     from semlic_jax.evaluation import demo
     from semlic_jax.images import check_outputs
 
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"expected a folder as --out, found the file {options.out}")
     if options.input is None:
         photograph, stem = demo.packaged_photograph(), "photograph"
     else:

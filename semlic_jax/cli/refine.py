@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from semlic_jax.cli.options import (
 )
 from semlic_jax.cli.terminal import (
     INTERRUPTED,
+    REFUSED,
     SKIPPED,
     bar,
     say,
@@ -171,7 +173,10 @@ def _refine(options: argparse.Namespace) -> int:
         say(f"skipped {name}: {reason}")
     if report.stopped:
         return INTERRUPTED
-    return SKIPPED if report.skipped else 0
+    if not report.skipped:
+        return 0
+    # A share of several may well consist of nothing else.
+    return SKIPPED if report.rows or processes > 1 else REFUSED
 
 
 def _share(options: argparse.Namespace) -> tuple[int, int]:
@@ -195,7 +200,8 @@ def _share(options: argparse.Namespace) -> tuple[int, int]:
         options.distributed, options.coordinator, options.processes, options.process
     )
     share = jax.process_index(), jax.process_count()
-    # They work apart: one that is done early, or dies, is no matter to the others.
+    # The processes do not depend on each other: one that ends early or dies does not
+    # affect the rest.
     jax.distributed.shutdown()
     return share
 
@@ -380,6 +386,8 @@ def region_of(
     from semlic_jax.refinement import Region, parse_region
 
     with warnings_are_notes(note):
+        # What Pillow warns of in the mask; the filters come back after this block.
+        warnings.filterwarnings("ignore", module=r"PIL\b")
         mask = parse_region(options.roi, pixels, resize=bool(options.roi_resize))
     weights: dict[str, Any] = {}
     if options.roi_weight is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from semlic_jax.memory import is_out_of_memory
 from semlic_jax.terminal import REFUSED as REFUSED
 from semlic_jax.terminal import SKIPPED as SKIPPED
 from semlic_jax.terminal import clear_line
@@ -51,7 +52,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return f"not enough memory: {text}"
     return text
 
@@ -66,8 +67,12 @@ def bar(done: int, of: int) -> str:
 def stops_when_asked() -> Iterator[Callable[[], bool]]:
     """Makes the first Ctrl-C a question that the caller asks; a second one interrupts.
 
-    Yields a function that says whether there was one.
+    Yields a function that says whether there was one. A program in the background of a
+    shell, which ignores Ctrl-C, goes on ignoring it.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False
+        return
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -89,14 +94,15 @@ def warnings_are_notes(note: Callable[[str], None] | None = None) -> Iterator[No
     """Shows warnings of refinement as notes, as they come; `note` is told them too."""
     from semlic_jax.refinement import RefinementWarning, RegionWarning
 
+    kinds = (RefinementWarning, RegionWarning)
     with warnings.catch_warnings():
-        for kind in (RefinementWarning, RegionWarning):
+        for kind in kinds:
             warnings.simplefilter("always", kind)
 
         usual = warnings.showwarning
 
         def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-            if _OF_CACHE in str(message):
+            if not isinstance(message, kinds):
                 usual(message, *rest, **more)
                 return
             say(f"note: {message}")

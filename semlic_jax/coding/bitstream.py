@@ -135,6 +135,7 @@ MAX_CHUNKS = 16
 MAX_CHUNK_BYTES = 2**24
 INDEX_CHECK_BYTES = 4
 CODERS = ("ans", "tfc")
+ICC_CHUNK = b"ICCP"
 
 _FLAG_CHUNKS = 1
 _FLAG_INDEX_CHECK = 2
@@ -210,6 +211,11 @@ class Header:
                 )
             size_name = f"the size in bytes of chunk {tag.decode('ascii')}"
             _check_range(size_name, len(content), 0, MAX_CHUNK_BYTES)
+
+    @property
+    def icc_profile(self) -> bytes | None:
+        """The ICC profile in the chunks, if there is one."""
+        return self.chunks.get(ICC_CHUNK)
 
     def require_model(self, fingerprint: bytes) -> None:
         """Check that the file was made with the model of this fingerprint.
@@ -357,8 +363,9 @@ class _Reader:
     def take(self, size: int) -> bytes:
         start, stop = self._position, self._position + size
         if stop > len(self._data):
+            more = "1 more byte" if size == 1 else f"{size} more bytes"
             raise BitstreamError(
-                f"expected {size} more bytes at position {start}, "
+                f"expected {more} at position {start}, "
                 f"found {len(self._data) - start}: the file is damaged or cut off"
             )
         self._position = stop

@@ -29,6 +29,7 @@ from semlic_jax.images import (
     read_photograph,
     write_file,
 )
+from semlic_jax.memory import is_out_of_memory
 from semlic_jax.refinement.batch import Progress, Refined
 from semlic_jax.refinement.folder_table import (
     Row,
@@ -38,7 +39,7 @@ from semlic_jax.refinement.folder_table import (
     table_name,
 )
 from semlic_jax.refinement.large import goes_in_tiles
-from semlic_jax.refinement.refine import is_out_of_memory, refine_batch
+from semlic_jax.refinement.refine import refine_batch
 from semlic_jax.refinement.settings import REVISION, Settings
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from semlic_jax.compilation import own_settings
+from semlic_jax.memory import is_out_of_memory
 from semlic_jax.refinement.batch import Batch, Progress, Refined
 from semlic_jax.refinement.large import LargeImage, can_go_in_tiles, goes_in_tiles
 from semlic_jax.refinement.roi import Region
@@ -206,11 +207,3 @@ def _refine_together(
 ) -> list[Refined]:
     # A function of its own, so that a batch that did not fit is freed when it returns.
     return batch.finish(batch.run(progress))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the host or an accelerator has too little memory."""
-    text = str(error)
-    return isinstance(error, MemoryError) or (
-        "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
-    )
