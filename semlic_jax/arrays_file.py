@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 MAX_FILE_BYTES = 2**31  # of all arrays together, unpacked
-# Nor may they be more than so many times the file and some bytes that every file is
-# allowed: trained parameters hardly compress, what is there to fill memory does.
+# Arrays may also take at most MAX_EXPANSION times the size of the file, plus
+# ALLOWED_BYTES. Trained parameters hardly compress; a file made to exhaust memory does.
 MAX_EXPANSION = 16
 ALLOWED_BYTES = 2**24
 MAX_ENTRIES = 2**14

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.coding.bitstream import (
+    ICC_CHUNK,
     MAX_PIXELS,
     MAX_SIDE,
     Header,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 MAX_LEVEL = QUALITY_LEVELS - 1
-_ICC_CHUNK = b"ICCP"
 # Larger images are not begun where they certainly have no room: above 17 megapixels
 # one pixel more took 23 bytes to encode and 35 to decode, with `small`; rounded down.
 _MANY_PIXELS = 2**24
@@ -141,7 +141,8 @@ class Codec:
         """Puts a model on the default device.
 
         Raises:
-            ValueError: the model's integer networks break their bounds.
+            ValueError: the model's integer networks break their bounds, or there is no
+                such coder.
         """
         use_disk_cache()
         check_coder(coder)
@@ -202,8 +203,12 @@ class Codec:
         Raises:
             ValueError: the image, the budget or the region is not of this form, or the
                 model does not reach the budget; names the range that it reaches.
-            MemoryError: the image is too large for this machine.
+            MemoryError: the image is too large for this machine (on accelerators:
+                JAX's own error).
         """
+        for name, value in (("refine", refine), ("max_bytes", max_bytes)):
+            if isinstance(value, bool):  # True would be the number 1
+                raise ValueError(f"expected a number as {name}, found {value}")
         if refine is not None:
             from semlic_jax import refinement
 
@@ -244,7 +249,9 @@ class Codec:
             BitstreamError: the data is damaged or not a `.semlic` file.
             IncompatibleModelError: another model made it.
             IncompatibleMachineError: a converted model made it, on another machine.
-            MemoryError: the image is too large for this machine.
+            ValueError: the file needs the coder tfc, whose package is not installed.
+            MemoryError: the image is too large for this machine (on accelerators:
+                JAX's own error).
         """
         header, _ = unpack(data, max_pixels=max_pixels)
         header.require_model(self.fingerprint)
@@ -279,14 +286,18 @@ class Codec:
             "model": self.name
             if self.fingerprint.startswith(header.fingerprint)
             else None,
-            "icc_profile_bytes": len(header.chunks.get(_ICC_CHUNK, b"")),
+            "icc_profile_bytes": len(header.icc_profile or b""),
             "same_machine_only": bool(header.index_check),
             "coder": header.coder,
         }
 
     def icc_profile(self, data: bytes) -> bytes | None:
-        """The ICC profile kept in a file."""
-        return unpack(data)[0].chunks.get(_ICC_CHUNK)
+        """The ICC profile kept in a file.
+
+        Raises:
+            BitstreamError: the data is damaged or not a `.semlic` file.
+        """
+        return unpack(data)[0].icc_profile
 
     @own_settings()
     def twin_params(self) -> dict[str, Any]:
@@ -323,7 +334,8 @@ class Codec:
 
         Raises:
             ValueError: the image is not of this form.
-            MemoryError: it is too large for this machine.
+            MemoryError: it is too large for this machine (on accelerators: JAX's own
+                error).
         """
         image = _checked_image(image)
         height, width = image.shape[:2]
@@ -361,8 +373,19 @@ class Codec:
         size: tuple[int, int],
         icc_profile: bytes | None = None,
     ) -> bytes:
-        """The file of symbols that were chosen elsewhere (refinement)."""
-        chunks = {_ICC_CHUNK: icc_profile} if icc_profile else {}
+        """The file of symbols that were chosen elsewhere (refinement).
+
+        Args:
+            symbols: on the padded grids.
+            level: quality, 0..255.
+            size: height and width of the image in pixels.
+            icc_profile: stored in the file as it is.
+
+        Raises:
+            ValueError: a value is beyond what the format holds, or the coder cannot be
+                used: see `PassCoder.encode`.
+        """
+        chunks = {ICC_CHUNK: icc_profile} if icc_profile else {}
         header = Header(
             width=size[1],
             height=size[0],
@@ -381,8 +404,8 @@ class Codec:
         """Header and y_hat_scaled float32 [ceil(H/16), ceil(W/16), M] of a file.
 
         Raises:
-            BitstreamError, IncompatibleModelError, IncompatibleMachineError: see
-                `decompress`.
+            BitstreamError, IncompatibleModelError, IncompatibleMachineError,
+            ValueError: see `decompress`.
         """
         header, payload = unpack(data, max_pixels=max_pixels)
         header.require_model(self.fingerprint)
@@ -444,7 +467,7 @@ def load(name_or_path: str | os.PathLike[str], *, coder: str = "ans") -> Codec:
             Compression's range coder (the extra `tfc`). It reads both.
 
     Raises:
-        ValueError: no such model, or not a valid model file.
+        ValueError: no such model or coder, or not a valid model file.
     """
     return Codec(load_model(name_or_path), Path(name_or_path).stem, coder=coder)
 

@@ -14,8 +14,8 @@ _USUAL_RISE = 0.018
 # Steps until the search no longer trusts the sizes to rise evenly.
 _EXTRAPOLATIONS = 4
 _INTERPOLATIONS = 7
-# Sizes that it looks at beyond the first that does not fit: sizes rise with the level,
-# but not strictly. Of large files the next ones are too large by more than they dip.
+# Levels to try beyond the first that does not fit, because sizes do not rise strictly.
+# The search stops early at a file that is too large by more than any dip.
 _LOOK_AHEAD = 3
 _DIP_BYTES = 16
 _DIP_SHARE = 0.01

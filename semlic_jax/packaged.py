@@ -44,7 +44,8 @@ def load_for(data: bytes) -> Codec:
         )
         raise IncompatibleModelError(
             f"the file needs the model {header.fingerprint.hex()}, which is not "
-            f"packaged (packaged: {ours or 'none'}): give its model file (--model)"
+            f"packaged (packaged: {ours or 'none'}): give its model file (--model, or "
+            "`pillow_plugin.register_model`)"
         )
     from semlic_jax.codec import load
 

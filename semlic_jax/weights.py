@@ -320,6 +320,10 @@ def load_model(
     except MemoryError:
         raise
     except Exception as error:  # a damaged zip or header fails in any way it likes
+        if isinstance(error, OSError) and error.filename is not None:  # of opening it
+            raise ValueError(
+                f"the model file {path} cannot be read: {error.strerror}"
+            ) from None
         reason = str(error) or type(error).__name__
         if isinstance(error, KeyError):
             reason += " is missing"

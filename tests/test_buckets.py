@@ -170,3 +170,35 @@ def test_staging(bucket, tmp_path):
     assert str(staged.remote) == "gs://b/new"
     with pytest.raises(ValueError, match="gs://b/no does not exist"):
         worker.stage("eval", ["gs://b/no", "--out", "x"], tmp_path / "other")
+
+
+def test_an_evaluation_without_a_folder_for_its_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="eval needs --out DIR, found none"):
+        worker.stage("eval", ["here.png"], tmp_path)
+
+
+def test_a_bucket_that_fails_for_a_while_ends_no_program(
+    bucket, tmp_path, monkeypatch, capsys
+):
+    """The next time all of it is copied."""
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/bash\necho new > $5/a.semlic\n"
+        f"until [ -e {tmp_path}/tried ]; do sleep 0.01; done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(worker, "_UPLOAD_SECONDS", 0.01)
+    upload = worker.Uploader.upload
+
+    def fails_once(self):
+        if not (tmp_path / "tried").exists():
+            (tmp_path / "tried").write_text("")
+            raise RuntimeError("503, try again\nlater")
+        return upload(self)
+
+    monkeypatch.setattr(worker.Uploader, "upload", fails_once)
+    share = worker.Share(0, 1, {})
+    assert worker.run("refine", [str(tmp_path), "gs://b/out"], share) == 0
+    assert (bucket / "out" / "a.semlic").read_text() == "new\n"
+    assert "launch: not copied yet: 503, try again later\n" in capsys.readouterr().err

@@ -140,14 +140,14 @@ def test_unknown_names(tmp_path):
         load_model("huge")
     with pytest.raises(ValueError, match="none.npz does not exist"):
         load_model(tmp_path / "none.npz")
-    with pytest.raises(ValueError, match="not a valid model file"):
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: Is a directory"):
         load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + ".npz", "a\0b", "a/" * 3000])
 def test_names_that_the_system_refuses(name):
     with pytest.raises(
-        ValueError, match="the name of a packaged|not a valid model file"
+        ValueError, match="the name of a packaged|not a valid model file|cannot be read"
     ):
         load_model(name)
 

@@ -4,7 +4,7 @@
 Published hyperprior models find the table of each latent in floats, which may come out
 otherwise on another processor, with another number of threads or another release of
 JAX; one index that differs makes the rest of the stream noise. It cannot be repaired
-afterwards, so it is found out before anything is decoded: a file holds a checksum over
+afterwards, so it is found out before any of y is decoded: a file holds a checksum over
 the table indexes of its encoder, and a decoder that comes to others refuses.
 
 The same compiled program finds the indexes and means for the encoder and the decoder;

@@ -136,6 +136,11 @@ def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
                 )
         # Not int64: a hostile file can have a kernel of gigabytes.
         weights = np.abs(layer["kernel"], dtype=np.int16)
+        if weights.max(initial=0) > WEIGHT_MAX:
+            raise ValueError(
+                f"expected weights within +-{WEIGHT_MAX} in {name}, found "
+                f"{weights.max()}"
+            )
         products = weights.sum(axis=(0, 1, 2), dtype=np.int64) * spec.input_max
         shift = layer["shift"].astype(np.int64)
         if shift.min() < 1 or shift.max() > SHIFT_MAX + spec.right:
@@ -144,7 +149,7 @@ def prove_exact(integers: IntegerTree, config: ModelConfig) -> None:
                 f"{shift.min()} to {shift.max()}"
             )
         total = products + np.abs(layer["bias"].astype(np.int64)) + (1 << (shift - 1))
-        if weights.max(initial=0) > WEIGHT_MAX or products.max() >= ACCUMULATOR_LIMIT:
+        if products.max() >= ACCUMULATOR_LIMIT:
             raise ValueError(
                 f"expected sums of products below 2**24 in {name}, found up to "
                 f"{products.max()}"

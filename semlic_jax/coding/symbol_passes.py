@@ -85,6 +85,12 @@ class PassCoder(abc.ABC):
             z: int32 [h/4, w/4, N], decoded; zeros outside the image.
             level, size: as in `symbols`.
             index_check: the one in the file, see the method `index_check`.
+
+        Raises:
+            BitstreamError: float entropy networks need an index check, and the file
+                has none.
+            IncompatibleMachineError: they give other indexes here than where the file
+                was made.
         """
 
     def index_check(self, symbols: Symbols, size: tuple[int, int]) -> bytes:
@@ -94,7 +100,17 @@ class PassCoder(abc.ABC):
     def encode(
         self, symbols: Symbols, size: tuple[int, int], coder: str = "ans"
     ) -> bytes:
-        """The payload of a file, coded by one of `bitstream.CODERS`."""
+        """The payload of a file.
+
+        Args:
+            symbols: of the image.
+            size: its height and width in pixels.
+            coder: one of `bitstream.CODERS`.
+
+        Raises:
+            ValueError: a symbol is beyond +-2**15, the package of the coder is not
+                installed, or the coder cannot use the tables.
+        """
         encoder: Any = SymbolEncoder()
         if coder == "tfc":
             from semlic_jax.coding.tfc_coding import TfcSymbolEncoder
@@ -146,6 +162,7 @@ class PassCoder(abc.ABC):
             BitstreamError: the payload is not a valid stream of this model.
             IncompatibleMachineError: float entropy networks give other indexes here
                 than where the file was made.
+            ValueError: see `decoder`.
         """
         decoder = self.decoder(payload, coder)
         z = np.zeros((grid[0] // 4, grid[1] // 4, self.config.hyper_channels), np.int32)
