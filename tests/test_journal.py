@@ -55,6 +55,55 @@ def test_damaged_lines_of_the_journal_are_ignored(photo_folder, tmp_path, line):
     assert [r.values for r in found.rows] == [r.values for r in first.rows]
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"bytes": 1},
+        {"bytes": "1"},
+        {"path": 5},
+        {"path": None},
+        {"encode_s": "1"},
+        {"values": []},
+        {"gaps": None},
+        {"values": {"psnr_db": 3}},
+        {"values": {"psnr_db": []}},
+        {"values": {"psnr_db": ["IDENTITY", "30"]}},
+        {"values": {"psnr_db": ["IDENTITY", float("nan")]}},
+        {"decode_s": "1"},
+    ],
+    ids=str,
+)
+def test_entries_of_the_journal_that_cannot_be_are_made_again(
+    photo_folder, tmp_path, entries
+):
+    run = photo_folder, tmp_path, [ClassicalEntrant("jpeg")]
+    first = sweep(*run)
+    path, (name,) = tmp_path / "journal.jsonl", entries
+    identity = Measures(["psnr_db"]).identity("psnr_db")
+    entries = json.loads(json.dumps(entries).replace("IDENTITY", identity))
+    records = [json.loads(line) for line in path.read_text().splitlines() if line]
+    damaged = [record | entries if name in record else record for record in records]
+    assert damaged != records
+    path.write_text("".join(json.dumps(record) + "\n" for record in damaged))
+    for before, after in zip(first.rows, sweep(*run).rows, strict=True):
+        assert (before.bpp, before.values) == (after.bpp, after.values)
+        assert not {type(after.encode_s), type(after.decode_s)} - {int, float}
+
+
+def test_what_else_is_in_a_folder_is_named(tmp_path):
+    (tmp_path / ".DS_Store").touch()  # macOS leaves it where somebody looked
+    with alone_in(tmp_path):
+        pass
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="found thesis.tex in it"), alone_in(other):
+        pass
+    file = other / "thesis.tex"
+    with pytest.raises(ValueError, match="expected a folder"), alone_in(file):
+        pass
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -21,7 +21,7 @@ from semlic_jax.evaluation.entrants import (
 )
 from semlic_jax.evaluation.image_sets import list_images
 from semlic_jax.evaluation.measures import Measures
-from semlic_jax.evaluation.results import read_results
+from semlic_jax.evaluation.results import rate_text, read_results
 from semlic_jax.evaluation.sweep import check_rates, run_sweep
 
 
@@ -189,7 +189,9 @@ def test_set_metrics_fall_with_the_rate(photo_folder, tmp_path, small_trunk):
     assert features[0].stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "zip", "other"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "text", "zip", "other", "fewer", "narrow", "none"]
+)
 def test_damaged_features_are_measured_again(
     photo_folder, tmp_path, small_trunk, damage
 ):
@@ -199,8 +201,11 @@ def test_damaged_features_are_measured_again(
     paths = sorted((tmp_path / "features").iterdir())
     whole = [path.read_bytes() for path in paths]
     for path in paths:  # of the originals, and of what was decoded
-        if damage == "other":
-            np.save(path, np.zeros(3))
+        numbers = np.load(path)
+        others = {"other": np.zeros(3), "fewer": numbers[:1], "narrow": numbers[:, :1]}
+        others["none"] = np.full_like(numbers, np.nan)
+        if damage in others:
+            np.save(path, others[damage])
             continue
         found = {"empty": b"", "cut": path.read_bytes()[:-9], "text": b"not an array"}
         path.write_bytes(found.get(damage, b"PK\3\4 not an archive"))
@@ -291,6 +296,18 @@ def test_rates_that_are_none(rates):
 def test_a_rate_given_twice_is_named():
     with pytest.raises(ValueError, match="the rate 0.15 was given twice"):
         check_rates([0.3, 0.15, 0.15])
+
+
+def test_rates_that_differ_little_have_files_of_their_own(photo_folder, tmp_path):
+    """The largest file below a rate is above another one, less by a ten-millionth."""
+    image = list_images([photo_folder])[:1]
+    run = image, [ClassicalEntrant("jpeg")]
+    [row] = run_sweep(*run, [2.0], Measures(["psnr_db"]), tmp_path / "a").rows
+    rates = [row.bpp - 1e-7, row.bpp]
+    rows = run_sweep(*run, rates, Measures(["psnr_db"]), tmp_path / "b").rows
+    assert rows[0].bpp < rates[0] and rows[1].bpp == row.bpp
+    assert rate_text(rates[0]) != rate_text(rates[1])
+    assert (rate_text(0.15), rate_text(3.0)) == ("0.15", "3")
 
 
 def test_rates_are_sorted():

@@ -21,6 +21,15 @@ from semlic_jax.evaluation.results import read_results
 from semlic_jax.evaluation.sweep import run_sweep
 
 
+class NoRoom(ClassicalEntrant):
+    """A codec that has no room to begin with one of the images."""
+
+    def fitter(self, image):
+        if len(image) == 48:
+            raise MemoryError("out of memory")
+        return super().fitter(image)
+
+
 @pytest.fixture
 def with_one_lower(photo_folder, tmp_path, photograph):
     """Function (height) -> three photographs, and then one of this height."""
@@ -62,6 +71,25 @@ def test_images_smaller_than_a_patch_are_in_no_number_of_the_set(
     assert row.bpp == alone.bpp == pytest.approx(np.mean(rates[:3]))
     assert row.values == alone.values and row.values
     assert row.gaps == {"images left out": "1 images are smaller than a patch"}
+
+
+def test_a_codec_that_cannot_begin_with_an_image_leaves_a_gap(with_one_lower, tmp_path):
+    """A model analyses the image before it looks for a file."""
+    run = with_one_lower(48), [NoRoom("jpeg")], [2.0, 3.0], Measures(["psnr_db"])
+    rows = run_sweep(*run, tmp_path / "out").rows
+    gaps = [row.gaps.get("file") for row in rows]
+    assert gaps == [None] * 6 + ["out of memory"] * 2
+
+
+def test_a_link_that_leads_nowhere_is_named(photo_folder, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    (folder / "there.png").symlink_to(photo_folder / "photo0.png")
+    results = sweep(folder, tmp_path / "out", [ClassicalEntrant("jpeg")])
+    assert [image.name for image in results.images] == ["there.png"]
+    [skipped] = results.skipped
+    assert Path(skipped.name).name == "gone.png" and "No such file" in skipped.reason
 
 
 def test_images_that_cannot_be_used_are_named(photo_folder, tmp_path):
@@ -248,6 +276,6 @@ def test_an_image_without_room_to_be_read_is_skipped(
 
 def test_a_folder_that_holds_something_else(photo_folder, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="an earlier evaluation, found other files"):
+    with pytest.raises(ValueError, match="an earlier evaluation, found thesis.tex in it"):
         sweep(photo_folder, tmp_path, [ClassicalEntrant("jpeg")])
     assert os.listdir(tmp_path) == ["thesis.tex"]

@@ -31,7 +31,10 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
     for given in inputs:
         if given.is_dir():
             inside = [p for p in given.iterdir() if p.suffix.lower() in suffixes]
-            found += sorted(p for p in inside if p.is_file())
+            # A link that leads nowhere is named when it cannot be read.
+            found += sorted(
+                p for p in inside if p.is_file() or p.is_symlink() and not p.exists()
+            )
         elif given.exists():
             found.append(given)
         else:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ JOURNAL = "journal.jsonl"
 # A file that nobody reads or writes: on SMB a locked file is closed to all others, even
 # to another stream of the process that locked it.
 _LOCK = ".lock"
+_FINDERS = ".DS_Store"  # what macOS leaves in folders that were looked at
 
 
 @contextlib.contextmanager
@@ -33,11 +35,14 @@ def alone_in(folder: Path) -> Iterator[None]:
       ValueError: the folder holds something else, or another evaluation is running in
         it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder for the results, found the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    others = {path.name for path in folder.iterdir()} - {_LOCK}
+    others = {path.name for path in folder.iterdir()} - {_LOCK, _FINDERS}
     if others and JOURNAL not in others:
         raise ValueError(
-            f"expected {folder} to be empty or an earlier evaluation, found other files"
+            f"expected {folder} to be empty or an earlier evaluation, found "
+            f"{min(others)} in it"
         )
     with open(folder / _LOCK, "ab") as stream:
         if fcntl is not None:
@@ -79,9 +84,33 @@ class Journal:
         return record if record and record.keys() >= set(needed) else None
 
     def put(self, key: str, record: dict[str, Any]) -> None:
-        """Add a record; it is on disk when this returns."""
+        """Add a record; it is in the file when this returns."""
         record = {"key": key, **record}
         self._known[key] = record
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(f"{self._prefix}{json.dumps(record)}\n")
         self._prefix = ""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def is_measured(record: dict[str, Any]) -> bool:
+    """Whether what a journal says of a file's metrics has the form it is written in."""
+
+    def is_table(given: Any, is_value: Callable[[Any], bool]) -> bool:
+        return isinstance(given, dict) and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and is_value(pair[1])
+            for pair in given.values()
+        )
+
+    return (
+        is_table(record.get("values"), is_number)
+        and is_table(record.get("gaps"), lambda value: isinstance(value, str))
+        and is_number(record.get("decode_s", 0))
+    )

@@ -185,7 +185,10 @@ class Measures:
 
     @functools.cached_property
     def _weights(self) -> str:
-        """Digest of the weight files in use, which are large and so read only once."""
+        """Digest of all weight files of the folder, in use or not.
+
+        They are large and so read only once.
+        """
         if not self._folder:
             return "none"
         path = Path(self._folder)
@@ -291,6 +294,24 @@ class Measures:
             rows.append(np.asarray(found)[: len(batch)])
         return np.concatenate(rows)
 
+    def features_shape(
+        self, image_shape: tuple[int, ...], trunk: str
+    ) -> tuple[int, int] | None:
+        """What `features` of an image of this shape has; None without a patch."""
+        if min(image_shape[:2]) < self.patch_side:
+            return None
+        blank = np.broadcast_to(np.uint8(0), image_shape)
+        return len(patch_grids(blank, self.patch_side)), self._widths[trunk]
+
+    @functools.cached_property
+    def _widths(self) -> dict[str, int]:
+        side = self.patch_side
+        patch = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        return {
+            trunk: jax.eval_shape(_embed, network, patch).shape[1]
+            for trunk, network in self._networks.items()
+        }
+
     def distances(
         self,
         originals: Mapping[str, Sequence[np.ndarray]],
@@ -351,10 +372,14 @@ def write_features(path: Path, features: np.ndarray) -> None:
 
 
 def read_features(path: Path) -> np.ndarray | None:
-    """Features float [patches, D], or None where the file is missing or damaged."""
+    """Features float [patches, D], or None where the file is missing or damaged.
+
+    Damage that leaves finite numbers of some shape is not seen here.
+    """
     try:
         found = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        return found if found.ndim == 2 and found.dtype.kind == "f" else None
+        numbers = found.ndim == 2 and found.dtype.kind == "f"
+        return found if numbers and np.isfinite(found).all() else None
     except Exception:  # what is no .npy raises errors of many kinds
         return None
 

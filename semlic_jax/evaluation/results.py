@@ -34,6 +34,12 @@ _ROW_COLUMNS = (
 )
 
 
+def rate_text(rate: float) -> str:
+    """Bits per pixel as text: short, but different for different rates."""
+    text = f"{rate:g}"
+    return text if float(text) == rate else repr(float(rate))
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """One image of a set.

@@ -19,7 +19,12 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 from semlic_jax.evaluation.published import PublishedCurve
-from semlic_jax.evaluation.results import Results, Row, require_same_images
+from semlic_jax.evaluation.results import (
+    Results,
+    Row,
+    rate_text,
+    require_same_images,
+)
 from semlic_jax.objectives.bd_rates import RateCurve, bd_rate
 
 RESAMPLES = 1000
@@ -240,7 +245,7 @@ def _with_gaps(text: str, *curves: Curve) -> str:
     """Add the rates without a point, if there are any, to a refusal."""
     for each in curves:
         if each.gaps:
-            rates = ", ".join(f"{rate:g}" for rate in sorted(each.gaps))
+            rates = ", ".join(map(rate_text, sorted(each.gaps)))
             text += f"; {each.codec} has no point at {rates} bpp"
     return text
 
@@ -313,7 +318,7 @@ class Summary:
                     "codec": curve.codec,
                     "metric": curve.metric,
                     "points": [asdict(point) for point in curve.points],
-                    "gaps": {f"{rate:g}": why for rate, why in curve.gaps.items()},
+                    "gaps": {rate_text(rate): why for rate, why in curve.gaps.items()},
                 }
                 for curve in self.curves
             ],

@@ -16,6 +16,7 @@ Threads encode files while the metrics of earlier ones are measured.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -30,9 +31,15 @@ from typing import Any
 import numpy as np
 
 from semlic_jax.evaluation.codecs import FAILURES, reason_of
-from semlic_jax.evaluation.entrants import Entrant
+from semlic_jax.evaluation.entrants import Encoded, Entrant
 from semlic_jax.evaluation.image_sets import readable_images
-from semlic_jax.evaluation.journal import JOURNAL, Journal, alone_in
+from semlic_jax.evaluation.journal import (
+    JOURNAL,
+    Journal,
+    alone_in,
+    is_measured,
+    is_number,
+)
 from semlic_jax.evaluation.measures import Measures, read_features, write_features
 from semlic_jax.evaluation.results import (
     CodecFacts,
@@ -41,8 +48,10 @@ from semlic_jax.evaluation.results import (
     Row,
     SetRow,
     Skipped,
+    rate_text,
 )
 from semlic_jax.images import write_file
+from semlic_jax.training.sources import usable_cpus
 
 # How many images' files may be ready and wait for their metrics; this bounds memory.
 _IMAGES_AHEAD = 2
@@ -73,7 +82,7 @@ def check_rates(rates: Sequence[float]) -> list[float]:
             )
     for index, rate in enumerate(rates):
         if rate in rates[:index]:
-            raise ValueError(f"the rate {rate:g} was given twice")
+            raise ValueError(f"the rate {rate_text(rate)} was given twice")
     return sorted(rates)
 
 
@@ -214,7 +223,7 @@ class _Sweep:
         """Encode and measure all images; return them with one row for each file."""
         images: list[ImageFacts] = []
         rows: list[Row] = []
-        with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(jobs or usable_cpus()) as pool:
             waiting: deque[tuple[ImageFacts, np.ndarray, list[Future[list[_File]]]]] = (
                 deque()
             )
@@ -250,14 +259,16 @@ class _Sweep:
         self, image: ImageFacts, pixels: np.ndarray, entrant: Entrant
     ) -> list[_File]:
         """The files of one image by one codec, from the cache if they are there."""
-        fit: Callable[[float], Any] | None = None
+        # For the first file that is not there; where it fails, so does each of them.
+        fitter = functools.cache(lambda: entrant.fitter(pixels))
         files = []
         for rate in self._rates:
-            key = f"file {image.sha256} {entrant.key} {rate:g}"
+            key = f"file {image.sha256} {entrant.key} {rate_text(rate)}"
             known = self._journal.get(key, "identity")
             if known is None or not self._is_current(known, entrant):
-                fit = fit or entrant.fitter(pixels)
-                known = self._encode_one(key, image, entrant, rate, fit)
+                known = self._encode_one(
+                    key, image, entrant, rate, lambda bpp: fitter()(bpp)
+                )
             path = self._out / known["path"] if "path" in known else None
             files.append(_File(path, known))
         return files
@@ -266,11 +277,14 @@ class _Sweep:
         if known["identity"] != entrant.identity:
             return False
         if "reason" in known:
-            return True
-        if not known.keys() >= _FILE_FACTS:
+            return isinstance(known["reason"], str)
+        if not known.keys() >= _FILE_FACTS or not isinstance(known["path"], str):
             return False
         path = self._out / known["path"]
-        return path.is_file() and _sha256(path.read_bytes()) == known["sha256"]
+        if not path.is_file() or not is_number(known["encode_s"]):
+            return False
+        data = path.read_bytes()
+        return (len(data), _sha256(data)) == (known["bytes"], known["sha256"])
 
     def _encode_one(
         self,
@@ -278,7 +292,7 @@ class _Sweep:
         image: ImageFacts,
         entrant: Entrant,
         rate: float,
-        fit: Callable[[float], Any],
+        fit: Callable[[float], Encoded],
     ) -> dict[str, Any]:
         known: dict[str, Any] = {"identity": entrant.identity}
         try:
@@ -290,7 +304,7 @@ class _Sweep:
                 self._journal.put(key, known)
             return known
         stem = f"{_slug(Path(image.name).stem)}-{image.sha256[:8]}"
-        name = f"files/{_slug(entrant.key)}/{stem}@{rate:g}{entrant.suffix}"
+        name = f"files/{_slug(entrant.key)}/{stem}@{rate_text(rate)}{entrant.suffix}"
         path = self._out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, encoded.data, force=True)
@@ -322,15 +336,14 @@ class _Sweep:
         # The same bytes become another picture under another decoder.
         sha256 = _sha256(f"{entrant.identity} {file.facts['sha256']}".encode())
         key = f"measure {image.sha256} {sha256}"
-        known = self._journal.get(key, "values", "gaps")
-        record = dict(known or {"values": {}, "gaps": {}})
-        if self._remeasure and key not in self._remeasured:
+        record = dict(self._journal.get(key, "values", "gaps") or {})
+        if not is_measured(record) or (self._remeasure and key not in self._remeasured):
             record = {"values": {}, "gaps": {}}
         self._remeasured.add(key)
         failed: dict[str, str] = {}
         try:
             missing = self._missing(record)
-            wanted = self._features_known(sha256)
+            wanted = self._features_known(sha256, pixels.shape)
             if missing or wanted is None or "decode_s" not in record:
                 decoded, decode_s = _decoded(entrant, file, pixels.shape)
                 record["decode_s"] = decode_s
@@ -397,16 +410,22 @@ class _Sweep:
             for trunk, identity in self._measures.trunks.items()
         }
 
-    def _features_known(self, sha256: str) -> dict[str, Path] | str | None:
+    def _features_known(
+        self, sha256: str, image_shape: tuple[int, ...]
+    ) -> dict[str, Path] | str | None:
         paths = self._feature_paths(sha256)
         if self._remeasure and f"features {sha256}" not in self._remeasured:
             return None
-        damaged = any(read_features(path) is None for path in paths.values())
-        return None if damaged else paths
+        for trunk, path in paths.items():
+            found = read_features(path)
+            shape = self._measures.features_shape(image_shape, trunk)
+            if found is None or found.shape != shape:
+                return None
+        return paths
 
     def _features_of(self, sha256: str, image: np.ndarray) -> dict[str, Path] | str:
         """Files with the features of an image, or the reason why there are none."""
-        known = self._features_known(sha256)
+        known = self._features_known(sha256, image.shape)
         if known is not None:
             return known
         self._remeasured.add(f"features {sha256}")

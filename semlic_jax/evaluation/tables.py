@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from semlic_jax.evaluation.results import Results
+from semlic_jax.evaluation.results import Results, rate_text
 from semlic_jax.evaluation.summary import CONFIDENCE, BdRate, Summary
 
 _MOST_NAMED = 3  # of the smallest images
@@ -56,7 +56,7 @@ def markdown(summary: Summary) -> str:
     targets = results.targets()
     if not any(_used_bpp(results, codec) for codec in results.codecs):
         lines += ["", _out_of_reach(results)]
-    header = [f"{rate:g} bpp" for rate in targets]
+    header = [f"{rate_text(rate)} bpp" for rate in targets]
     for metric in _measured(summary):
         facts = results.metrics[metric]
         arrow = "higher" if facts.higher_is_better else "lower"
@@ -201,7 +201,7 @@ def _gaps(summary: Summary) -> list[str]:
     points: dict[str, list[str]] = {}
     for each in summary.curves:
         for rate, why in each.gaps.items():
-            where = f"{each.codec} at {rate:g} bpp: {why}"
+            where = f"{each.codec} at {rate_text(rate)} bpp: {why}"
             points.setdefault(where, []).append(each.metric)
     bd_rates: dict[str, list[str]] = {}
     intervals: dict[str, list[str]] = {}

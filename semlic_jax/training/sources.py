@@ -104,14 +104,19 @@ def decode(data: bytes | str, name: str) -> np.ndarray:
         raise UnusableImage(f"{name} ({error})") from error
 
 
-def decoder_threads() -> int:
-    """One for each CPU that this process may use, at most 16.
+def usable_cpus() -> int:
+    """The CPUs that this process may use.
 
     Containers and job schedulers give a process a part of a machine's CPUs.
     """
     if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    return min(os.cpu_count() or 1, _MOST_THREADS)  # macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows
+
+
+def decoder_threads() -> int:
+    """One for each CPU that this process may use, at most 16."""
+    return min(usable_cpus(), _MOST_THREADS)
 
 
 class FileSource:
