@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -207,6 +209,22 @@ def test_refusals_that_need_the_devices_or_the_disk(tmp_path, monkeypatch):
         train(get_config(), blocked / "run")
 
 
+def test_a_file_that_is_no_config_is_refused_in_one_sentence(tmp_path):
+    """In a process of its own: ml_collections would find the last one's get_config."""
+    path = tmp_path / "other.py"
+    path.write_text("VALUE = 1\n")
+    code = (
+        "import sys\n"
+        "from semlic_jax.training.train import load_config\n"
+        "try: load_config(sys.argv[1], [])\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "the config file has no function get_config\n"
+
+
 def test_the_command_line_changes_keys_and_refuses_in_one_sentence(tmp_path, capsys):
     tiny = str(CONFIGS / "tiny.py")
     config = load_config(
@@ -232,6 +250,9 @@ def test_the_command_line_changes_keys_and_refuses_in_one_sentence(tmp_path, cap
         ("--config.mesh.data=64", "config.mesh asks for 64 devices"),
         ("--config.data.train=('/nowhere',)", "in /nowhere, found none"),
         ("--distributed=often", "none, auto or explicit, found 'often'"),
+        ("--bogus", "Unknown command line flag 'bogus'"),
+        ("--config.data.crop=abc", "'abc'"),
+        ("--config.data.train=('synthetic:²',)", "after 'synthetic:', found '²'"),
     ]
     for option, message in cases:
         arguments = ["--config", tiny, "--workdir", str(tmp_path), option]
@@ -244,6 +265,9 @@ def test_the_command_line_changes_keys_and_refuses_in_one_sentence(tmp_path, cap
     ablation = str(CONFIGS / "ablations.py:nothing")
     assert cli.main(["train", "--config", ablation, "--workdir", str(tmp_path)]) == 1
     assert "semlic: expected one of the ablations full" in capsys.readouterr().err
+    command = ["train", "--config", f"{tiny}:more", "--workdir", str(tmp_path)]
+    assert cli.main(command) == 1
+    assert "the config takes no argument after a colon" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
     assert stop.value.code == 0 and "--workdir DIR" in capsys.readouterr().out

@@ -74,6 +74,15 @@ def test_details_that_are_not_there(tmp_path, photo, capsys, box, said):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("bpp", ["nan", "-1", "0"])
+def test_a_rate_that_is_none(tmp_path, photo, capsys, bpp):
+    out = tmp_path / "crops.png"
+    arguments = [f"{photo}:0,0,64,64", "--out", str(out), "--codecs", "jpeg"]
+    assert crops.main([*arguments, f"--bpp={bpp}"]) == 1
+    assert "expected rates above 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_picture_of_no_known_kind(tmp_path, photo, capsys):
     out = tmp_path / "crops.xyz"
     assert crops.main([f"{photo}:0,0,64,64", "--out", str(out)]) == 1

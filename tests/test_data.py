@@ -312,6 +312,41 @@ def test_packing_refuses(folder, tmp_path):
         pack([str(tmp_path / "nowhere")], tmp_path / "x.array_record")
 
 
+def test_packing_takes_each_file_that_is_named_once(folder, tmp_path, monkeypatch):
+    """A shell has expanded its own patterns; what is left need not be one."""
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    names = "x[1].png", "y.png"
+    for name, path in zip(names, sorted(folder.iterdir()), strict=False):
+        (odd / name).write_bytes(path.read_bytes())
+    given = [f"odd/{name}" for name in names]
+    assert pack(given, tmp_path / "a.array_record") == (2, [])
+    again = [*given, "odd", str(odd), "./odd/*.png"]
+    assert pack(again, tmp_path / "b.array_record") == (2, [])
+    assert len(open_sources(given)) == 2
+
+
+def test_packing_refuses_what_names_no_photograph(folder, tmp_path, capsys):
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    output = tmp_path / "x.array_record"
+    for wrong in ("nosuch", "nosuch.png", str(tmp_path / "*.jpg")):
+        assert cli.main(["pack", str(folder), wrong, str(output)]) == 1
+        assert f"photographs in {wrong}, found none" in capsys.readouterr().err
+    nowhere = str(tmp_path / "no" / "x.array_record")
+    assert cli.main(["pack", str(folder), nowhere]) == 1
+    assert "no for x.array_record does not exist" in capsys.readouterr().err
+    assert list(tmp_path.glob("*record*")) == []
+
+
+def test_a_sample_of_no_use_is_refused_with_its_reasons(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "small.png")
+    photographs = Photographs(open_sources([str(tmp_path)]), crop=64)
+    with pytest.raises(ValueError, match="at least 64 pixels a side.*16x16"):
+        list(photographs.sample(5))
+
+
 def test_packing_names_what_it_left_out(folder, tmp_path, capsys):
     pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
     output = tmp_path / "photos.array_record"

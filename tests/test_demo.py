@@ -85,6 +85,19 @@ def test_table_has_a_line_for_each_codec():
     assert [line.split()[0] for line in lines] == "codec semlic AVIF WebP JPEG".split()
     assert "1,001" in lines[1] and "1.602" in lines[1]  # 8 * 1001 / 5000
     assert [("smallest" in line) for line in lines] == [False] * 4 + [True]
+    # One pixel takes thousands of bits.
+    assert demo.table(candidates(1, 1)).splitlines()[1].split()[1:3] == [
+        "1,001",
+        "8008.000",
+    ]
+
+
+def test_names_with_line_breaks_have_a_title():
+    one, other = (
+        np.asarray(demo.draw_comparison(candidates(64, 48), title))
+        for title in ("a b", "a\nb")
+    )
+    np.testing.assert_array_equal(one, other)
 
 
 def test_demo_files(tmp_path, tiny_model):

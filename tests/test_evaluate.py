@@ -105,6 +105,15 @@ def test_command_refuses_before_it_works(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_no_metrics_at_all_are_wrong_usage(photo_folder, capsys, command):
+    photo = str(photo_folder / "photo0.png")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, photo, "--metrics", " , "])
+    assert ended.value.code == 2
+    assert "expected names of metrics" in capsys.readouterr().err
+
+
 def test_every_option_of_the_command_is_taken(
     photo_folder, tmp_path, monkeypatch, capsys
 ):

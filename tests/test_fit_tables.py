@@ -203,5 +203,5 @@ def test_the_command_exports_fitted_tables(
     with pytest.raises(SystemExit) as ended:
         nowhere = ["--fit-tables", str(tmp_path / "nowhere")]
         export.main(["run/integer", str(tmp_path / "new.npz"), *nowhere])
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     assert "nowhere, found none" in capsys.readouterr().err

@@ -28,6 +28,8 @@ from semlic_jax.training.sharding import Preempted, make_mesh, stops_at_sigterm
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.writers import Writer
 
+PNG = b"\x89PNG\r\n"
+
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
@@ -91,9 +93,39 @@ def test_a_row_follows_the_part_of_one_that_a_killed_run_left(tmp_path):
 def test_a_plot_without_a_log_is_refused_in_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         plot.main([str(tmp_path)])
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     *_, last = capsys.readouterr().err.splitlines()
     assert last.endswith(f"{tmp_path / 'metrics.jsonl'}, does not exist")
+
+
+def test_a_plot_of_a_log_with_lines_that_are_no_rows(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    row = b'{"stage": "a", "step": %d, "loss": 1.0, "style": "?"}\n'
+    odd = b'{"a": 1}\n[]\n3\n\xff\n{"stage": "a", "step": "1"}\n{"stage": "a", "st'
+    log.write_bytes(row % 1 + odd + b"\n" + row % 2)
+    plot.main([str(tmp_path)])
+    assert (tmp_path / "metrics.png").read_bytes().startswith(PNG)
+    log.write_bytes(b'{"stage": "a", "step": 1}\n')
+    with pytest.raises(SystemExit) as ended:
+        plot.main([str(tmp_path)])
+    assert ended.value.code == 1 and "has no terms" in capsys.readouterr().err
+
+
+def test_a_plot_replaces_no_file_that_is_named(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "a", "step": 1, "loss": 1.0}\n')
+    photograph = tmp_path / "photo.png"
+    photograph.write_bytes(b"mine")
+    for wrong, reason in (
+        (photograph, "exists: give --force"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x.png", "does not exist"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            plot.main([str(tmp_path), str(wrong)])
+        assert ended.value.code == 1 and reason in capsys.readouterr().err
+    assert photograph.read_bytes() == b"mine"
+    plot.main([str(tmp_path), str(photograph), "--force"])
+    assert photograph.read_bytes().startswith(PNG)
 
 
 def test_a_value_that_is_not_finite_stops_the_run(tmp_path):

@@ -126,7 +126,7 @@ def test_export_keeps_the_rest_of_a_model(
     before = path.read_bytes()
     with pytest.raises(SystemExit) as ended:
         export.main(arguments)
-    assert ended.value.code == 2 and path.read_bytes() == before
+    assert ended.value.code == 1 and path.read_bytes() == before
     assert "give --force" in capsys.readouterr().err
     converted = tmp_path / "other.npz"
     save_model(converted, model)
@@ -151,7 +151,7 @@ def test_the_architecture_is_that_of_the_run(
         before = path.read_bytes()
         with pytest.raises(SystemExit) as ended:
             export.main([*arguments, "--force", *more])
-        assert ended.value.code == 2 and path.read_bytes() == before
+        assert ended.value.code == 1 and path.read_bytes() == before
         return capsys.readouterr().err
 
     assert "found that of small" in refusal("--size", "small")
@@ -170,7 +170,7 @@ def test_photographs_that_cannot_be_read_are_refused(tmp_path, capsys):
     arguments = ["run/integer", str(tmp_path / "new.npz"), "--size", "tiny"]
     with pytest.raises(SystemExit) as ended:
         export.main([*arguments, "--fit-tables", str(tmp_path / "bad.array_record")])
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     assert "bad.array_record: ArrayRecord file should be" in capsys.readouterr().err
 
 
@@ -184,7 +184,7 @@ def test_parameters_of_another_model_are_refused(
     def refusal(size):
         with pytest.raises(SystemExit) as ended:
             export.main([*arguments, size])
-        assert ended.value.code == 2
+        assert ended.value.code == 1
         return capsys.readouterr().err
 
     assert "in run/labeller does not fit this model" in refusal("small")
@@ -230,9 +230,11 @@ def test_models_with_other_latents_have_no_mean(tiny_file):
         mean_decoder([tiny_file, dataclasses.replace(tiny_file, config=config)])
 
 
-@pytest.mark.parametrize("weights", [[1], [2, -1], [0, 0], [1, float("nan")]])
+@pytest.mark.parametrize(
+    "weights", [[1], [2, -1], [0, 0], [1, float("nan")], [1e308, 1e308]]
+)
 def test_weights_of_a_mean_are_checked(tiny_file, weights):
-    with pytest.raises(ValueError, match="expected (a weight|weights)"):
+    with pytest.raises(ValueError, match="expected (a weight|finite weights)"):
         mean_decoder([tiny_file, tiny_file], weights)
 
 
@@ -250,6 +252,10 @@ def test_the_command_writes_a_mean(
     for wrong in (arguments, [*arguments[:-1], "1,2,3", "--force"]):
         with pytest.raises(SystemExit) as ended:
             average.main(wrong)
-        assert ended.value.code == 2 and path.read_bytes() == before
+        assert ended.value.code == 1 and path.read_bytes() == before
     errors = capsys.readouterr().err
     assert "give --force" in errors and "a weight for each model" in errors
+    with pytest.raises(SystemExit) as ended:
+        average.main([*arguments[:-1], "1,x", "--force"])
+    assert ended.value.code == 2  # wrong usage
+    assert "numbers separated by commas, found '1,x'" in capsys.readouterr().err

@@ -129,6 +129,10 @@ def test_refusals():
         start_processes("both")
     with pytest.raises(ValueError, match="explicit processes need --coordinator"):
         start_processes("explicit", "localhost:1", 2, 2)
+    # Two such processes would each train alone, in one folder.
+    for given in (("", 2, -1), ("", 0, 1), ("localhost:1", 0, -1)):
+        with pytest.raises(ValueError, match="need --distributed=explicit, found none"):
+            start_processes("none", *given)
     mesh = make_mesh(1, 1)
     assert local_examples(mesh, 6) == tuple(range(6))
 

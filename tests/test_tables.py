@@ -14,6 +14,7 @@ from semlic_jax.evaluation.results import (
     MetricFacts,
     Results,
     Row,
+    Skipped,
 )
 from semlic_jax.evaluation.summary import summarise
 from semlic_jax.evaluation.tables import markdown
@@ -83,6 +84,17 @@ def test_rates_that_nobody_reaches_are_told_of_first():
     assert told.startswith("No codec reaches any of these rates on every image.")
     assert told.endswith("1.png (80x8), 2.png (80x16), 3.png (80x24).")
     assert "No codec reaches" not in markdown(summarise(a_sweep(), resamples=3))
+
+
+def test_names_with_line_breaks_stay_in_their_lines():
+    sweep = a_sweep()
+    image = replace(sweep.images[0], name="c\nd.png")
+    rows = tuple(replace(row, image=image.name, values={}) for row in sweep.rows)
+    skipped = (Skipped("a\nb.png", "it is damaged"),)
+    sweep = replace(sweep, images=(image,), rows=rows, skipped=skipped)
+    text = markdown(summarise(sweep, resamples=3))
+    assert "\n* a b.png: it is damaged\n" in text
+    assert "(c d.png: it was not measured)\n" in text  # among the gaps
 
 
 def test_metrics_without_a_value_have_no_table_and_are_told_of():

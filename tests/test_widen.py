@@ -127,10 +127,10 @@ def test_a_model_without_linear_skip_is_refused(narrow_params):
         widen.widened(narrow_params, narrow, WIDE)
 
 
-def test_an_unknown_model_is_a_usage_error(tmp_path, capsys):
+def test_an_unknown_model_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         widen.main(["smal", str(tmp_path / "start.npz")])
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     assert "expected the name of a packaged model" in capsys.readouterr().err
 
 
@@ -139,12 +139,13 @@ def test_an_existing_file_is_kept(tmp_path, capsys):
     path.write_bytes(b"mine")
     with pytest.raises(SystemExit) as ended:
         widen.main(["small", str(path)])
-    assert ended.value.code == 2 and path.read_bytes() == b"mine"
+    assert ended.value.code == 1 and path.read_bytes() == b"mine"
     assert "give --force" in capsys.readouterr().err
 
 
-def test_a_size_that_does_not_fit_is_a_usage_error(tmp_path, capsys):
+def test_a_size_that_does_not_fit_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         widen.main(["small", str(tmp_path / "start.npz"), "--size", "hific"])
-    assert ended.value.code == 2
-    assert "twice the widths of small" in capsys.readouterr().err
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "twice the widths of small" in error and error.endswith("found hific\n")

@@ -17,6 +17,7 @@ from semlic_jax.cli.options import (
     add_model,
     background_colour,
     check_not_inputs,
+    metric_names,
     names,
     note_folders_left_out,
     positive_float,
@@ -203,7 +204,7 @@ def add_eval(commands: Commands) -> None:
     sub.add_argument(
         "--metrics",
         metavar="METRIC,...",
-        type=names,
+        type=metric_names,
         help=f"of each image: {_IMAGE_METRICS_HELP}; over patches of all images: "
         f"{_SET_METRICS_HELP}; {_METRICS_DEFAULT}, and the patch distances of the same "
         "network",
@@ -316,7 +317,7 @@ def add_compare(commands: Commands) -> None:
     sub.add_argument(
         "--metrics",
         metavar="METRIC,...",
-        type=names,
+        type=metric_names,
         help=f"{_IMAGE_METRICS_HELP}; {_METRICS_DEFAULT}",
     )
     _add_weights(sub)

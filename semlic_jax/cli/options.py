@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from semlic_jax.cli.terminal import say
+from semlic_jax.terminal import positive_int as positive_int
 
 if TYPE_CHECKING:
     from semlic_jax.images import Photograph
@@ -117,10 +118,6 @@ def positive_float(text: str) -> float:
     return _checked(text, float, lambda x: 0 < x < float("inf"), "a number above 0")
 
 
-def positive_int(text: str) -> int:
-    return _checked(text, int, lambda x: x >= 1, "a whole number of at least 1")
-
-
 def any_float(text: str) -> float:
     return _checked(text, float, lambda x: True, "a number")
 
@@ -136,6 +133,15 @@ def preset_or_steps(text: str) -> str | int:
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def metric_names(text: str) -> list[str]:
+    # An empty shell variable would measure nothing, after all the work of encoding.
+    if not names(text):
+        raise argparse.ArgumentTypeError(
+            f"expected names of metrics with commas between them, found {text!r}"
+        )
+    return names(text)
 
 
 def rates(text: str) -> list[float]:

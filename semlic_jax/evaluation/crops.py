@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from semlic_jax.evaluation.demo import psnr_db
 from semlic_jax.evaluation.entrants import Entrant, entrants
 from semlic_jax.evaluation.studies import Progress, run_study
+from semlic_jax.evaluation.sweep import check_rates
 from semlic_jax.images import (
     check_outputs,
     check_suffix,
@@ -116,8 +117,10 @@ def crops(
 
     Raises:
       ValueError: a photograph cannot be read, a detail is not inside it, a codec is
-        unknown or unavailable, or `out` exists or is of a kind that cannot be written.
+        unknown or unavailable, the rate is out of range, or `out` exists or is of a
+        kind that cannot be written.
     """
+    check_rates([bpp])
     check_outputs([out], force=force)
     check_suffix(out.suffix)
     photographs = {d.path: read_photograph(d.path).pixels for d in details}

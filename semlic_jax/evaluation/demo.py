@@ -242,7 +242,7 @@ def table(candidates: Sequence[Candidate]) -> str:
     ]
     for candidate in candidates[1:]:
         lines.append(
-            f"{candidate.name:<10}{candidate.file_bytes:>10,}{candidate.bpp:>8.3f}"
+            f"{candidate.name:<10}{candidate.file_bytes:>10,} {candidate.bpp:>7.3f}"
             f"{candidate.psnr_db:>7.2f} dB{candidate.encode_s:>8.2f} s"
             f"{candidate.decode_s:>8.2f} s"
             + ("  its smallest file" if candidate.over_budget else "")
@@ -310,6 +310,7 @@ def _draw_title(
 ) -> None:
     height, width = candidates[0].image.shape[:2]
     budget = candidates[1]
+    title = " ".join(title.split())  # names of files may have line breaks
     draw.text((_MARGIN, 24), title, _INK, font=_font(30))
     draw.text(
         (_MARGIN + draw.textlength(title, font=_font(30)) + 18, 33),

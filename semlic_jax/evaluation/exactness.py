@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from semlic_jax.images import check_outputs, write_file
+
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 # Variables that each decoding process has in addition to the encoder's environment.
@@ -157,7 +159,8 @@ def main() -> int:
     )
     parser.add_argument("images", nargs="*", type=Path)
     parser.add_argument("--model", default="small")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file to write the record to")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--platforms", nargs="*", default=[])
     parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -173,13 +176,15 @@ def main() -> int:
     for platform in arguments.platforms:
         variants[f"on {platform}"] = {"JAX_PLATFORMS": platform}
     try:
+        if arguments.out:
+            check_outputs([arguments.out], force=arguments.force)
         record = report(arguments.model, arguments.images, variants=variants)
+        text = json.dumps(record, indent=2)
+        print(text)
+        if arguments.out:
+            write_file(arguments.out, f"{text}\n".encode(), force=arguments.force)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    text = json.dumps(record, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
     return int(any(variant["different"] for variant in record["variants"].values()))
 
 

@@ -18,6 +18,7 @@ Needs PyTorch, which nothing else of a refinement does; `--no-torch` leaves it o
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -34,8 +35,9 @@ import semlic_jax
 from semlic_jax import refinement
 from semlic_jax.codec import Codec
 from semlic_jax.evaluation.benchmark import packaged_pixels
-from semlic_jax.images import read_photograph
+from semlic_jax.images import check_outputs, read_photograph, write_file
 from semlic_jax.refinement.batch import Batch
+from semlic_jax.terminal import positive_int
 
 _QUALITY = 0.4
 _TEMPERATURE = 0.3
@@ -299,10 +301,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images", type=Path, nargs="*", help="photographs; default: the packaged one"
     )
     parser.add_argument("--model", default="small")
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5, help="steps of one measurement")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--side", type=positive_int, default=256)
+    parser.add_argument(
+        "--steps", type=positive_int, default=5, help="steps of one measurement"
+    )
+    parser.add_argument("--repeats", type=positive_int, default=9)
+    parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument(
         "--features",
         metavar="PATH",
@@ -311,15 +315,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     options = parser.parse_args(argv)
     try:
+        if options.json:
+            check_outputs([options.json], force=options.force)
+        if not options.no_torch and importlib.util.find_spec("torch") is None:
+            raise ValueError("PyTorch is not installed: give --no-torch")
         facts = json.dumps(measure(options), indent=2)
+        print(facts)
+        if options.json:
+            write_file(options.json, f"{facts}\n".encode(), force=options.force)
     except (ValueError, OSError) as error:
         print(f"benchmark: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(facts)
-    if options.json:
-        options.json.write_text(facts + "\n")
     return 0
 
 

@@ -128,7 +128,8 @@ def markdown(summary: Summary) -> str:
         ]
     if results.notes:
         lines += ["", "### Notes", "", *(f"* {note}" for note in results.notes)]
-    return "\n".join(lines)
+    # Names of files may have line breaks, and so may reasons that name one.
+    return "\n".join(" ".join(line.splitlines()) for line in lines)
 
 
 def _out_of_reach(results: Results) -> str:

@@ -21,7 +21,12 @@ from semlic_jax.weights import ModelFile, load_model, save_model
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers separated by commas, found {text!r}"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in options.models:
             model = load_model(name)
             if not isinstance(model, ModelFile):
-                parser.error(f"{name} is a converted model, which cannot be averaged")
+                raise ValueError(
+                    f"{name} is a converted model, which cannot be averaged"
+                )
             models.append(model)
         mean = mean_decoder(models, options.weights)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     save_model(options.output, mean)
 
 

@@ -13,6 +13,7 @@ that both fit.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import statistics
@@ -25,9 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from semlic_jax.images import check_outputs, write_file
 from semlic_jax.model.compression import SIZES, CompressionModel, entropy_model
 from semlic_jax.objectives.features import FeatureNetwork, SqueezeNet
 from semlic_jax.objectives.losses import LossWeights
+from semlic_jax.terminal import positive_int
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import Optimizer, Stage
@@ -175,21 +178,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.splitlines()[0],
     )
     parser.add_argument("--size", default="small", choices=sorted(SIZES))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--batch", type=positive_int, default=8)
+    parser.add_argument("--crop", type=positive_int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--torch", action="store_true", help="measure PyTorch too")
     parser.add_argument(
         "--train", nargs="*", help="photographs to measure the input pipeline with"
     )
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     options = parser.parse_args(argv)
+    try:
+        if options.json:
+            check_outputs([options.json], force=options.force)
+        if options.torch and importlib.util.find_spec("torch") is None:
+            raise ValueError("PyTorch is not installed: leave out --torch")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     logging.basicConfig(level=logging.WARNING)
     facts = json.dumps(run_benchmark(options), indent=2)
     print(facts)
     if options.json:
-        options.json.write_text(facts + "\n")
+        write_file(options.json, f"{facts}\n".encode(), force=options.force)
 
 
 if __name__ == "__main__":

@@ -128,11 +128,19 @@ class Photographs:
             logging.warning("left out %d images so far; the last: %s", count, last)
 
     def sample(self, count: int) -> Iterator[np.ndarray]:
-        """Yield up to `count` usable images, evenly spread over the source."""
+        """Yield up to `count` usable images, evenly spread over the source.
+
+        Raises:
+            ValueError: none of them is usable.
+        """
+        found = False
         for index in np.unique(np.linspace(0, len(self) - 1, count).astype(int)):
             image = self.image(int(index))
             if image is not None:
+                found = True
                 yield image
+        if not found:
+            raise self._none_is_usable()
 
     def example(self, step: int, index: int, *, seed: int) -> np.ndarray:
         """A crop, float32 [crop, crop, 3] in [0, 1]; a function of (seed, step, index).
@@ -147,8 +155,11 @@ class Photographs:
             image = self.image(int(rng.integers(len(self))))
             if image is not None:
                 return self._crop(rng, image)
+        raise self._none_is_usable()
+
+    def _none_is_usable(self) -> ValueError:
         named = "; ".join(list(self.skipped.values())[:_MOST_NAMED])
-        raise ValueError(
+        return ValueError(
             f"expected photographs of at least {self.crop} pixels a side, found none "
             f"that is usable ({len(self.skipped)} of {len(self)} left out): {named}"
         )

@@ -93,14 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.fit_tables and options.decoder_for:
         parser.error("--fit-tables and --decoder-for cannot be combined")
-    try:  # before anything is computed
-        check_outputs([options.model], force=options.force)
-    except ValueError as error:
-        parser.error(str(error))
     try:
+        check_outputs([options.model], force=options.force)  # before the work
         model = _model(options)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     save_model(options.model, model)
 
 

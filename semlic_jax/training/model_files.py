@@ -73,9 +73,11 @@ def mean_decoder(
         raise ValueError(
             f"expected a weight for each model, found {shares.size} for {len(models)}"
         )
-    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
+    with np.errstate(over="ignore"):
+        total = shares.sum()
+    if not ((shares >= 0).all() and 0 < total < np.inf):
         raise ValueError(
-            "expected weights of at least 0 and not all 0, found "
+            "expected finite weights of at least 0 and not all 0, found "
             + ", ".join(f"{share:g}" for share in shares)
         )
     first = models[0]
@@ -100,12 +102,12 @@ def mean_decoder(
                 "expected models that differ only in their decoder, found models that "
                 "make different files"
             )
-    shares /= shares.sum()
+    shares /= total
 
     def mean(*arrays: np.ndarray) -> np.ndarray:
         parts = zip(shares, arrays, strict=True)
-        total = sum(share * np.asarray(array, np.float64) for share, array in parts)
-        return np.asarray(total, np.float32)
+        summed = sum(share * np.asarray(array, np.float64) for share, array in parts)
+        return np.asarray(summed, np.float32)
 
     g_s = jax.tree.map(mean, *(model.transforms["g_s"] for model in models))
     transforms = {**first.transforms, "g_s": to_dtype("g_s", g_s, np.float16)}

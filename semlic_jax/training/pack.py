@@ -11,6 +11,7 @@ named, and the exit status is then 4. To train on the result, give it as
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ def pack(
     """Write the image files of all patterns.
 
     Args:
-        patterns: folders or globs of files.
+        patterns: files, folders or globs of files.
         output: `NAME.array_record`; several shards are `NAME-00000-of-00008...`.
         shards: number of files; image i goes to shard i % shards.
 
@@ -42,10 +43,11 @@ def pack(
         How many images were written, and which files were left out and why.
 
     Raises:
-        ValueError: there are no images or fewer than shards, none or fewer than shards
-            can be decoded, the output's name is wrong, or array-record is not
-            installed. No file is left then.
+        ValueError: a pattern has no images, there are fewer than shards, none or fewer
+            than shards can be decoded, the output's name is wrong, or array-record is
+            not installed. No file is left then.
         FileExistsError: an output exists already.
+        OSError: an output cannot be written.
     """
     try:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -56,9 +58,15 @@ def pack(
         ) from error
     if output.suffix != SUFFIX:
         raise ValueError(f"the output's name must end in {SUFFIX}, found {output.name}")
-    paths = sorted({path for pattern in patterns for path in image_files(pattern)})
-    if not paths:
-        raise ValueError(f"expected photographs in {', '.join(patterns)}, found none")
+    if not output.parent.is_dir():
+        raise ValueError(f"the folder {output.parent} for {output.name} does not exist")
+    by_place: dict[str, str] = {}  # each file once, however it is spelled
+    for pattern in patterns:
+        found = image_files(pattern)
+        if not found:
+            raise ValueError(f"expected photographs in {pattern}, found none")
+        by_place |= {os.path.abspath(path): path for path in found}
+    paths = sorted(by_place.values())
     if not 1 <= shards <= len(paths):
         raise ValueError(
             f"shards must be from 1 to {len(paths)}, the number of photographs, "
@@ -76,6 +84,8 @@ def pack(
             raise FileExistsError(17, "already exists", str(target))
     partial = [Path(f"{target}.partial") for target in targets]
     try:
+        for path in partial:  # the writer's own error would be one of the program
+            path.touch()
         writers = [ArrayRecordWriter(str(path), "group_size:1") for path in partial]
         try:
             written, skipped = _write(paths, writers)
@@ -131,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="semlic pack", description="Pack photographs into array_record files."
     )
-    parser.add_argument("photos", nargs="+", help="folders or globs of image files")
+    parser.add_argument("photos", nargs="+", help="image files, folders or globs")
     parser.add_argument("output", type=Path, help="file to write, NAME.array_record")
     parser.add_argument(
         "--shards", type=int, default=1, help="number of files; default 1"

@@ -59,6 +59,11 @@ def start_processes(
     Raises:
         ValueError: an argument is wrong, or the processes cannot be joined.
     """
+    if mode != "explicit" and (coordinator or processes or process >= 0):
+        raise ValueError(
+            "--coordinator, --processes and --process need --distributed=explicit, "
+            f"found {mode}"
+        )
     if mode == "none":
         return
     explicit = {}

@@ -78,14 +78,17 @@ def open_sources(patterns: Sequence[str]) -> Source:
 
 
 def image_files(pattern: str) -> list[str]:
-    """Image files in a folder, or that match a glob (`**` includes subfolders)."""
+    """An image file, those in a folder, or that match a glob (`**` searches deeper)."""
     return _expand(pattern, _SUFFIXES)
 
 
 def _expand(pattern: str, suffixes: set[str]) -> list[str]:
-    if Path(pattern).is_dir():
-        pattern = f"{glob.escape(pattern)}/*"
-    found = glob.glob(pattern, recursive=True)
+    if Path(pattern).is_file():  # whatever its name would match as a glob
+        found = [pattern]
+    else:
+        if Path(pattern).is_dir():
+            pattern = f"{glob.escape(pattern)}/*"
+        found = glob.glob(pattern, recursive=True)
     return [path for path in found if Path(path).suffix.lower() in suffixes]
 
 
@@ -248,7 +251,7 @@ class SyntheticSource:
     """Made-up images: coloured noise with the spectrum of a photograph, and edges."""
 
     def __init__(self, count: str) -> None:
-        if not count.isdigit() or int(count) < 1:
+        if not (count.isascii() and count.isdigit()) or int(count) < 1:
             raise ValueError(
                 f"expected a number of images after 'synthetic:', found {count!r}"
             )

@@ -100,9 +100,11 @@ def initial_params(settings: Settings, photographs: Photographs) -> Tree:
         # Extra parameters are refused too, as they are in a model file.
         checkpoints.check_fits(params, codec_shapes(model), place, exactly=True)
         return _of_the_first(params)
-    params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
-    if config.linear_skip:
+    covariance = None
+    if config.linear_skip:  # before what takes long: it may find no use for any
         covariance = block_covariance(photographs.sample(_KLT_IMAGES))
+    params = jax.jit(model.init)(key, x, jnp.zeros(1), key)["params"]
+    if covariance is not None:
         params = start_from_klt(params, config, covariance)
     return _of_the_first(jax.tree.map(np.asarray, params))
 
@@ -308,7 +310,13 @@ def _one_sentence(text: str, overrides: Sequence[str]) -> str:
     if hint:
         return f"the config has no key {hint[2]!r}; did you mean {hint[1]}?"
     # The traceback of a config file that raises an error ends with its message.
-    text = " ".join(text.rsplit("Error: ", 1)[-1].split()).strip("'\"")
+    text = " ".join(text.rsplit("Error: ", 1)[-1].split())
+    while text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1:
+        text = text[1:-1]
+    if "has no attribute 'get_config'" in text:
+        return "the config file has no function get_config"
+    if text.startswith("get_config() takes"):
+        return "the config takes no argument after a colon, or another number of them"
     if not text.isidentifier():
         return text
     own = any(each.startswith(f"--config.architecture.{text}=") for each in overrides)

@@ -74,7 +74,7 @@ def widened(
         raise ValueError(
             f"expected an architecture with twice the widths of {narrow.name}, "
             f"{doubled.widths}, a linear skip, at least its level_blocks and "
-            f"everything else the same, found {wide}"
+            f"everything else the same, found {wide.name}"
         )
     rng = np.random.default_rng(seed)
     last = {f"Conv_{len(narrow.widths)}": "in"}
@@ -170,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_outputs([options.output], force=options.force)
         model = load_model(options.narrow)
         if not isinstance(model, ModelFile):
-            parser.error(
+            raise ValueError(
                 f"{options.narrow} is a converted model, which cannot be widened"
             )
         params = widened(training_params(model), model.config, wide)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     transforms = {
         name: to_dtype(name, params[name], np.float16) for name in model.transforms
     }

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that measure, `python -m semlic_jax...`: they replace no file unasked."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+PROGRAMS = {
+    "evaluation.exactness": "--out",
+    "evaluation.refinement_benchmark": "--json",
+    "training.benchmark": "--json",
+}
+
+
+def refusal(monkeypatch, capsys, program, *arguments):
+    """The status and the line of a program that should do no work."""
+    module = importlib.import_module(f"semlic_jax.{program}")
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    try:
+        status = module.main()
+    except SystemExit as ended:
+        status = ended.code
+    error = capsys.readouterr().err
+    assert status == 2 or error.count("\n") == 1, error
+    return status, error
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_files_are_kept_and_places_are_checked_before_the_work(
+    program, tmp_path, monkeypatch, capsys
+):
+    photograph = tmp_path / "photo.png"
+    photograph.write_bytes(b"mine")
+    images = [] if program.startswith("training") else [str(photograph)]
+    option = PROGRAMS[program]
+    for path, reason in (
+        (photograph, "exists: give --force"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x.json", "does not exist"),
+    ):
+        given = *images, option, str(path)
+        status, error = refusal(monkeypatch, capsys, program, *given)
+        assert status == 1 and reason in error
+    assert photograph.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("program", "work"),
+    [
+        ("evaluation.exactness", "report"),
+        ("evaluation.refinement_benchmark", "measure"),
+    ],
+)
+def test_a_file_that_appears_meanwhile_is_kept_and_the_record_printed(
+    program, work, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "record.json"
+
+    def measured(*given, **options):
+        path.write_text("theirs")
+        return {"variants": {}}
+
+    module = importlib.import_module(f"semlic_jax.{program}")
+    monkeypatch.setattr(module, work, measured)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    command = [program, "photo.png", PROGRAMS[program], str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        status = module.main()
+    except SystemExit as ended:
+        status = ended.code
+    printed = capsys.readouterr()
+    assert status == 1 and "exists: give --force" in printed.err
+    assert '"variants"' in printed.out and path.read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("program", "option"),
+    [
+        ("evaluation.refinement_benchmark", []),
+        ("training.benchmark", ["--torch"]),
+    ],
+)
+def test_a_missing_pytorch_is_said_before_the_work(
+    program, option, monkeypatch, capsys
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, error = refusal(monkeypatch, capsys, program, *option)
+    assert status == 1 and "PyTorch is not installed" in error
+
+
+@pytest.mark.parametrize("program", list(PROGRAMS)[1:])
+@pytest.mark.parametrize("option", ["--batch", "--repeats"])
+@pytest.mark.parametrize("number", ["0", "-2", "x"])
+def test_numbers_of_measurements(program, option, number, monkeypatch, capsys):
+    status, error = refusal(monkeypatch, capsys, program, f"{option}={number}")
+    assert status == 2 and f"at least 1, found '{number}'" in error
