@@ -49,3 +49,15 @@ def positive_int(text: str) -> int:
             f"expected a whole number of at least 1, found {text!r}"
         )
     return number
+
+
+def preset_or_steps(text: str) -> str | int:
+    """The value of an option for refinement: a preset or a number of steps."""
+    if text.isalpha():
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a preset or a number of steps, found {text!r}"
+        ) from None

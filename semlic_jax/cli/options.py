@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from semlic_jax.cli.terminal import say
 from semlic_jax.terminal import positive_int as positive_int
+from semlic_jax.terminal import preset_or_steps as preset_or_steps
 
 if TYPE_CHECKING:
     from semlic_jax.images import Photograph
@@ -80,6 +81,15 @@ def add_background(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_srgb(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--srgb",
+        action="store_true",
+        help="convert colours of another ICC profile to sRGB, and spend the bytes of "
+        "the profile on the image; default: keep the profile",
+    )
+
+
 def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
@@ -124,11 +134,6 @@ def any_float(text: str) -> float:
 
 def any_int(text: str) -> int:
     return _checked(text, int, lambda x: True, "a whole number")
-
-
-def preset_or_steps(text: str) -> str | int:
-    wanted = "a preset or a number of steps"
-    return text if text.isalpha() else _checked(text, int, lambda x: True, wanted)
 
 
 def names(text: str) -> list[str]:

@@ -252,6 +252,11 @@ class Ladder:
         self._files: dict[int, bytes] = {}
 
     def encode(self, setting: int) -> bytes:
+        """The file at a setting; it is made only once.
+
+        Raises:
+          ValueError: the codec has no such setting, or it cannot code the image.
+        """
         if setting not in self.codec.settings:
             raise ValueError(
                 f"{self.codec.name} has no setting {setting}: expected "
@@ -263,6 +268,9 @@ class Ladder:
 
     def fit(self, max_bytes: int) -> Fit:
         """The highest setting whose file has at most `max_bytes` bytes.
+
+        Where sizes do not grow with the setting, it is the highest near the place that
+        a bisection finds: files that fit may lie above.
 
         Raises:
           ValueError: even the smallest file is larger; names its size.

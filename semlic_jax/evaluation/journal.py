@@ -25,6 +25,16 @@ _LOCK = ".lock"
 _FINDERS = ".DS_Store"  # what macOS leaves in folders that were looked at
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what cannot be a folder of results, before any work is done.
+
+    Raises:
+      ValueError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder for the results, found the file {folder}")
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other evaluations out of a folder, which is created if it is missing.
@@ -35,8 +45,7 @@ def alone_in(folder: Path) -> Iterator[None]:
       ValueError: the folder holds something else, or another evaluation is running in
         it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected a folder for the results, found the file {folder}")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     others = {path.name for path in folder.iterdir()} - {_LOCK, _FINDERS}
     if others and JOURNAL not in others:

@@ -44,13 +44,13 @@ from semlic_jax.evaluation.results import Results, Skipped
 from semlic_jax.evaluation.studies import (
     Progress,
     numbers,
-    preset_or_steps,
     run_study,
 )
 from semlic_jax.evaluation.summary import curve
 from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import bd_table
 from semlic_jax.images import write_file
+from semlic_jax.terminal import positive_int, preset_or_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("images", type=Path, nargs="+")
         sub.add_argument("--models", nargs="+", default=["small"])
         sub.add_argument("--bpp", type=numbers, default=list(_RATES))
-        sub.add_argument("--patch", type=int, default=PATCH_SIDE)
+        sub.add_argument("--patch", type=positive_int, default=PATCH_SIDE)
         if name == "rd":
             sub.add_argument("--refine", metavar="PRESET")
     for name, text in (
@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, text)
         if name == "figure5":
             sub.add_argument("images", type=Path, nargs="+")
-            sub.add_argument("--patch", type=int, default=PATCH_SIDE)
+            sub.add_argument("--patch", type=positive_int, default=PATCH_SIDE)
             sub.add_argument("--factors", type=numbers, default=list(_FACTORS))
         else:
             sub.add_argument("image", type=Path)

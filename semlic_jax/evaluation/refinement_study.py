@@ -48,13 +48,13 @@ from semlic_jax.evaluation.studies import (
     Progress,
     csv_table,
     numbers,
-    preset_or_steps,
     run_study,
 )
 from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import table
 from semlic_jax.images import write_file
 from semlic_jax.objectives.bd_rates import LEAST_POINTS, RateCurve, bd_rate
+from semlic_jax.terminal import positive_int, preset_or_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -387,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--method")
             continue
         sub.add_argument("--bpp", type=numbers, default=[0.2])
-        sub.add_argument("--crop", type=int, default=256)
+        sub.add_argument("--crop", type=positive_int, default=256)
         sub.add_argument(
             "--try",
             dest="tries",

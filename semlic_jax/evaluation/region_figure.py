@@ -17,6 +17,7 @@ import numpy as np
 
 import semlic_jax
 from semlic_jax.evaluation.entrants import refinement_identity
+from semlic_jax.evaluation.journal import check_folder
 from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
 from semlic_jax.images import read_photograph, write_file
@@ -60,10 +61,14 @@ def figure6(
 
     Returns:
       the picture as PNG and SVG, and its numbers.
+
+    Raises:
+      ValueError: a weight is out of range, the mask does not fit, or `out` is a file.
     """
     from semlic_jax import refinement
 
     require_matplotlib()
+    check_folder(out)
     for weight in foregrounds:
         if not 0 <= weight <= 1:
             raise ValueError(

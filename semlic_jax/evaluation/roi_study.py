@@ -22,6 +22,7 @@ import numpy as np
 
 import semlic_jax
 from semlic_jax.evaluation.image_sets import list_images
+from semlic_jax.evaluation.journal import check_folder
 from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.region_figure import (
     FOREGROUNDS,
@@ -33,11 +34,11 @@ from semlic_jax.evaluation.studies import (
     Progress,
     csv_table,
     numbers,
-    preset_or_steps,
     run_study,
 )
 from semlic_jax.evaluation.tables import table
 from semlic_jax.images import read_photograph, write_file
+from semlic_jax.terminal import preset_or_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,11 +97,12 @@ def roi_study(
       the table of all files, the table of means, and a plot.
 
     Raises:
-      ValueError: a mask is missing or does not fit.
+      ValueError: a mask is missing or does not fit, or `out` is a file.
     """
     from semlic_jax import refinement
 
     require_matplotlib()
+    check_folder(out)
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
     rows: list[Row] = []

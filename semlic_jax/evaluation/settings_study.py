@@ -20,7 +20,7 @@ import numpy as np
 import semlic_jax
 from semlic_jax.evaluation.entrants import model_identity
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.journal import Journal
+from semlic_jax.evaluation.journal import Journal, check_folder
 from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
 from semlic_jax.evaluation.tables import table
@@ -157,6 +157,7 @@ def settings_study(
     from semlic_jax.refinement.settings import REVISION
 
     require_matplotlib()
+    check_folder(out)
     objectives = {name: objective_name(settings) for name, settings in tries.items()}
     crops = [
         _Crop(path.name, _middle(path, crop), bpp[i % len(bpp)])

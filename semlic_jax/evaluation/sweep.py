@@ -280,8 +280,10 @@ class _Sweep:
             return isinstance(known["reason"], str)
         if not known.keys() >= _FILE_FACTS or not isinstance(known["path"], str):
             return False
+        if not isinstance(known["setting"], str) or not is_number(known["encode_s"]):
+            return False
         path = self._out / known["path"]
-        if not path.is_file() or not is_number(known["encode_s"]):
+        if not path.is_file():
             return False
         data = path.read_bytes()
         return (len(data), _sha256(data)) == (known["bytes"], known["sha256"])
