@@ -10,7 +10,7 @@ May import NumPy and Pillow, and nothing of this package.
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -23,6 +23,8 @@ DAMAGED_PROFILE = "its ICC profile is damaged and was dropped"
 _MAX_PROFILE_BYTES = 2**24  # of a chunk of the file format
 _ROUNDED = "16-bit samples were rounded to 8 bits"
 _GRID_LEVELS = 18  # of each colour, to compare profiles
+# The gamma that PNG files of sRGB colours have, and how far off it may be, as a share.
+_SRGB_GAMMA, _MOST_OFF = 1 / 2.2, 0.05
 # Code points of ITU-T H.273 that are those of sRGB, nearly so, or unspecified.
 _NEAR_SRGB = {
     "color_primaries": (1, 2),
@@ -71,9 +73,14 @@ def samples_of(image: Image.Image) -> Samples:
 def note_of_colours(image: Image.Image) -> str:
     """A note that the file states other colours than sRGB, which are ignored.
 
-    HEIC files can state them by code points of H.273 instead of a profile. Empty where
-    they are those of sRGB or nearly so.
+    HEIC files can state them by code points of H.273 instead of a profile, PNG files by
+    a gamma. Empty where they are those of sRGB or nearly so.
     """
+    gamma = image.info.get("gamma")
+    if image.format == "PNG" and "srgb" not in image.info and _is_positive(gamma):
+        near = abs(gamma / _SRGB_GAMMA - 1) < _MOST_OFF
+        of_png = f"its gamma of {gamma:g} was taken for that of sRGB"
+        return "" if near else of_png
     found = image.info.get("nclx_profile")
     if not isinstance(found, dict):
         return ""
@@ -85,6 +92,10 @@ def note_of_colours(image: Image.Image) -> str:
         "it has no ICC profile, and its colours were taken for sRGB (their code points "
         f"in H.273: primaries {primaries}, transfer {transfer})"
     )
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and value > 0
 
 
 def without_transparency(

@@ -183,7 +183,10 @@ def read_photograph(
 
 
 def photograph_of(
-    image: Image.Image, *, background: tuple[int, int, int] | str | None = None
+    image: Image.Image,
+    *,
+    background: tuple[int, int, int] | str | None = None,
+    srgb: bool = False,
 ) -> Photograph:
     """The same conversions for a Pillow image that is open already.
 
@@ -191,7 +194,7 @@ def photograph_of(
       ValueError: as `read_photograph`.
     """
     _check_size(image.size, "the image", max_pixels=MAX_PIXELS)
-    return _convert(image, "the image", background)
+    return _convert(image, "the image", background, srgb)
 
 
 def photograph_size(source: str | os.PathLike | BinaryIO) -> tuple[int, int]:
@@ -301,7 +304,7 @@ def _convert(
     image: Image.Image,
     name: str,
     background: tuple[int, int, int] | str | None,
-    srgb: bool = False,
+    srgb: bool,
 ) -> Photograph:
     colour = None if background is None else checked_colour(background)
     samples = samples_of(image)

@@ -12,7 +12,8 @@
 Importing this is light; JAX and a model are loaded at the first pixel. Models are
 loaded once and shared by all threads. `save` also takes `model`, `background` (a colour
 as text or three values 0..255), `icc_profile` (None leaves it out; one that is not of
-RGB colours is not kept), and `refine` and `roi` as `Codec.compress` does.
+RGB colours is not kept), `srgb` (True converts the colours of the image's own profile
+to sRGB and keeps none), and `refine` and `roi` as `Codec.compress` does.
 
 Models that differ in their decoder alone can all decode a file. It is decoded by the
 first that can, of those that `register_model` was given, the latest first; then of the
@@ -176,7 +177,11 @@ def _accept(prefix: bytes) -> bool:
 
 def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
     options: dict[str, Any] = getattr(image, "encoderinfo", {})
-    photograph = photograph_of(image, background=options.get("background"))
+    photograph = photograph_of(
+        image,
+        background=options.get("background"),
+        srgb=bool(options.get("srgb", False)),
+    )
     given = {name: value for name, value in options.items() if value is not None}
     rate = {name: given[name] for name in _RATES if name in given}
     data = _models.named(given.get("model", DEFAULT_MODEL)).compress(
@@ -189,7 +194,12 @@ def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
 
 
 def _profile_to_write(options: dict[str, Any], photograph: Photograph) -> bytes | None:
-    """The profile that is given, also None; that of the pixels where none is."""
+    """The profile that is given, also None; that of the pixels where none is.
+
+    None of pixels that were converted to sRGB.
+    """
+    if options.get("srgb"):
+        return None
     given = options.get("icc_profile", photograph.icc_profile)
     if given and isinstance(given, bytes) and not is_rgb_profile(given):
         # Programs hand on the profile of the CMYK image that they had.

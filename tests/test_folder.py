@@ -182,6 +182,26 @@ def test_names_with_a_carriage_return(album, refined):
     assert len(run(album).rows) == len(refined) == 3  # it is found again
 
 
+def test_colours_are_converted_where_that_is_asked_for(
+    album, refined, monkeypatch, other_profile
+):
+    profiles = []
+    compress = Stub.compress
+
+    def noting(self, pixels, **options):
+        profiles.append(options["icc_profile"])
+        return compress(self, pixels, **options)
+
+    monkeypatch.setattr(Stub, "compress", noting)
+    for path in album.iterdir():
+        with Image.open(path) as image:
+            image.save(path, icc_profile=other_profile)
+    run(album)
+    run(album, srgb=True, force=True)
+    assert profiles == [other_profile] * 3 + [None] * 3
+    assert len(run(album, srgb=True).rows) == 3 and len(profiles) == 6
+
+
 def test_another_profile_is_another_photograph(album, refined, monkeypatch):
     profiles = [b"one", b"one", b"two"]
     read = folder_module.read_photograph

@@ -28,6 +28,25 @@ def test_16_bit_greyscale_is_rounded(kind):
     assert "16-bit samples were rounded to 8 bits" in photograph.notes
 
 
+@pytest.mark.parametrize(
+    ("gamma", "more", "noted"),
+    [
+        (45455, {}, False),  # that of sRGB
+        (44000, {}, False),
+        (100000, {}, True),  # linear
+        (55556, {}, True),  # of old Macintoshes
+        (100000, {"sRGB": b"\0"}, False),  # which goes before it
+        (0, {}, False),
+    ],
+)
+def test_a_gamma_that_is_not_that_of_srgb_is_noted(gamma, more, noted):
+    chunks = {"gAMA": struct.pack(">I", gamma), **more}
+    data = png(1, 1, 8, 2, b"\0\1\2\3", **chunks)
+    notes = images.read_photograph(io.BytesIO(data)).notes
+    said = f"its gamma of {gamma / 1e5:g} was taken for that of sRGB"
+    assert notes == ((said,) if noted else ())
+
+
 def test_16_bit_colour_is_noted():
     data = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 0, 256))
     photograph = images.read_photograph(io.BytesIO(data))

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageCms
 
 import semlic_jax
-from semlic_jax import pillow_plugin
+from semlic_jax import images, pillow_plugin
 from semlic_jax.coding.bitstream import Header, pack, unpack
 from semlic_jax.evaluation.demo import packaged_photograph
 from semlic_jax.weights import pretrained_models
@@ -192,6 +192,16 @@ def test_a_profile_that_is_given_wins(photo, written, other_profile):
     assert written(photo, icc_profile=b"") is None
     another = other_profile + bytes(4)
     assert written(photo, icc_profile=another) == another
+    # The pixels are converted: a profile that a program hands on would be wrong.
+    assert written(photo, icc_profile=other_profile, srgb=True) is None
+
+
+def test_colours_are_converted_where_that_is_asked_for(photo, other_profile):
+    photo.info["icc_profile"] = other_profile
+    kept, converted = (images.photograph_of(photo, srgb=srgb) for srgb in (False, True))
+    np.testing.assert_array_equal(kept.pixels, photo)
+    assert np.abs(converted.pixels.astype(int) - kept.pixels).max() > 5
+    assert converted.icc_profile is None
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "LAB"])

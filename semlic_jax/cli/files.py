@@ -28,6 +28,7 @@ from semlic_jax.cli.options import (
     add_json,
     add_model,
     add_rate,
+    add_srgb,
     background_colour,
     check_not_inputs,
 )
@@ -245,12 +246,7 @@ def add_compress(commands: Commands) -> None:
     )
     add_rate(sub.add_mutually_exclusive_group(required=True))
     add_background(sub)
-    sub.add_argument(
-        "--srgb",
-        action="store_true",
-        help="convert colours of another ICC profile to sRGB, and spend the bytes of "
-        "the profile on the image; default: keep the profile",
-    )
+    add_srgb(sub)
     add_force(sub)
     add_json(sub, _JSON_LINES)
     add_refinement(sub.add_argument_group("refinement"))

@@ -16,6 +16,7 @@ from semlic_jax.cli.options import (
     add_command,
     add_force,
     add_model,
+    add_srgb,
     any_float,
     any_int,
     background_colour,
@@ -87,6 +88,7 @@ def add_refine(commands: Commands) -> None:
     )
     add_objective(sub)
     add_background(sub)
+    add_srgb(sub)
     add_force(sub)
     group = sub.add_argument_group("sharing the images among several processes")
     group.add_argument(
@@ -161,6 +163,7 @@ def _refine(options: argparse.Namespace) -> int:
             process=process,
             processes=processes,
             background=colour,
+            srgb=options.srgb,
             force=options.force,
             progress=show,
         )

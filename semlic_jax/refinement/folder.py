@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -89,6 +90,7 @@ def refine_folder(
     process: int = 0,
     processes: int = 1,
     background: tuple[int, int, int] | None = None,
+    srgb: bool = False,
     force: bool = False,
     progress: Callable[[FolderProgress], bool | None] | None = None,
 ) -> Report:
@@ -105,6 +107,7 @@ def refine_folder(
         processes: number of all processes.
         background: RGB colour behind transparent pixels; None skips images that have
             such pixels.
+        srgb: convert colours of another ICC profile to sRGB instead of keeping it.
         force: replace files that this command did not make, or made in another way.
         progress: called after each chunk of steps; returning False stops the run. The
             files of that batch are made from what was reached, and the next run refines
@@ -126,6 +129,7 @@ def refine_folder(
     if not bpp > 0:
         raise ValueError(f"expected bits per pixel above 0, found {bpp:g}")
     outputs = _outputs(images, out)
+    read = partial(read_photograph, background=background, srgb=srgb)
     settings = replace(settings, features=settings.load_features())
     report = Report()
     # Not a share of the batches: how large these may be differs between machines.
@@ -145,11 +149,11 @@ def refine_folder(
         report,
         task=task,
         steps=settings.steps,
-        background=background,
+        read=read,
         force=force,
     )
     groups = _batches(waiting, batch, codec, settings, report)
-    for ready in _ready(codec, groups, bpp, background, report):
+    for ready in _ready(codec, groups, bpp, read, report):
         listener = _Listener(progress, len(report.rows), len(share))
         begun_s = time.perf_counter()
         try:
@@ -189,7 +193,7 @@ def _reuse(
     *,
     task: str,
     steps: int,
-    background: tuple[int, int, int] | None,
+    read: Callable[[Path], Photograph],
     force: bool,
 ) -> list[Path]:
     """Report the images that earlier runs have done; return those to refine.
@@ -201,7 +205,8 @@ def _reuse(
             read.
         task: this run's task, without an image; see `_task_of`.
         steps: number of steps of a refinement that was not stopped.
-        background, force: see `refine_folder`.
+        read: reads a photograph.
+        force: see `refine_folder`.
 
     Raises:
         ValueError: a file exists that was made in another way, without `force`.
@@ -210,7 +215,7 @@ def _reuse(
     for path, output in outputs.items():
         rows = [row for row in known.get(path.name, ()) if is_as_written(row, output)]
         if rows:
-            photograph = _read(path, background, report)
+            photograph = _attempt(read, path, report)
             if photograph is None:
                 continue
             wanted = _task_of(task, photograph)
@@ -303,7 +308,7 @@ def _ready(
     codec: Codec,
     groups: Sequence[Sequence[Path]],
     bpp: float,
-    background: tuple[int, int, int] | None,
+    read: Callable[[Path], Photograph],
     report: Report,
 ) -> Iterator[list[_Ready]]:
     """Yield the images of each group that are refined together.
@@ -312,7 +317,7 @@ def _ready(
     """
     for group in groups:
         buckets: dict[tuple[int, int], list[_Ready]] = {}
-        for each in _compressed(codec, group, bpp, background, report):
+        for each in _compressed(codec, group, bpp, read, report):
             bucket = codec.bucket(each.photograph.pixels.shape[:2])
             buckets.setdefault(bucket, []).append(each)
         yield from buckets.values()
@@ -322,12 +327,12 @@ def _compressed(
     codec: Codec,
     paths: Sequence[Path],
     bpp: float,
-    background: tuple[int, int, int] | None,
+    read: Callable[[Path], Photograph],
     report: Report,
 ) -> Iterator[_Ready]:
     """Yield the photographs that the codec can compress; the others are skipped."""
     for path in paths:
-        photograph = _read(path, background, report)
+        photograph = _attempt(read, path, report)
         if photograph is None:
             continue
         pixels, profile = photograph.pixels, photograph.icc_profile
@@ -342,12 +347,12 @@ def _compressed(
         yield _Ready(path, photograph, budget, start)
 
 
-def _read(
-    path: Path, background: tuple[int, int, int] | None, report: Report
+def _attempt(
+    read: Callable[[Path], Photograph], path: Path, report: Report
 ) -> Photograph | None:
     """Read a photograph; if it cannot be read, skip it and return None."""
     try:
-        return read_photograph(path, background=background)
+        return read(path)
     except (OSError, ValueError, MemoryError) as error:
         report.skipped[path.name] = _reason(error)
         return None
