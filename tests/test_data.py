@@ -328,6 +328,19 @@ def test_packing_takes_each_file_that_is_named_once(folder, tmp_path, monkeypatc
     assert len(open_sources(given)) == 2
 
 
+def test_packing_names_files_of_other_kinds(folder, tmp_path, capsys):
+    """A shell's `photos/*` has all that lies there."""
+    pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not an image")
+    photograph = min(map(str, folder.iterdir()))
+    output = tmp_path / "x.array_record"
+    assert cli.main(["pack", photograph, str(notes), str(output)]) == 4
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"skipped {notes}: ")
+    assert printed.out == "1 photographs written, 1 skipped\n"
+
+
 def test_packing_refuses_what_names_no_photograph(folder, tmp_path, capsys):
     pytest.importorskip("array_record", reason="needs array-record (extra `train`)")
     output = tmp_path / "x.array_record"

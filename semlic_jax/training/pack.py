@@ -62,7 +62,8 @@ def pack(
         raise ValueError(f"the folder {output.parent} for {output.name} does not exist")
     by_place: dict[str, str] = {}  # each file once, however it is spelled
     for pattern in patterns:
-        found = image_files(pattern)
+        # A file that is named is tried, whatever its suffix.
+        found = [pattern] if Path(pattern).is_file() else image_files(pattern)
         if not found:
             raise ValueError(f"expected photographs in {pattern}, found none")
         by_place |= {os.path.abspath(path): path for path in found}
