@@ -26,7 +26,6 @@ import dataclasses
 import io
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ import numpy as np
 import optax
 
 from semlic_jax.codec import load
-from semlic_jax.images import write_file
+from semlic_jax.images import check_outputs, write_file
 from semlic_jax.objectives.features import (
     PACKAGED,
     FeatureNetwork,
@@ -49,6 +48,7 @@ from semlic_jax.objectives.features import (
     normalise_channels,
 )
 from semlic_jax.objectives.trunks import COMPACT_STAGES, CompactTrunk
+from semlic_jax.terminal import positive_int
 from semlic_jax.training.checkpoints import Checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.distil_report import markdown, report
@@ -448,7 +448,7 @@ def packed(params: Tree) -> bytes:
     return buffer.getvalue()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m semlic_jax.training.distil",
         description="Distil the packaged feature network, or evaluate it.",
@@ -478,8 +478,9 @@ def main(argv: Sequence[str]) -> None:
         help="weights to evaluate; default: the packaged network",
     )
     parser.add_argument(
-        "--images", type=int, help="evaluate on at most this many photographs"
+        "--images", type=positive_int, help="evaluate on at most this many photographs"
     )
+    parser.add_argument("--force", action="store_true", help="replace an old report")
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         parser.add_argument(f"--{field.name}", type=kind, default=field.default)
@@ -487,24 +488,32 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for name in ("orbax", "absl", "jax"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if options.evaluate is None and options.out is None:
+        parser.error("expected --out to distil or --evaluate, found neither")
+    try:
+        _run(options)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+def _run(options: argparse.Namespace) -> None:
     fields = (field.name for field in dataclasses.fields(Recipe))
     recipe = Recipe(**{name: getattr(options, name) for name in fields})
     if options.evaluate is not None:
+        check_outputs([options.evaluate], force=options.force)
         student = load_features(options.trunk, PACKAGED)
         teacher = load_features(options.features, TEACHER)
         found = report(teacher, student, options.data, limit=options.images)
         text = json.dumps(found, indent=2) + "\n"
-        write_file(options.evaluate, text.encode(), force=True)
         print(markdown(found))
-    elif options.out is not None:
+        write_file(options.evaluate, text.encode(), force=options.force)
+    else:
         first = options.start_from
         path = distil(
             options.out, options.data, options.features, recipe, start_from=first
         )
         print(path)
-    else:
-        parser.error("expected --out to distil or --evaluate, found neither")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

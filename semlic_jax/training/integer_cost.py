@@ -114,10 +114,14 @@ def main() -> None:
     parser.add_argument("model", help="name or path of the exported model")
     parser.add_argument("images", nargs="+", type=Path)
     arguments = parser.parse_args()
-    codec = Codec(load_model(arguments.model))
-    params = read_params(arguments.stage)
     qualities = (0.0, 0.25, 0.5, 0.75, 1.0)
-    print(json.dumps(integer_cost(codec, params, arguments.images, qualities)))
+    try:
+        codec = Codec(load_model(arguments.model))
+        params = read_params(arguments.stage)
+        found = integer_cost(codec, params, arguments.images, qualities)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
