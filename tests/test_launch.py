@@ -22,7 +22,20 @@ pytest.importorskip("orbax.checkpoint", reason="training needs the extra `train`
 # ruff: noqa: E402
 import jax
 import yaml
-from test_sharding import environment
+from launching import (
+    EVAL,
+    GKE,
+    LOCAL,
+    REFINE,
+    ROOT,
+    SLICE,
+    SLURM,
+    TPU,
+    TRAIN,
+    environment,
+    in_the_root,
+    stand_in,
+)
 
 from launch import local
 from launch.__main__ import main
@@ -30,26 +43,11 @@ from launch.tasks import LOST_STATUS, worth_restarting
 from semlic_jax import cli
 from semlic_jax.training import checkpoints, sharding
 
-ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 SEMLIC = f"{PYTHON} -m semlic_jax.cli"
 WORKER = f"{ROOT}/launch/worker.py"
 
-LOCAL = ["local", "--dry-run"]
-SLURM = ["slurm", "--dry-run", "--time", "2:00:00"]
-TPU = ["tpu", "--name", "run", "--zone", "us-central2-b", "--type", "v4-32"]
-GKE = ["gke", "--dry-run", "--name", "run", "--image", "registry/semlic:1"]
-SLICE = ["--tpu", "tpu-v4-podslice", "--topology", "2x2x4"]
-TRAIN = ["train", "--config", "configs/tiny.py", "--workdir"]
-REFINE = ["refine", "gs://b/in", "gs://b/out", "--bpp", "0.2", "--steps", "50"]
-EVAL = ["eval", "gs://b/in", "--out", "gs://b/report", "--codecs", "semlic,avif"]
-
-
-@pytest.fixture(autouse=True)
-def in_the_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for name in ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
+__all__ = ["in_the_root"]  # a fixture that every test here uses
 
 
 def refuse_to_run(*arguments, **options):
@@ -68,14 +66,6 @@ def dry(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
-
-
-def stand_in(folder: Path, name: str, script: str) -> None:
-    """A program of that name, first on the PATH that has the folder first."""
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(f"#!/bin/bash\n{script}\n")
-    path.chmod(0o755)
 
 
 # -------------------------------------------------------------------- dry runs

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_launch import GKE, REFINE, ROOT, SLICE, TPU, TRAIN, in_the_root, stand_in
+from launching import GKE, REFINE, ROOT, SLICE, TPU, TRAIN, in_the_root, stand_in
 
 from launch import tpu, worker
 from launch.__main__ import main

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from launching import environment
 
 from semlic_jax.training import checkpoints, sharding
 from semlic_jax.training.sharding import (
@@ -81,18 +81,6 @@ for data, model in ((1, 1), (8, 1), (4, 2)):
     leaves |= {f"metric {name}": np.asarray(value) for name, value in metrics.items()}
     np.savez(folder / f"{name}.npz", **leaves)
 """
-
-
-def environment(devices: int, cache: Path) -> dict[str, str]:
-    return dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    )
 
 
 def test_the_rule_splits_large_kernels_alone():

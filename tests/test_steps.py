@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from counting_run import counting_program, run_counting
 from mini_config import get_config
-from test_loop import counting_program, run_counting
 
 from semlic_jax.objectives.losses import LossWeights, RateTarget
 from semlic_jax.training import steps

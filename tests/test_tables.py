@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
-from test_summary import made_up, without
+from made_up_results import made_up, without
 
 from semlic_jax.evaluation.results import (
     CodecFacts,
