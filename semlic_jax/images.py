@@ -325,7 +325,10 @@ def _convert(
     # Last, since it reads on in the file.
     frames = _count_frames(image)
     if frames > 1:
-        which = "the main one" if image.tell() else "the first"
+        number = image.tell() + 1
+        which = "the first" if number == 1 else f"number {number}"
+        if image.format == "HEIF":
+            which = "the main one"
         notes.insert(0, f"only {which} of {frames} frames is used")
     return Photograph(pixels, icc_profile, tuple(dict.fromkeys(notes)))
 
@@ -511,4 +514,5 @@ def _link_or_rename(part: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        os.rename(part, target)  # on Windows this fails, too, where the name is taken
+        # On Windows this fails, too, where the name is taken; elsewhere nothing does.
+        os.rename(part, target)

@@ -70,9 +70,11 @@ def test_damaged_lines_of_the_journal_are_ignored(photo_folder, tmp_path, line):
         {"values": {"psnr_db": []}},
         {"values": {"psnr_db": ["IDENTITY", "30"]}},
         {"values": {"psnr_db": ["IDENTITY", float("nan")]}},
+        {"values": {"psnr_db": ["IDENTITY", 10**400]}},
+        {"values": {"psnr_db": ["IDENTITY", True]}},
         {"decode_s": "1"},
     ],
-    ids=str,
+    ids=lambda entries: str(entries)[:40],
 )
 def test_entries_of_the_journal_that_cannot_be_are_made_again(
     photo_folder, tmp_path, entries

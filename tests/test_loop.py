@@ -59,7 +59,8 @@ def test_a_plot_replaces_no_file_that_is_named(tmp_path, capsys):
     photograph.write_bytes(b"mine")
     for wrong, reason in (
         (photograph, "exists: give --force"),
-        (tmp_path, "is a folder"),
+        (tmp_path, "ends in .png"),
+        (tmp_path / "x.pdf", "ends in .png"),
         (tmp_path / "no" / "x.png", "does not exist"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+pytest.importorskip("orbax.checkpoint", reason="training needs the extra `train`")
+pytest.importorskip("optax", reason="training needs the extra `train`")
+
 PROGRAMS = {
     "evaluation.exactness": "--out",
     "evaluation.refinement_benchmark": "--json",

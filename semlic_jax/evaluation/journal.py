@@ -103,7 +103,12 @@ class Journal:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a record is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON has integers of any size
+        return False
 
 
 def is_measured(record: dict[str, Any]) -> bool:

@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = options.output or options.run / "metrics.png"
     try:
         if options.output:
+            if output.suffix.lower() != ".png":
+                raise ValueError(f"expected a name that ends in .png, found {output}")
             check_outputs([output], force=options.force)
         plot(options.run, output)
     except (ValueError, OSError) as error:

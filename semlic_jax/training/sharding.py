@@ -59,7 +59,7 @@ def start_processes(
     Raises:
         ValueError: an argument is wrong, or the processes cannot be joined.
     """
-    if mode != "explicit" and (coordinator or processes or process >= 0):
+    if mode in ("none", "auto") and (coordinator or processes or process >= 0):
         raise ValueError(
             "--coordinator, --processes and --process need --distributed=explicit, "
             f"found {mode}"

@@ -31,7 +31,8 @@ import numpy as np
 
 from semlic_jax.images import read_photograph
 
-_SUFFIXES = set(".jpg .jpeg .png .webp .bmp .tif .tiff .avif .heic .heif .jxl".split())
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+_SUFFIXES |= {".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"}
 _SYNTHETIC_SIDE = 192
 _MOST_OPENED = 64  # files at the same time
 _MOST_THREADS = 16
