@@ -32,6 +32,7 @@ from etils import epath
 
 _COPIES = 16
 _UPLOAD_SECONDS = 30.0
+_PAUSES_S = (2, 10, 30)  # between the tries of the last upload
 # Exit status of `semlic` if all is done except for inputs that were skipped.
 _SKIPPED_STATUS = 4
 # libtpu's names for the arrangement of a host's chips.
@@ -216,13 +217,33 @@ def _try_to_upload(uploader: Uploader) -> None:
     try:
         uploader.upload()
     except Exception as error:  # the libraries behind `epath` have their own
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"launch: not copied yet: {text}", file=sys.stderr, flush=True)
+        print(f"launch: not copied yet: {_reason(error)}", file=sys.stderr, flush=True)
+
+
+def _upload_at_last(uploader: Uploader) -> int:
+    """The last upload is tried a few times, too; the number of files of the one."""
+    for pause_s in _PAUSES_S:
+        try:
+            return uploader.upload()
+        except Exception as error:
+            text = f"launch: not copied yet: {_reason(error)}"
+            print(text, file=sys.stderr, flush=True)
+            time.sleep(pause_s)
+    return uploader.upload()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def run(name: str, arguments: list[str], share: Share) -> int:
-    """Run the program; return its exit status."""
+    """Run the program; return its exit status.
+
+    Raises:
+        OSError: its results cannot be copied; they stay where they are.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="semlic_"))
+    copied = True
     try:
         staged = stage(name, arguments, scratch)
         command = [sys.executable, "-m", "semlic_jax.cli", name, *staged.arguments]
@@ -243,7 +264,14 @@ def run(name: str, arguments: list[str], share: Share) -> int:
             status = program.wait()
             if uploader is not None:
                 begun_s = time.monotonic()
-                count = uploader.upload()
+                try:
+                    count = _upload_at_last(uploader)
+                except Exception as error:
+                    copied = False
+                    raise OSError(
+                        f"the results cannot be copied to {staged.remote}, and stay in "
+                        f"{staged.output}: {_reason(error)}"
+                    ) from error
                 print(
                     f"copied {count} files to {staged.remote} in "
                     f"{time.monotonic() - begun_s:.0f} s",
@@ -251,7 +279,8 @@ def run(name: str, arguments: list[str], share: Share) -> int:
                 )
         return 128 - status if status < 0 else status
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if copied:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main() -> int:

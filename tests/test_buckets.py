@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,3 +203,35 @@ def test_a_bucket_that_fails_for_a_while_ends_no_program(
     assert worker.run("refine", [str(tmp_path), "gs://b/out"], share) == 0
     assert (bucket / "out" / "a.semlic").read_text() == "new\n"
     assert "launch: not copied yet: 503, try again later\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_the_last_copy_is_tried_again_and_results_are_not_lost(
+    bucket, tmp_path, monkeypatch, capsys, failures
+):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/bash\necho new > $5/a.semlic\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(worker, "_PAUSES_S", (0, 0, 0))
+    # All tries but those after the program's end would be a matter of chance.
+    monkeypatch.setattr(worker, "_try_to_upload", lambda uploader: None)
+    tries, upload = [], worker.Uploader.upload
+
+    def fails(self):
+        tries.append(self)
+        if len(tries) <= failures:
+            raise RuntimeError("503")
+        return upload(self)
+
+    monkeypatch.setattr(worker.Uploader, "upload", fails)
+    arguments = "refine", [str(tmp_path), "gs://b/out"], worker.Share(0, 1, {})
+    if failures == 2:
+        assert worker.run(*arguments) == 0 and len(tries) == 3
+        assert (bucket / "out" / "a.semlic").read_text() == "new\n"
+        return
+    with pytest.raises(OSError, match="gs://b/out, and stay in .*: 503") as refusal:
+        worker.run(*arguments)
+    kept = Path(str(refusal.value).split("stay in ")[1].split(": ")[0])
+    assert len(tries) == 4 and (kept / "a.semlic").read_text() == "new\n"
+    shutil.rmtree(kept.parent)
