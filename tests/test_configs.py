@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import runpy
 import subprocess
 import sys
@@ -98,6 +99,7 @@ REFUSED = [
         "config.stages must name each stage once, found 'integer' 2 times",
     ),
     ({"seed": -1}, "config.seed must be at least 0, found -1"),
+    ({"seed": 2**64}, r"config.seed must be below 2\*\*32, found 18446744073709551616"),
     ({"data.threads": -1}, "config.data.threads must be at least 0, found -1"),
     (
         {"integer.optimizer.decay_steps": 9},
@@ -138,6 +140,27 @@ REFUSED = [
         "config.networks.discriminator.patch must be at least 1, found 0",
     ),
     ({"networks.labeller.patch": 0}, "networks.labeller.patch must be at least 1"),
+    (
+        {"networks.labeller.code_count": 0},
+        "config.networks.labeller.code_count must be at least 1, found 0",
+    ),
+    ({"networks.labeller.blocks": -1}, "labeller.blocks must be at least 0, found -1"),
+    (
+        {"networks.labeller.widths": ()},
+        r"labeller.widths must hold whole numbers of at least 1, found \(\)",
+    ),
+    (
+        {"networks.discriminator.mix_widths": (8, 0)},
+        r"discriminator.mix_widths must hold whole numbers .* found \(8, 0\)",
+    ),
+    (
+        {"networks.discriminator.widths": ("a",)},
+        r"discriminator.widths must hold whole numbers .* found \('a',\)",
+    ),
+    (
+        {"networks.discriminator.up_widths": (8,) * 9},
+        "discriminator must have no more up_widths than widths, found 9 and",
+    ),
     ({"log_steps": 0}, "config.log_steps must be at least 1, found 0"),
     ({"checkpoint_steps": 0}, "config.checkpoint_steps must be at least 1, found 0"),
     ({"keep_checkpoints": 0}, "config.keep_checkpoints must be at least 1, found 0"),
@@ -209,10 +232,19 @@ def test_refusals_that_need_the_devices_or_the_disk(tmp_path, monkeypatch):
         train(get_config(), blocked / "run")
 
 
-def test_a_file_that_is_no_config_is_refused_in_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("VALUE = 1", "the config file has no function get_config"),
+        ("def get_config(:", "the config file cannot be loaded: invalid syntax"),
+        ("import no_such_module", "cannot be loaded: No module named"),
+        ("def get_config():\n    return 3", "expected a ConfigDict .* found int"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_sentence(tmp_path, text, reason):
     """In a process of its own: ml_collections would find the last one's get_config."""
     path = tmp_path / "other.py"
-    path.write_text("VALUE = 1\n")
+    path.write_text(f"{text}\n")
     code = (
         "import sys\n"
         "from semlic_jax.training.train import load_config\n"
@@ -222,7 +254,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_sentence(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "the config file has no function get_config\n"
+    assert re.search(reason, done.stdout) and done.stdout.count("\n") == 1
 
 
 def test_the_command_line_changes_keys_and_refuses_in_one_sentence(tmp_path, capsys):

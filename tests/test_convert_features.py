@@ -177,6 +177,8 @@ def test_unknown_and_converted_files_are_refused(tmp_path, capsys):
     folder = tmp_path / "weights"
     error = refusal(capsys, tmp_path / "none.pth", folder)
     assert "does not exist" in error
+    error = refusal(capsys, tmp_path, folder)
+    assert f"{tmp_path} is a folder: expected a file of weights" in error
     other = save(tmp_path / "other.npz", {"encoder.weight": np.zeros((4, 3, 3, 3))})
     error = refusal(capsys, other, folder)
     assert "alexnet" in error and "encoder.weight" in error

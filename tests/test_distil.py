@@ -231,6 +231,23 @@ def test_rank_correlations():
     assert -1 < found["pooled"] < 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"tiles": 0}, "tiles must be at least 1, found 0"),
+        ({"steps": -1}, "steps must be at least 1, found -1"),
+        ({"versions": 12}, "versions must be at most 11, found 12"),
+        ({"crop": 193}, "crop must be from 7 to 192, .* found 193"),
+        ({"crop": 6}, "crop must be from 7 to 192, .* found 6"),
+        ({"lr": float("nan")}, "lr must be finite and above 0, found nan"),
+        ({"seed": -1}, "seed must be at least 0, found -1"),
+    ],
+)
+def test_recipes_are_checked(wrong, reason):
+    with pytest.raises(ValueError, match=reason):
+        distil.Recipe(**wrong)
+
+
 def test_photographs_that_are_too_small_are_refused(tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
     network = made(trunks.CompactTrunk())

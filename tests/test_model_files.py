@@ -8,13 +8,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("ml_collections")
 
 from mini_config import get_config  # noqa: E402
 
 from semlic_jax.codec import Codec  # noqa: E402
-from semlic_jax.training import average, export  # noqa: E402
+from semlic_jax.training import average, export, integer_cost  # noqa: E402
 from semlic_jax.training.model_files import (  # noqa: E402
     mean_decoder,
     training_params,
@@ -259,3 +260,46 @@ def test_the_command_writes_a_mean(
         average.main([*arguments[:-1], "1,x", "--force"])
     assert ended.value.code == 2  # wrong usage
     assert "numbers separated by commas, found '1,x'" in capsys.readouterr().err
+
+
+def test_a_model_that_appears_meanwhile_is_kept(
+    tiny_model, tiny_file, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "mean.npz"
+
+    def meanwhile(models, weights):
+        path.write_bytes(b"theirs")
+        return tiny_file
+
+    monkeypatch.setattr(average, "mean_decoder", meanwhile)
+    with pytest.raises(SystemExit) as ended:
+        average.main([str(path), str(tiny_model)])
+    assert ended.value.code == 1 and path.read_bytes() == b"theirs"
+    assert "exists: give --force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file"])
+def test_what_has_no_checkpoint_is_not_exported(place, tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"no folder")
+    with pytest.raises(SystemExit) as ended:
+        export.main([str(tmp_path / place), str(tmp_path / "new.npz")])
+    assert ended.value.code == 1
+    reason = f"expected a checkpoint in {tmp_path / place}, found none"
+    assert capsys.readouterr().err.endswith(f"{reason}\n")
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [("ok.png", "does not fit this model"), ("no.png", "No such file")],
+)
+def test_the_cost_of_integers_needs_a_codec_and_images(
+    tiny_model, tmp_path, monkeypatch, capsys, image, reason
+):
+    Image.new("RGB", (64, 64)).save(tmp_path / "ok.png")
+    monkeypatch.setattr(integer_cost, "read_params", lambda stage: {})
+    monkeypatch.setattr(integer_cost, "integer_cost", None)
+    command = ["", str(tmp_path), str(tiny_model), str(tmp_path / image)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        integer_cost.main()
+    assert ended.value.code == 1 and reason in capsys.readouterr().err

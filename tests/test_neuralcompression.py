@@ -304,6 +304,7 @@ def test_other_kinds_of_files_are_refused(tmp_path, capsys):
     (tmp_path / "c.ckpt").write_bytes(b"not a checkpoint")
     assert "not a readable PyTorch file" in refusal(capsys, tmp_path / "c.ckpt", output)
     assert "does not exist" in refusal(capsys, tmp_path / "none.ckpt", output)
+    assert f"{tmp_path} is a folder" in refusal(capsys, tmp_path, output)
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, capsys):

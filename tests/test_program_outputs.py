@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 
@@ -58,6 +59,7 @@ def test_files_are_kept_and_places_are_checked_before_the_work(
     [
         ("evaluation.exactness", "report"),
         ("evaluation.refinement_benchmark", "measure"),
+        ("training.benchmark", "run_benchmark"),
     ],
 )
 def test_a_file_that_appears_meanwhile_is_kept_and_the_record_printed(
@@ -72,7 +74,8 @@ def test_a_file_that_appears_meanwhile_is_kept_and_the_record_printed(
     module = importlib.import_module(f"semlic_jax.{program}")
     monkeypatch.setattr(module, work, measured)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    command = [program, "photo.png", PROGRAMS[program], str(path)]
+    photographs = INPUTS.get(program, ["photo.png"])
+    command = [program, *photographs, PROGRAMS[program], str(path)]
     monkeypatch.setattr(sys, "argv", command)
     try:
         status = module.main()
@@ -96,6 +99,31 @@ def test_a_missing_pytorch_is_said_before_the_work(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, error = refusal(monkeypatch, capsys, program, *option)
     assert status == 1 and "PyTorch is not installed" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--crop=100", "--crop must be a multiple of 64, found 100"),
+        ("--train=nosuch", "photographs in nosuch, found none"),
+    ],
+)
+def test_what_a_step_cannot_take_is_said_before_the_work(
+    option, reason, monkeypatch, capsys
+):
+    monkeypatch.setattr("semlic_jax.training.benchmark.jax_step", None)
+    status, error = refusal(monkeypatch, capsys, "training.benchmark", option)
+    assert status == 1 and reason in error
+
+
+def test_photographs_of_no_use_are_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("not an image")
+    benchmark = importlib.import_module("semlic_jax.training.benchmark")
+    monkeypatch.setattr(benchmark, "jax_step", None)
+    options = argparse.Namespace(crop=64, torch=False, train=[str(tmp_path)])
+    options.dtype, options.batch = "float32", 1
+    with pytest.raises(ValueError, match="none that is usable .1 of 1 left out"):
+        benchmark.run_benchmark(options)
 
 
 @pytest.mark.parametrize("program", list(PROGRAMS)[1:3])

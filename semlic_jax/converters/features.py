@@ -59,6 +59,8 @@ def convert_feature_files(
     check_outputs([folder] if as_file else [], force=force)
     converted: dict[Path, bytes] = {}
     for source in sources:
+        if Path(source).is_dir():
+            raise ValueError(f"{source} is a folder: expected a file of weights")
         name, data = convert_features(Path(source), network)
         path = folder if as_file else folder / name
         if path in converted:

@@ -83,6 +83,8 @@ def convert_neuralcompression(
         raise ValueError(f"expected a model file, .npz, as output, found {output}")
     check_outputs([output], force=force)
     source = Path(checkpoint)
+    if source.is_dir():
+        raise ValueError(f"{source} is a folder: expected a checkpoint's file")
     model = convert_state(read_torch_file(source), output.stem, source.name)
     write_file(output, model_bytes(model), force=force)
     return model

@@ -15,9 +15,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from semlic_jax.images import check_outputs
+from semlic_jax.images import check_outputs, write_file
 from semlic_jax.training.model_files import mean_decoder
-from semlic_jax.weights import ModelFile, load_model, save_model
+from semlic_jax.weights import ModelFile, load_model, model_bytes
 
 
 def _numbers(text: str) -> list[float]:
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{name} is a converted model, which cannot be averaged"
                 )
             models.append(model)
-        mean = mean_decoder(models, options.weights)
+        data = model_bytes(mean_decoder(models, options.weights))
+        write_file(options.output, data, force=options.force)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    save_model(options.output, mean)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def read_params(
         ValueError: there is no such checkpoint, or it is damaged.
     """
     folder = _absolute(folder)
-    steps = _complete_steps(folder)
+    steps = _complete_steps(folder) if folder.is_dir() else []
     if step is None and steps:
         step = steps[-1]
     if step not in steps:

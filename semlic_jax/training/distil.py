@@ -67,6 +67,7 @@ WEIGHTS = {"value": 1.0, "difference": 1.0, "cell": 1.0, "distance": 0.5}
 _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 _LOG_EPS = 1e-4  # added to distances, which are about 1e-2 for the slightest distortion
 _PREFETCH_BATCHES = 3
+_LEAST_CROP = 7  # pixels, of both networks
 _PROJECTION_BATCHES = 24
 
 
@@ -94,6 +95,31 @@ class Recipe:
     crop: int = 96
     lr: float = 1.5e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        for name in ("tiles", "steps", "photographs", "versions"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, found {getattr(self, name)}"
+                )
+        if self.versions > len(_DISTORTED):
+            raise ValueError(
+                f"versions must be at most {len(_DISTORTED)}, found {self.versions}"
+            )
+        if not _LEAST_CROP <= self.crop <= self.tile:
+            raise ValueError(
+                f"crop must be from {_LEAST_CROP} to {self.tile}, the side of a tile, "
+                f"found {self.crop}"
+            )
+        if not 0 < self.lr < np.inf:
+            raise ValueError(f"lr must be finite and above 0, found {self.lr}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, found {self.seed}")
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step; it falls to a hundredth of `lr`."""

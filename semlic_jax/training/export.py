@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from semlic_jax.images import check_outputs
+from semlic_jax.images import check_outputs, write_file
 from semlic_jax.model.compression import SIZES, CompressionModel, ModelConfig
 from semlic_jax.training.checkpoints import check_fits, read_params
 from semlic_jax.training.fit_tables import report, with_fitted_tables
 from semlic_jax.training.model_files import with_decoder
 from semlic_jax.training.sources import open_sources
-from semlic_jax.weights import ModelFile, export_model, load_model, save_model
+from semlic_jax.weights import ModelFile, export_model, load_model, model_bytes
 
 
 def trained_config(stage: epath.Path) -> ModelConfig:
@@ -95,16 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--fit-tables and --decoder-for cannot be combined")
     try:
         check_outputs([options.model], force=options.force)  # before the work
-        model = _model(options)
+        data = model_bytes(_model(options))
+        write_file(options.model, data, force=options.force)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    save_model(options.model, model)
 
 
 def _model(options: argparse.Namespace) -> ModelFile:
     source = open_sources(options.fit_tables) if options.fit_tables else None
-    config = SIZES[options.size] if options.size else trained_config(options.stage)
     params = read_params(options.stage, options.step)
+    config = SIZES[options.size] if options.size else trained_config(options.stage)
     if options.decoder_for:
         kept = load_model(options.decoder_for)
         if not isinstance(kept, ModelFile):

@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from semlic_jax.codec import MAX_LEVEL, Codec
-from semlic_jax.images import read_photograph
+from semlic_jax.images import photograph_size, read_photograph
 from semlic_jax.model.compression import CompressionModel, ModelConfig, image_masks
 from semlic_jax.model.context import MEAN_STEPS, Pass
 from semlic_jax.model.priors import gaussian_bits, scale_from_index
-from semlic_jax.training.checkpoints import read_params
-from semlic_jax.weights import load_model
+from semlic_jax.training.checkpoints import check_fits, read_params
+from semlic_jax.training.programs import codec_shapes
+from semlic_jax.weights import ModelFile, load_model
 
 Array = jax.Array
 
@@ -116,8 +117,17 @@ def main() -> None:
     arguments = parser.parse_args()
     qualities = (0.0, 0.25, 0.5, 0.75, 1.0)
     try:
-        codec = Codec(load_model(arguments.model))
+        for path in arguments.images:
+            photograph_size(path)  # to refuse now what is no image
+        model = load_model(arguments.model)
+        if not isinstance(model, ModelFile):
+            raise ValueError(
+                f"{arguments.model} is a converted model, which has no integer networks"
+            )
+        codec = Codec(model)
         params = read_params(arguments.stage)
+        wanted = codec_shapes(CompressionModel(model.config))
+        check_fits(params, wanted, arguments.stage, exactly=True)
         found = integer_cost(codec, params, arguments.images, qualities)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")

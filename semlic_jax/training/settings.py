@@ -31,6 +31,11 @@ LPIPS_NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}
 _DTYPES = ("float32", "bfloat16")
 # Fields of Linen modules that configs do not set.
 _MODULE_FIELDS = {"parent", "name", "dtype"}
+# Those that may be 0, and lists that may be empty.
+_MAY_BE_NONE = {
+    *("blocks", "context_channels", "feature_channels"),
+    *("up_widths", "mix_widths"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +256,8 @@ def _check(settings: Settings) -> None:
                 f"config.{name} must be at least {value}, found "
                 f"{getattr(settings, name)}"
             )
+    if settings.seed >= 2**32:  # random keys have no more bits
+        raise ValueError(f"config.seed must be below 2**32, found {settings.seed}")
     for name, value in {"batch": 1, "threads": 0}.items():
         if getattr(data, name) < value:
             raise ValueError(
@@ -262,11 +269,7 @@ def _check(settings: Settings) -> None:
             "config.data.train must name at least one source of photographs, found none"
         )
     for module in (settings.labeller, settings.discriminator):
-        if module.patch < 1:
-            raise ValueError(
-                f"config.networks.{type(module).__name__.lower()}.patch must be at "
-                f"least 1, found {module.patch}"
-            )
+        _check_module(module)
     for name in ("init_from", "labeller_from"):
         folder = getattr(settings, name)
         model = name == "init_from" and (
@@ -283,6 +286,32 @@ def _check(settings: Settings) -> None:
                 )
         elif stage.weights.adversarial:
             _check_adversary(settings, stage)
+
+
+def _check_module(module: Labeller | Discriminator) -> None:
+    where = f"config.networks.{type(module).__name__.lower()}"
+    for name, default in _module_defaults(type(module)).items():
+        value = getattr(module, name)
+        if isinstance(value, tuple):
+            fits = all(isinstance(each, int) and each >= 1 for each in value)
+            if not fits or not (value or name in _MAY_BE_NONE):
+                raise ValueError(
+                    f"{where}.{name} must hold whole numbers of at least 1, found "
+                    f"{value}"
+                )
+        elif not isinstance(default, bool):
+            least = 0 if name in _MAY_BE_NONE else 1
+            if value < least:
+                raise ValueError(
+                    f"{where}.{name} must be at least {least}, found {value}"
+                )
+    if isinstance(module, Discriminator):
+        down, up = len(module.widths), len(module.up_widths)
+        if up > down:
+            raise ValueError(
+                f"{where} must have no more up_widths than widths, found {up} and "
+                f"{down}"
+            )
 
 
 def _check_adversary(settings: Settings, stage: Stage) -> None:

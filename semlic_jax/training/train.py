@@ -282,11 +282,11 @@ def load_config(path: str, overrides: Sequence[str]) -> Any:
     """The locked ConfigDict of a config file, with `--config.key=value` applied.
 
     Raises:
-        ValueError: there is no such file, a key is unknown (the message names a near
-            one) or a value is wrong.
+        ValueError: there is no such file, it makes no config, a key is unknown (the
+            message names a near one) or a value is wrong.
     """
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
 
     if not Path(path.partition(":")[0]).is_file():
         raise ValueError(f"--config: the file {path.partition(':')[0]} does not exist")
@@ -299,8 +299,15 @@ def load_config(path: str, overrides: Sequence[str]) -> Any:
         left = values(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(_one_sentence(str(error), overrides)) from error
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"the config file cannot be loaded: {error}") from error
     if left:
         raise ValueError(f"expected options as --config.key=value, found {left[0]!r}")
+    if not isinstance(values.config, ConfigDict):
+        raise ValueError(
+            "expected a ConfigDict from get_config of the config file, found "
+            f"{type(values.config).__name__}"
+        )
     return values.config
 
 

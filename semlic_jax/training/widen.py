@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from semlic_jax.images import check_outputs
+from semlic_jax.images import check_outputs, write_file
 from semlic_jax.model.compression import SIZES, ModelConfig
 from semlic_jax.model.layers import ResidualBlock
 from semlic_jax.training.model_files import training_params
-from semlic_jax.weights import ModelFile, load_model, save_model, to_dtype
+from semlic_jax.weights import ModelFile, load_model, model_bytes, to_dtype
 
 Tree = Any
 
@@ -174,14 +174,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{options.narrow} is a converted model, which cannot be widened"
             )
         params = widened(training_params(model), model.config, wide)
+        transforms = {
+            name: to_dtype(name, params[name], np.float16) for name in model.transforms
+        }
+        model = dataclasses.replace(model, config=wide, transforms=transforms)
+        write_file(options.output, model_bytes(model), force=options.force)
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    transforms = {
-        name: to_dtype(name, params[name], np.float16) for name in model.transforms
-    }
-    save_model(
-        options.output, dataclasses.replace(model, config=wide, transforms=transforms)
-    )
 
 
 if __name__ == "__main__":
