@@ -212,23 +212,22 @@ class Uploader:
         return len(changed)
 
 
-def _try_to_upload(uploader: Uploader) -> None:
-    """A bucket that fails for a while does not end a program that is well."""
+def _try_to_upload(uploader: Uploader) -> int | None:
+    """The number of files copied; None where the bucket fails, perhaps for a while."""
     try:
-        uploader.upload()
+        return uploader.upload()
     except Exception as error:  # the libraries behind `epath` have their own
         print(f"launch: not copied yet: {_reason(error)}", file=sys.stderr, flush=True)
+        return None
 
 
 def _upload_at_last(uploader: Uploader) -> int:
-    """The last upload is tried a few times, too; the number of files of the one."""
+    """The last upload, tried a few times; the number of files copied."""
     for pause_s in _PAUSES_S:
-        try:
-            return uploader.upload()
-        except Exception as error:
-            text = f"launch: not copied yet: {_reason(error)}"
-            print(text, file=sys.stderr, flush=True)
-            time.sleep(pause_s)
+        count = _try_to_upload(uploader)
+        if count is not None:
+            return count
+        time.sleep(pause_s)
     return uploader.upload()
 
 

@@ -415,6 +415,20 @@ def encode_image(
     return stream.getvalue()
 
 
+def check_folder(path: Path, role: str) -> None:
+    """Refuses a file that is given where files are to be written into a folder.
+
+    Args:
+      path: of a folder, which need not exist.
+      role: what it is for, as part of the sentence.
+
+    Raises:
+      ValueError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"expected a folder {role}, found the file {path}")
+
+
 def check_outputs(paths: Sequence[str | os.PathLike], *, force: bool) -> None:
     """Refuses outputs that cannot or must not be written, before any work is done.
 

@@ -78,11 +78,12 @@ _FORMATS = (
 )
 
 
+OTHER_SUFFIXES = frozenset().union(*(each.suffixes for each in _FORMATS))
+
+
 def image_suffixes() -> frozenset[str]:
     """Suffixes of image files, in small letters; some need a package to be read."""
-    return frozenset(Image.registered_extensions()).union(
-        *(each.suffixes for each in _FORMATS)
-    )
+    return OTHER_SUFFIXES.union(Image.registered_extensions())
 
 
 def add_format_of(source: str | os.PathLike | BinaryIO) -> str | None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all programs share: progress on a terminal, exit statuses, kinds of options."""
+"""Progress of a program on a terminal, and the exit statuses of all programs."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,28 +35,3 @@ def clear_line() -> None:
 
 def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()  # None: closed by the caller
-
-
-def positive_int(text: str) -> int:
-    """An option's value; argparse's own complaint does not say what fits."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number of at least 1, found {text!r}"
-        )
-    return number
-
-
-def preset_or_steps(text: str) -> str | int:
-    """The value of an option for refinement: a preset or a number of steps."""
-    if text.isalpha():
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a preset or a number of steps, found {text!r}"
-        ) from None

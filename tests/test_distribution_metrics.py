@@ -21,6 +21,7 @@ from semlic_jax.objectives.distribution_metrics import (
     frechet_distance,
     gather_statistics,
     kernel_distance,
+    patch_count,
     patch_grids,
     polynomial_mmd,
 )
@@ -57,6 +58,7 @@ def statistics_of(rows, **settings) -> FeatureStatistics:
 def test_patch_counts_are_those_of_the_two_grids(height, width, side, count):
     image = np.zeros((height, width, 3), np.uint8)
     assert patch_grids(image, side).shape == (count, side, side, 3)
+    assert patch_count(height, width, side) == count
 
 
 def test_patches_are_the_pixels_at_their_places():
@@ -69,6 +71,7 @@ def test_patches_are_the_pixels_at_their_places():
         np.testing.assert_array_equal(patch, image[r : r + 20, c : c + 20])
     with pytest.raises(ValueError, match="80x80 do not fit into an image of 70x50"):
         patch_grids(image, 80)
+    assert patch_count(50, 70, 80) == patch_count(90, 70, 80) == 0
     with pytest.raises(ValueError, match="uint8"):
         patch_grids(image / 255.0, 20)
 

@@ -111,7 +111,7 @@ def test_no_metrics_at_all_are_wrong_usage(photo_folder, capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, photo, "--metrics", " , "])
     assert ended.value.code == 2
-    assert "expected names of metrics" in capsys.readouterr().err
+    assert "expected names with commas between them" in capsys.readouterr().err
 
 
 def test_every_option_of_the_command_is_taken(

@@ -259,7 +259,7 @@ def test_the_command_writes_a_mean(
     with pytest.raises(SystemExit) as ended:
         average.main([*arguments[:-1], "1,x", "--force"])
     assert ended.value.code == 2  # wrong usage
-    assert "numbers separated by commas, found '1,x'" in capsys.readouterr().err
+    assert "numbers with commas between them, found '1,x'" in capsys.readouterr().err
 
 
 def test_a_model_that_appears_meanwhile_is_kept(

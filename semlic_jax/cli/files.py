@@ -136,7 +136,7 @@ def _tasks_into(folder: Path, given: Sequence[str], suffix: str) -> list[_Task]:
 
 def _check_targets(options: argparse.Namespace, tasks: Sequence[_Task]) -> None:
     """Refuses outputs that cannot or must not be written, before any work."""
-    from semlic_jax.images import check_outputs
+    from semlic_jax.images import check_folder, check_outputs
 
     folder = options.out_dir
     if folder is None:
@@ -148,10 +148,10 @@ def _check_targets(options: argparse.Namespace, tasks: Sequence[_Task]) -> None:
                     f"the output {each.target} is a folder: expected a file name, or "
                     f"--out-dir {each.target}"
                 )
-    elif not folder.exists():
-        return
-    elif not folder.is_dir():
-        raise ValueError(f"expected a folder as --out-dir, found the file {folder}")
+    else:
+        check_folder(folder, "as --out-dir")
+        if not folder.exists():
+            return
     sources = [Path(each.source) for each in tasks if each.source != STREAM]
     targets = [Path(each.target) for each in tasks if each.target != STREAM]
     check_not_inputs(sources, targets)

@@ -17,16 +17,18 @@ from semlic_jax.cli.options import (
     add_model,
     background_colour,
     check_not_inputs,
-    metric_names,
-    names,
     note_folders_left_out,
+    read_input,
+)
+from semlic_jax.cli.terminal import SKIPPED, say
+from semlic_jax.option_kinds import (
+    names,
     positive_float,
     positive_int,
     rates,
-    read_input,
+    some_names,
     unit_float,
 )
-from semlic_jax.cli.terminal import SKIPPED, say
 from semlic_jax.terminal import progress_line
 
 _CODECS = ["semlic", "avif", "webp", "jpeg"]
@@ -99,10 +101,9 @@ def add_demo(commands: Commands) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from semlic_jax.evaluation import demo
-    from semlic_jax.images import check_outputs
+    from semlic_jax.images import check_folder, check_outputs
 
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"expected a folder as --out, found the file {options.out}")
+    check_folder(options.out, "as --out")
     if options.input is None:
         photograph, stem = demo.packaged_photograph(), "photograph"
     else:
@@ -204,7 +205,7 @@ def add_eval(commands: Commands) -> None:
     sub.add_argument(
         "--metrics",
         metavar="METRIC,...",
-        type=metric_names,
+        type=some_names,
         help=f"of each image: {_IMAGE_METRICS_HELP}; over patches of all images: "
         f"{_SET_METRICS_HELP}; {_METRICS_DEFAULT}, and the patch distances of the same "
         "network",
@@ -317,7 +318,7 @@ def add_compare(commands: Commands) -> None:
     sub.add_argument(
         "--metrics",
         metavar="METRIC,...",
-        type=metric_names,
+        type=some_names,
         help=f"{_IMAGE_METRICS_HELP}; {_METRICS_DEFAULT}",
     )
     _add_weights(sub)

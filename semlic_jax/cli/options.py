@@ -7,11 +7,10 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from semlic_jax.cli.terminal import say
-from semlic_jax.terminal import positive_int as positive_int
-from semlic_jax.terminal import preset_or_steps as preset_or_steps
+from semlic_jax.option_kinds import positive_float, positive_int, unit_float
 
 if TYPE_CHECKING:
     from semlic_jax.images import Photograph
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "small"
 DEBUG_HELP = "show the traceback of an error; default: a one-sentence message"
 
-_Value = TypeVar("_Value", int, float)
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
@@ -102,55 +100,6 @@ def add_json(
     parser: argparse.ArgumentParser, what: str = "print JSON, for programs to read"
 ) -> None:
     parser.add_argument("--json", action="store_true", help=what)
-
-
-def _checked(
-    text: str,
-    read: Callable[[str], _Value],
-    fits: Callable[[_Value], bool],
-    wanted: str,
-) -> _Value:
-    """A number of the command line; argparse's own complaint does not say what fits."""
-    try:
-        value = read(text)
-        if fits(value):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
-
-
-def unit_float(text: str) -> float:
-    return _checked(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def positive_float(text: str) -> float:
-    return _checked(text, float, lambda x: 0 < x < float("inf"), "a number above 0")
-
-
-def any_float(text: str) -> float:
-    return _checked(text, float, lambda x: True, "a number")
-
-
-def any_int(text: str) -> int:
-    return _checked(text, int, lambda x: True, "a whole number")
-
-
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def metric_names(text: str) -> list[str]:
-    # An empty shell variable would measure nothing, after all the work of encoding.
-    if not names(text):
-        raise argparse.ArgumentTypeError(
-            f"expected names of metrics with commas between them, found {text!r}"
-        )
-    return names(text)
-
-
-def rates(text: str) -> list[float]:
-    return [positive_float(rate) for rate in names(text)]
 
 
 def background_colour(options: argparse.Namespace) -> tuple[int, int, int] | None:

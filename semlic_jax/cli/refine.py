@@ -17,14 +17,8 @@ from semlic_jax.cli.options import (
     add_force,
     add_model,
     add_srgb,
-    any_float,
-    any_int,
     background_colour,
     note_folders_left_out,
-    positive_float,
-    positive_int,
-    preset_or_steps,
-    unit_float,
 )
 from semlic_jax.cli.terminal import (
     INTERRUPTED,
@@ -34,6 +28,14 @@ from semlic_jax.cli.terminal import (
     say,
     stops_when_asked,
     warnings_are_notes,
+)
+from semlic_jax.option_kinds import (
+    any_float,
+    any_int,
+    positive_float,
+    positive_int,
+    preset_or_steps,
+    unit_float,
 )
 from semlic_jax.terminal import progress_line
 
@@ -123,14 +125,12 @@ def add_refine(commands: Commands) -> None:
 
 def _refine(options: argparse.Namespace) -> int:
     from semlic_jax.evaluation.image_sets import list_images
+    from semlic_jax.images import check_folder
 
     settings = settings_of(options, options.steps)
     assert settings is not None
     colour = background_colour(options)
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(
-            f"expected a folder as OUT_DIR, found the file {options.output}"
-        )
+    check_folder(options.output, "as OUT_DIR")
     if options.output.suffix == ".semlic" and not options.output.exists():
         raise ValueError(
             f"expected a folder as OUT_DIR, found {options.output}: for one photograph "

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from semlic_jax.images import check_folder
+
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is locked
@@ -25,16 +27,6 @@ _LOCK = ".lock"
 _FINDERS = ".DS_Store"  # what macOS leaves in folders that were looked at
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse what cannot be a folder of results, before any work is done.
-
-    Raises:
-      ValueError: it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected a folder for the results, found the file {folder}")
-
-
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other evaluations out of a folder, which is created if it is missing.
@@ -45,7 +37,7 @@ def alone_in(folder: Path) -> Iterator[None]:
       ValueError: the folder holds something else, or another evaluation is running in
         it.
     """
-    check_folder(folder)
+    check_folder(folder, "for the results")
     folder.mkdir(parents=True, exist_ok=True)
     others = {path.name for path in folder.iterdir()} - {_LOCK, _FINDERS}
     if others and JOURNAL not in others:

@@ -37,6 +37,7 @@ from semlic_jax.objectives.distribution_metrics import (
     FeatureStatistics,
     frechet_distance,
     kernel_distance,
+    patch_count,
     patch_grids,
     polynomial_mmd,
 )
@@ -296,12 +297,10 @@ class Measures:
 
     def features_shape(
         self, image_shape: tuple[int, ...], trunk: str
-    ) -> tuple[int, int] | None:
-        """What `features` of an image of this shape has; None without a patch."""
-        if min(image_shape[:2]) < self.patch_side:
-            return None
-        blank = np.broadcast_to(np.uint8(0), image_shape)
-        return len(patch_grids(blank, self.patch_side)), self._widths[trunk]
+    ) -> tuple[int, int]:
+        """What `features` of an image of this shape has."""
+        height, width = image_shape[:2]
+        return patch_count(height, width, self.patch_side), self._widths[trunk]
 
     @functools.cached_property
     def _widths(self) -> dict[str, int]:

@@ -43,14 +43,13 @@ from semlic_jax.evaluation.region_figure import FOREGROUNDS, figure6
 from semlic_jax.evaluation.results import Results, Skipped
 from semlic_jax.evaluation.studies import (
     Progress,
-    numbers,
     run_study,
 )
 from semlic_jax.evaluation.summary import curve
 from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import bd_table
 from semlic_jax.images import write_file
-from semlic_jax.terminal import positive_int, preset_or_steps
+from semlic_jax.option_kinds import numbers, positive_int, preset_or_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

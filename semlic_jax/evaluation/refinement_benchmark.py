@@ -36,8 +36,8 @@ from semlic_jax import refinement
 from semlic_jax.codec import Codec
 from semlic_jax.evaluation.benchmark import packaged_pixels
 from semlic_jax.images import check_outputs, read_photograph, write_file
+from semlic_jax.option_kinds import positive_int
 from semlic_jax.refinement.batch import Batch
-from semlic_jax.terminal import positive_int
 
 _QUALITY = 0.4
 _TEMPERATURE = 0.3

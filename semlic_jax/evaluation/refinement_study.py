@@ -47,14 +47,13 @@ from semlic_jax.evaluation.settings_study import (
 from semlic_jax.evaluation.studies import (
     Progress,
     csv_table,
-    numbers,
     run_study,
 )
 from semlic_jax.evaluation.sweep import run_sweep
 from semlic_jax.evaluation.tables import table
 from semlic_jax.images import write_file
 from semlic_jax.objectives.bd_rates import LEAST_POINTS, RateCurve, bd_rate
-from semlic_jax.terminal import positive_int, preset_or_steps
+from semlic_jax.option_kinds import numbers, positive_int, preset_or_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,10 +17,9 @@ import numpy as np
 
 import semlic_jax
 from semlic_jax.evaluation.entrants import refinement_identity
-from semlic_jax.evaluation.journal import check_folder
 from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
-from semlic_jax.images import read_photograph, write_file
+from semlic_jax.images import check_folder, read_photograph, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +67,7 @@ def figure6(
     from semlic_jax import refinement
 
     require_matplotlib()
-    check_folder(out)
+    check_folder(out, "for the results")
     for weight in foregrounds:
         if not 0 <= weight <= 1:
             raise ValueError(

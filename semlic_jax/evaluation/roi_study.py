@@ -22,7 +22,6 @@ import numpy as np
 
 import semlic_jax
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.journal import check_folder
 from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.region_figure import (
     FOREGROUNDS,
@@ -33,12 +32,11 @@ from semlic_jax.evaluation.region_figure import (
 from semlic_jax.evaluation.studies import (
     Progress,
     csv_table,
-    numbers,
     run_study,
 )
 from semlic_jax.evaluation.tables import table
-from semlic_jax.images import read_photograph, write_file
-from semlic_jax.terminal import preset_or_steps
+from semlic_jax.images import check_folder, read_photograph, write_file
+from semlic_jax.option_kinds import numbers, preset_or_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,7 +100,7 @@ def roi_study(
     from semlic_jax import refinement
 
     require_matplotlib()
-    check_folder(out)
+    check_folder(out, "for the results")
     progress(f"loading the model {model}")
     codec = semlic_jax.load(model)
     rows: list[Row] = []

@@ -20,11 +20,11 @@ import numpy as np
 import semlic_jax
 from semlic_jax.evaluation.entrants import model_identity
 from semlic_jax.evaluation.image_sets import list_images
-from semlic_jax.evaluation.journal import Journal, check_folder
+from semlic_jax.evaluation.journal import Journal
 from semlic_jax.evaluation.plots import new_figure, require_matplotlib, write_figure
 from semlic_jax.evaluation.studies import Progress, csv_table
 from semlic_jax.evaluation.tables import table
-from semlic_jax.images import read_photograph, write_file
+from semlic_jax.images import check_folder, read_photograph, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def settings_study(
     from semlic_jax.refinement.settings import REVISION
 
     require_matplotlib()
-    check_folder(out)
+    check_folder(out, "for the results")
     objectives = {name: objective_name(settings) for name, settings in tries.items()}
     crops = [
         _Crop(path.name, _middle(path, crop), bpp[i % len(bpp)])

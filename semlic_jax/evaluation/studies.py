@@ -3,34 +3,17 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from semlic_jax.evaluation.results import Skipped
 from semlic_jax.terminal import REFUSED, SKIPPED, progress_line
 
 Progress = Callable[[str], None]
-_Value = TypeVar("_Value")
-
-
-def numbers(text: str) -> list[float]:
-    def read(text: str) -> list[float]:
-        return [float(number) for number in text.split(",")]
-
-    return _parsed(text, read, "numbers with commas between them")
-
-
-def _parsed(text: str, read: Callable[[str], _Value], wanted: str) -> _Value:
-    """A value of the command line; argparse's own refusal does not say what fits."""
-    try:
-        return read(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}") from None
 
 
 def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

@@ -60,14 +60,25 @@ def patch_grids(image: np.ndarray, side: int = PATCH_SIDE) -> np.ndarray:
         raise ValueError(
             f"patches of {side}x{side} do not fit into an image of {width}x{height}"
         )
-    starts = [0] if min(height, width) < 1.5 * side else [0, side // 2]
     grids = []
-    for start in starts:
-        rows, columns = (height - start) // side, (width - start) // side
+    for start, rows, columns in _grids(height, width, side):
         part = image[start : start + rows * side, start : start + columns * side]
         part = part.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
         grids.append(part.reshape(-1, side, side, 3))
     return np.concatenate(grids)
+
+
+def patch_count(height: int, width: int, side: int = PATCH_SIDE) -> int:
+    """How many patches `patch_grids` cuts; 0 where none fits."""
+    if min(height, width) < side:
+        return 0
+    return sum(rows * columns for _, rows, columns in _grids(height, width, side))
+
+
+def _grids(height: int, width: int, side: int) -> list[tuple[int, int, int]]:
+    """Start, rows and columns of each of the two grids."""
+    starts = [0] if min(height, width) < 1.5 * side else [0, side // 2]
+    return [(at, (height - at) // side, (width - at) // side) for at in starts]
 
 
 def _hashed(numbers: np.ndarray) -> np.ndarray:

@@ -16,17 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semlic_jax.images import check_outputs, write_file
+from semlic_jax.option_kinds import numbers
 from semlic_jax.training.model_files import mean_decoder
 from semlic_jax.weights import ModelFile, load_model, model_bytes
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers separated by commas, found {text!r}"
-        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--weights",
-        type=_numbers,
+        type=numbers,
         help="weight of each model, separated by commas; default: equal weights",
     )
     parser.add_argument(

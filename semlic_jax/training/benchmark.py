@@ -31,7 +31,7 @@ from semlic_jax.model.compression import SIZES, CompressionModel, entropy_model
 from semlic_jax.model.transforms import HYPER_STRIDE
 from semlic_jax.objectives.features import FeatureNetwork, SqueezeNet
 from semlic_jax.objectives.losses import LossWeights
-from semlic_jax.terminal import positive_int
+from semlic_jax.option_kinds import positive_int
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.sources import open_sources
 from semlic_jax.training.stages import Optimizer, Stage

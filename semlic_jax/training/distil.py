@@ -48,7 +48,7 @@ from semlic_jax.objectives.features import (
     normalise_channels,
 )
 from semlic_jax.objectives.trunks import COMPACT_STAGES, CompactTrunk
-from semlic_jax.terminal import positive_int
+from semlic_jax.option_kinds import positive_int
 from semlic_jax.training.checkpoints import Checkpoints
 from semlic_jax.training.data import Photographs
 from semlic_jax.training.distil_report import markdown, report

@@ -30,9 +30,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from semlic_jax.images import read_photograph
+from semlic_jax.other_formats import OTHER_SUFFIXES
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-_SUFFIXES |= {".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"}
+_SUFFIXES |= OTHER_SUFFIXES
 _SYNTHETIC_SIDE = 192
 _MOST_OPENED = 64  # files at the same time
 _MOST_THREADS = 16
