@@ -179,13 +179,12 @@ def _read_train(arguments: list[str]) -> Task:
         # A wrong key is better found here than on a hundred machines.
         try:
             from semlic_jax.training.train import load_config
-
-            load_config(options.config, overrides)
         except ImportError as error:
             raise ValueError(
                 "the config cannot be checked here because a package is missing: "
                 f"{error}"
             ) from error
+        load_config(options.config, overrides)
     arguments = ["--config", options.config, "--workdir", options.workdir, *overrides]
     return Task("train", tuple(arguments), (options.workdir,), options.config)
 

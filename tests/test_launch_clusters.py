@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -356,10 +357,14 @@ def test_a_tree_is_packed_by_any_tar(tmp_path, monkeypatch):
     assert (tmp_path / "run_semlic_jax.tar.gz").exists()
 
 
-def test_a_config_that_needs_a_missing_package(tmp_path, capsys):
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     config = tmp_path / "own.py"
     config.write_text("import no_such_package")
     arguments = ["train", "--config", str(config), "--workdir", str(tmp_path / "x")]
     assert main(["local", "--dry-run", *arguments]) == 1
-    err = capsys.readouterr().err
-    assert "a package is missing: No module named 'no_such_package'" in err
+    reason = "the config file cannot be loaded: No module named 'no_such_package'"
+    assert reason in capsys.readouterr().err
+    # One of ours, with which the config would be checked.
+    monkeypatch.setitem(sys.modules, "semlic_jax.training.train", None)
+    assert main(["local", "--dry-run", *arguments]) == 1
+    assert "cannot be checked here because a package is" in capsys.readouterr().err
