@@ -14,8 +14,8 @@ TEST_PROCESSES ?= 2
 # Not the files of many tests first: those of few take the longest.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \
 	--no-loadscope-reorder
-EXACT_TESTS := $(foreach name,codec entropy_coding golden integer_networks,\
-	tests/test_$(name).py)
+EXACT_TESTS := $(foreach name,codec codec_inputs codec_programs entropy_coding golden \
+	integer_networks,tests/test_$(name).py)
 NOTEBOOKS_VENV := .venv-notebooks
 NOTEBOOKS_OUT ?= executed
 TFC_VENV := .venv-tfc
@@ -30,7 +30,8 @@ test: lint types unit  ## everything that continuous integration runs
 # TensorFlow's import warns of what it uses itself.
 test-tfc: $(TFC_VENV)/.done  ## the codec with both coders, under the JAX that tfc allows
 	$(TFC_VENV)/bin/python -m pytest -W ignore::DeprecationWarning \
-		tests/test_tfc_coding.py tests/test_codec.py tests/test_golden.py
+		tests/test_tfc_coding.py tests/test_codec.py tests/test_codec_inputs.py \
+		tests/test_codec_programs.py tests/test_golden.py
 
 # In an environment of their own, which has just what their extra names.
 notebooks: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1

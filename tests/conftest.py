@@ -163,6 +163,14 @@ def photograph():
 
 
 @pytest.fixture(scope="session")
+def image(photograph):
+    """The photograph that tests of refinement share; they do not write to it."""
+    from refining import SIZE
+
+    return photograph(*SIZE, seed=3)
+
+
+@pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory):
     """Folder of three small photographs; tests do not write there."""
     path = tmp_path_factory.mktemp("images")

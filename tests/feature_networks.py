@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random parameters of feature networks, and the shapes of their layers."""
+"""Random parameters and images for feature networks, and the shapes of layers."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+RNG = np.random.default_rng(7)
 
 
 def lively_layers(module, side, seed=0):
@@ -31,3 +33,18 @@ def kernels(params):
         for name, shape in names.items()
         if name.endswith("kernel")
     }
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).random(shape, np.float32)
+
+
+def kernel(out_channels, in_channels, height, width=None):
+    width = width or height
+    scale = np.sqrt(2 / (in_channels * height * width))
+    shape = (out_channels, in_channels, height, width)
+    return (RNG.normal(size=shape) * scale).astype(np.float32)
+
+
+def bias(channels):
+    return (RNG.normal(size=channels) * 0.1).astype(np.float32)
