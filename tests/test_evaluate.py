@@ -38,7 +38,7 @@ def test_command_leaves_no_plots_and_tables_of_other_options_unsaid(
         assert cli.main(command) == 0
         return capsys.readouterr().err
 
-    assert run(photo_folder, "jpeg", "psnr_db,lattice") == ""
+    assert run(photo_folder, "jpeg", "psnr_db,lattice,spectrum") == ""
     plots = tmp_path / "plots"
     mine = plots / "rd_mine.png"
     mine.write_bytes(b"drawn by hand")

@@ -100,7 +100,7 @@ SET_METRICS = {
 }
 
 _WITHOUT_NETWORKS = ("psnr_db", "ms_ssim", "ssimulacra2")
-_LATTICE = "lattice"  # without a network too, but not a default
+_OF_GRIDS = ("lattice", "spectrum")  # without a network too, but not defaults
 _OF_SQUEEZENET = ("feature_distance", "frechet", "kernel")
 _OF_PACKAGED = ("compact_distance", "compact_frechet", "compact_kernel")
 _MEAN_STYLE = "compact_mean_style"  # of the packaged network too, but not a default
@@ -241,7 +241,7 @@ class Measures:
     def _weights_of(self, metric: str) -> str:
         if metric == "ssimulacra2":
             return metadata.version("ssimulacra2")
-        if metric in (*_WITHOUT_NETWORKS, _LATTICE):
+        if metric in (*_WITHOUT_NETWORKS, *_OF_GRIDS):
             return ""
         packaged = metric in (*_OF_PACKAGED, _MEAN_STYLE)
         return _packaged_digest() if packaged else self._weights

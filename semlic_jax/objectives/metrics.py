@@ -47,6 +47,7 @@ from semlic_jax.objectives.similarity import (
     ms_ssim,
     psnr_db,
 )
+from semlic_jax.objectives.spectrum import SPECTRUM_PIXELS, spectrum
 from semlic_jax.objectives.style_losses import local_mean_style
 from semlic_jax.objectives.trunks import LPIPS_TAPS
 
@@ -203,6 +204,19 @@ def lattice_pattern(reference: Images, image: Images) -> jax.Array:
     return lattice(x / 255, x_hat / 255, tiles=REFINED_TILES)
 
 
+@exact
+def spectrum_peaks(reference: Images, image: Images) -> jax.Array:
+    """Peaks of the image's spectrum that the reference has not, float32 [B].
+
+    This is `spectrum.spectrum`, a mean over the whole image.
+
+    Raises:
+        ValueError: a side is under 32 pixels.
+    """
+    x, x_hat = as_pair(reference, image)
+    return spectrum(x / 255, x_hat / 255)
+
+
 _NO_SSIMULACRA2 = "SSIMULACRA2 needs its package: pip install ssimulacra2"
 
 
@@ -261,6 +275,7 @@ IMAGE_METRICS = {
     "dists": MetricInfo("DISTS", False, 16),
     "mobilenet_distance": MetricInfo("MobileNetV2 feature distance", False, 32),
     "lattice": MetricInfo("lattice", False, LATTICE_PIXELS * REFINED_TILES),
+    "spectrum": MetricInfo("peaks of the spectrum", False, SPECTRUM_PIXELS),
     "ssimulacra2": MetricInfo("SSIMULACRA2", True, 8),
 }
 
@@ -299,6 +314,7 @@ class ImageMetrics:
             "ms_ssim": ms_ssim,
             "ssimulacra2": ssimulacra2,
             "lattice": lattice_pattern,
+            "spectrum": spectrum_peaks,
         }
         if name == "ssimulacra2" and importlib.util.find_spec(name) is None:
             raise ValueError(_NO_SSIMULACRA2)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The spectrum term sees waves that the original has not, and little else."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from semlic_jax.objectives.spectrum import spectrum
+
+
+@pytest.fixture(scope="module")
+def grain():
+    """A grey image with fine noise, float32 [1, 256, 256, 3]."""
+    noise = np.random.default_rng(1).normal(size=(1, 256, 256, 1))
+    return np.float32(0.5 + 0.04 * np.repeat(noise, 3, axis=-1))
+
+
+def wave(rows, columns, amplitude, side=256):
+    """A wave of so many periods in 32 pixels, float32 [1, side, side, 1]."""
+    i, j = np.mgrid[:side, :side]
+    phase = 2 * np.pi * (rows * i + columns * j) / 32
+    return np.float32(amplitude * np.cos(phase))[None, ..., None]
+
+
+def test_spectrum_equals_its_equation():
+    rng = np.random.default_rng(2)
+    x = rng.random((2, 60, 64, 3)).astype(np.float32) * 0.2 + 0.4
+    x_hat = np.float32(x + 0.05 * rng.normal(size=x.shape)) * [[[[0.9, 1.1, 1.0]]]]
+    hann = np.outer(*[0.5 - 0.5 * np.cos(2 * np.pi * np.arange(32) / 32)] * 2)
+    hann /= np.sqrt((hann**2).mean())
+    f = np.fft.fftfreq(32)
+    band = np.hypot(f[:, None], f) > 0.1
+    for image, value in enumerate(spectrum(x, np.float32(x_hat))):
+        powers, powers_hat, weights = [], [], []
+        for top in range(0, 60 - 32 + 1, 16):
+            for left in range(0, 64 - 32 + 1, 16):
+                pair = []
+                for pixels in (x, x_hat):
+                    luma = pixels[image, top : top + 32, left : left + 32]
+                    luma = luma.astype(np.float64) @ [0.299, 0.587, 0.114]
+                    tapered = (luma - luma.mean()) * hann
+                    pair.append(np.abs(np.fft.fft2(tapered)) ** 2 / 32**4)
+                weights.append(1 / (pair[0][band].sum() + (2 / 255) ** 2))
+                powers.append(pair[0] * weights[-1])
+                powers_hat.append(pair[1] * weights[-1])
+        floor = np.mean(weights) * 0.3 / 512**2 / 32**2
+        d = np.log(np.mean(powers_hat, 0) + floor) - np.log(np.mean(powers, 0) + floor)
+        smooth = gaussian_filter(d, 2.5, mode="wrap", truncate=6.0)
+        expected = np.mean((d - smooth)[band] ** 2)
+        np.testing.assert_allclose(value, expected, rtol=2e-3)
+
+
+def test_a_wave_is_seen_and_grain_is_not(grain):
+    noise = np.random.default_rng(3).normal(size=(*grain.shape[:3], 1))
+    other = np.float32(0.5 + 0.04 * np.repeat(noise, 3, axis=-1))
+    seen = float(spectrum(grain, grain + wave(5, 12, 0.04))[0])
+    assert float(spectrum(grain, other)[0]) < 0.1 * seen
+    assert float(spectrum(grain, grain)[0]) < 1e-9
+    # Stronger or weaker texture, and another brightness, are no peaks.
+    assert float(spectrum(grain, 0.2 + 0.7 * grain)[0]) < 0.01 * seen
+    # A wave that the original has too is none.
+    both = spectrum(grain + wave(5, 12, 0.04), other + wave(5, 12, 0.04))
+    assert float(both[0]) < 0.1 * seen
+
+
+def test_blur_counts_less_than_a_wave(grain):
+    blurred = np.float32(gaussian_filter(grain, (0, 0.7, 0.7, 0)))
+    seen = float(spectrum(blurred, blurred + wave(5, 12, 0.02))[0])
+    assert float(spectrum(grain, blurred)[0]) < 0.2 * seen
+
+
+def test_what_is_slow_or_under_half_a_grey_level_is_not_seen():
+    flat = np.full((1, 64, 64, 3), 0.5, np.float32)
+    strong = float(spectrum(flat, flat + wave(5, 12, 0.02, 64))[0])
+    assert float(spectrum(flat, flat + wave(1, 2, 0.02, 64))[0]) < 0.2 * strong
+    assert float(spectrum(flat, flat + wave(5, 12, 0.0002, 64))[0]) < 0.01 * strong
+
+
+def test_the_gradient_takes_the_wave_away(grain):
+    made = jnp.asarray(grain + wave(5, 12, 0.04))
+    gradient = jax.grad(lambda v: spectrum(grain, v).sum())(made)
+    assert np.isfinite(gradient).all()
+    along = np.sum(np.asarray(gradient) * wave(5, 12, 1.0))
+    across = np.sum(np.asarray(gradient) * wave(9, 7, 1.0))
+    assert along > 0
+    assert along > 5 * abs(across)
+    # Nothing is asked of the original, and a plain pair has a gradient as well.
+    of_original = jax.grad(lambda v: spectrum(v, made).sum())(jnp.asarray(grain))
+    np.testing.assert_array_equal(of_original, np.zeros_like(grain))
+    flat = jnp.full((1, 32, 32, 3), 0.5)
+    assert np.isfinite(jax.grad(lambda v: spectrum(flat, v).sum())(flat)).all()
+
+
+def test_images_under_a_window_are_refused():
+    small = np.zeros((1, 31, 64, 3), np.float32)
+    with pytest.raises(ValueError, match="at least 32 pixels, found 31 x 64"):
+        spectrum(small, small)
