@@ -49,6 +49,11 @@ def positive_int(text: str) -> int:
     return _checked(text, int, "a whole number of at least 1", lambda x: x >= 1)
 
 
+def seed(text: str) -> int:
+    wanted = "a whole number from 0 to 4294967295"
+    return _checked(text, int, wanted, lambda x: 0 <= x < 2**32)
+
+
 def preset_or_steps(text: str) -> str | int:
     """How to refine: the name of a preset, or a number of steps."""
     if text.isalpha():
