@@ -34,24 +34,39 @@ def test_spectrum_equals_its_equation():
     hann /= np.sqrt((hann**2).mean())
     f = np.fft.fftfreq(32)
     band = np.hypot(f[:, None], f) > 0.1
+    components = (
+        (0.299, 0.587, 0.114),
+        (-0.168736, -0.331264, 0.5),
+        (0.5, -0.418688, -0.081312),
+    )
     for image, value in enumerate(spectrum(x, np.float32(x_hat))):
-        powers, powers_hat, weights = [], [], []
-        for top in range(0, 60 - 32 + 1, 16):
-            for left in range(0, 64 - 32 + 1, 16):
-                pair = []
-                for pixels in (x, x_hat):
-                    luma = pixels[image, top : top + 32, left : left + 32]
-                    luma = luma.astype(np.float64) @ [0.299, 0.587, 0.114]
-                    tapered = (luma - luma.mean()) * hann
-                    pair.append(np.abs(np.fft.fft2(tapered)) ** 2 / 32**4)
-                weights.append(1 / (pair[0][band].sum() + (2 / 255) ** 2))
-                powers.append(pair[0] * weights[-1])
-                powers_hat.append(pair[1] * weights[-1])
-        floor = np.mean(weights) * 0.3 / 512**2 / 32**2
-        d = np.log(np.mean(powers_hat, 0) + floor) - np.log(np.mean(powers, 0) + floor)
-        smooth = gaussian_filter(d, 2.5, mode="wrap", truncate=6.0)
-        expected = np.mean((d - smooth)[band] ** 2)
-        np.testing.assert_allclose(value, expected, rtol=2e-3)
+        peaks = []
+        for component in components:
+            powers, powers_hat, weights = [], [], []
+            for top in range(0, 60 - 32 + 1, 16):
+                for left in range(0, 64 - 32 + 1, 16):
+                    pair = []
+                    for pixels in (x, x_hat):
+                        plane = pixels[image, top : top + 32, left : left + 32]
+                        plane = plane.astype(np.float64) @ component
+                        tapered = (plane - plane.mean()) * hann
+                        pair.append(np.abs(np.fft.fft2(tapered)) ** 2 / 32**4)
+                    weights.append(1 / (pair[0][band].sum() + (2 / 255) ** 2))
+                    powers.append(pair[0] * weights[-1])
+                    powers_hat.append(pair[1] * weights[-1])
+            floor = np.mean(weights) * 0.3 / 512**2 / 32**2
+            d = np.log(np.mean(powers_hat, 0) + floor)
+            d -= np.log(np.mean(powers, 0) + floor)
+            smooth = gaussian_filter(d, 2.5, mode="wrap", truncate=6.0)
+            peaks.append(np.mean((d - smooth)[band] ** 2))
+        np.testing.assert_allclose(value, np.mean(peaks), rtol=2e-3)
+
+
+def test_waves_of_colour_are_seen(grain):
+    blue = wave(5, 12, 0.04) * np.float32([-0.1, -0.1, 0.8])
+    assert abs(float(np.sum(blue[0, 3, 5] * [0.299, 0.587, 0.114]))) < 1e-3
+    flat = np.full_like(grain, 0.5)
+    assert float(spectrum(flat, flat + blue)[0]) > 0.1
 
 
 def test_a_wave_is_seen_and_grain_is_not(grain):

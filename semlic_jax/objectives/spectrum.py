@@ -19,22 +19,28 @@ _LOWEST = 0.1  # cycles per pixel: below it are the shapes of things
 _SMOOTHING = 2.5  # standard deviation in bins of what counts as the shape of a spectrum
 _CONTRAST = 2 / 255  # windows plainer than this do not count for more
 _NOISE = 0.3**0.5 / 512  # deviation of white noise that hides a peak
-_LUMA = (0.299, 0.587, 0.114)
+# Luma and the two differences of colour of JPEG (ITU-T T.871).
+_COMPONENTS = (
+    (0.299, 0.587, 0.114),
+    (-0.168736, -0.331264, 0.5),
+    (0.5, -0.418688, -0.081312),
+)
 
 
 def spectrum(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     """Peaks of the spectrum of x_hat that x has not, float32 [B].
 
-    With P(f) the power of luma at the spatial frequency f, a mean over Hann windows of
-    32 x 32 pixels in which each window counts by how plain the original is there,
+    With P(f) the power at the spatial frequency f, a mean over Hann windows of 32 x 32
+    pixels in which each window counts by how plain the original is there,
 
         d(f) = ln (P(f; x_hat) + e) / (P(f; x) + e)
         mean over |f| > 0.1 cycles per pixel of (d - s)^2
 
     where s is d smoothed over neighbouring frequencies and e hides what is under half a
-    grey level. Blur and grain change d smoothly and count little; a wave is a narrow
-    peak. Only the whole crop's spectrum counts, not where a texture lies, so a
-    decoder's random texture is no error. This term is ours.
+    grey level; a mean over luma and both differences of colour. Blur and grain change d
+    smoothly and count little; a wave is a narrow peak. Only the spectrum of the whole
+    crop counts, not where a texture lies, so a decoder's random texture is no error.
+    This term is ours.
 
     Args:
         x, x_hat: float [B, H, W, 3] in [0, 1]; no gradient flows to x. Rows and columns
@@ -58,26 +64,29 @@ def spectrum(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     )
     ratio = levels_hat - levels
     smooth = jnp.fft.ifft2(jnp.fft.fft2(ratio) * response).real
-    return jnp.sum(jnp.square(ratio - smooth) * band, axis=(1, 2)) / np.sum(band)
+    peaks = jnp.sum(jnp.square(ratio - smooth) * band, axis=(1, 2)) / np.sum(band)
+    return jnp.mean(peaks.reshape(-1, len(_COMPONENTS)), axis=1)
 
 
 def _powers(x: jax.Array) -> jax.Array:
-    """Power of luma in each window at each frequency, [B, windows, 32, 32].
+    """Power in each window at each frequency, [B * 3, windows, 32, 32].
 
     The powers of a window add up to its mean square under the Hann window.
     """
-    luma = x.astype(jnp.float32) @ jnp.asarray(_LUMA, jnp.float32)
+    components = jnp.asarray(_COMPONENTS, jnp.float32)
+    planes = jnp.einsum("bhwc,kc->bkhw", x.astype(jnp.float32), components)
+    planes = planes.reshape(-1, *x.shape[1:3])
     side = SPECTRUM_PIXELS
     parts = []
     # Windows that lie side by side, from each of the four corners of a window.
     for top in (0, _STEP):
         for left in (0, _STEP):
-            moved = luma[:, top:, left:]
+            moved = planes[:, top:, left:]
             rows, columns = moved.shape[1] // side, moved.shape[2] // side
             moved = moved[:, : rows * side, : columns * side]
-            moved = moved.reshape(luma.shape[0], rows, side, columns, side)
+            moved = moved.reshape(planes.shape[0], rows, side, columns, side)
             moved = moved.transpose(0, 1, 3, 2, 4)
-            parts.append(moved.reshape(luma.shape[0], rows * columns, side, side))
+            parts.append(moved.reshape(planes.shape[0], rows * columns, side, side))
     windows = jnp.concatenate(parts, axis=1)
     windows = windows - jnp.mean(windows, axis=(2, 3), keepdims=True)
     found = jnp.fft.fft2(windows * _hann())
