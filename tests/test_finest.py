@@ -158,3 +158,8 @@ def test_command_writes_a_model_and_a_report(tmp_path, mini_model, monkeypatch, 
         finest.main([*command, "--force", "--latents", "3"])
     assert ended.value.code == 1
     assert "expected --latents from 4 to 20, found 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        finest.main([*command, "--seed", "-1"])
+    assert ended.value.code == 2
+    wanted = "expected a whole number from 0 to 4294967295, found '-1'"
+    assert wanted in capsys.readouterr().err
