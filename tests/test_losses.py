@@ -11,7 +11,7 @@ from semlic_jax.objectives import losses, similarity, style_losses
 from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.losses import LossWeights, RateTarget
-from semlic_jax.objectives.spectrum import spectrum
+from semlic_jax.objectives.spectrum import spectral_power, spectrum
 
 # Each operation by itself would be compiled for each of many shapes.
 structural = jax.jit(losses.structural)
@@ -503,7 +503,12 @@ def test_ensemble_has_the_terms_of_pixels_as_they_are():
     x = rng.random((2, 48, 64, 3)).astype(np.float32)
     x_hat = np.clip(x / 2 + 0.1 * rng.normal(size=x.shape), 0, 1).astype(np.float32)
     weights = LossWeights(
-        charbonnier=0.0, squared_error=1.0, structural=1.0, lattice=1.0, spectrum=1.0
+        charbonnier=0.0,
+        squared_error=1.0,
+        structural=1.0,
+        lattice=1.0,
+        spectrum=1.0,
+        spectral_power=1.0,
     )
     terms = jax.jit(lambda *pair: losses.ensemble_terms(*pair, weights))(x, x_hat)
     expected = {
@@ -511,6 +516,7 @@ def test_ensemble_has_the_terms_of_pixels_as_they_are():
         "structural": structural(x, x_hat),
         "lattice": lattice(x, x_hat),
         "spectrum": spectrum(x, x_hat),
+        "spectral_power": spectral_power(x, x_hat),
     }
     assert terms.keys() == expected.keys()
     for name, value in expected.items():

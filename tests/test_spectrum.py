@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from semlic_jax.objectives.spectrum import spectrum
+from semlic_jax.objectives.spectrum import spectral_power, spectrum
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,10 @@ def test_spectrum_equals_its_equation():
         (-0.168736, -0.331264, 0.5),
         (0.5, -0.418688, -0.081312),
     )
-    for image, value in enumerate(spectrum(x, np.float32(x_hat))):
-        peaks = []
+    x_hat = np.float32(x_hat)
+    found = zip(spectrum(x, x_hat), spectral_power(x, x_hat), strict=True)
+    for image, values in enumerate(found):
+        peaks, levels = [], []
         for component in components:
             powers, powers_hat, weights = [], [], []
             for top in range(0, 60 - 32 + 1, 16):
@@ -59,7 +61,8 @@ def test_spectrum_equals_its_equation():
             d -= np.log(np.mean(powers, 0) + floor)
             smooth = gaussian_filter(d, 2.5, mode="wrap", truncate=6.0)
             peaks.append(np.mean((d - smooth)[band] ** 2))
-        np.testing.assert_allclose(value, np.mean(peaks), rtol=2e-3)
+            levels.append(np.mean(smooth[band] ** 2))
+        np.testing.assert_allclose(values, [np.mean(peaks), np.mean(levels)], rtol=2e-3)
 
 
 def test_waves_of_colour_are_seen(grain):
@@ -80,6 +83,17 @@ def test_a_wave_is_seen_and_grain_is_not(grain):
     # A wave that the original has too is none.
     both = spectrum(grain + wave(5, 12, 0.04), other + wave(5, 12, 0.04))
     assert float(both[0]) < 0.1 * seen
+
+
+def test_power_sees_texture_that_is_too_weak_or_too_strong_and_no_peaks(grain):
+    weak, strong = (0.5 + factor * (grain - 0.5) for factor in (0.5, 2.0))
+    expected = np.log(4) ** 2 / 3  # of three components, grey grain has one
+    for made in (weak, strong):
+        assert float(spectral_power(grain, made)[0]) == pytest.approx(expected, 0.05)
+    assert float(spectral_power(grain, grain + wave(5, 12, 0.04))[0]) < 0.1 * expected
+    # The gradient makes weak texture stronger.
+    gradient = jax.grad(lambda v: spectral_power(grain, v).sum())(jnp.asarray(weak))
+    assert float(np.sum(gradient * (weak - 0.5))) < 0
 
 
 def test_blur_counts_less_than_a_wave(grain):

@@ -3,8 +3,9 @@
 
     L = lambda(q)*R + k_charbonnier*Charbonnier + k_squared_error*SquaredError
         + k_structural*Structural + k_lattice*Lattice + k_spectrum*Spectrum
-        + k_perceptual*Perceptual + k_style*Style + k_local_style*LocalStyle
-        + k_mean_style*MeanStyle + k_adversarial*Adversarial
+        + k_spectral_power*SpectralPower + k_perceptual*Perceptual + k_style*Style
+        + k_local_style*LocalStyle + k_mean_style*MeanStyle
+        + k_adversarial*Adversarial
 
 Each term is a function that returns one value per image, float32 [B], so that rate
 targets and region weights act per sample. `ensemble_terms` computes the terms that have
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from semlic_jax.objectives.features import FeatureNetwork, feature_distance
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.similarity import MS_SSIM_WEIGHTS, halve, ssim_terms
-from semlic_jax.objectives.spectrum import spectrum
+from semlic_jax.objectives.spectrum import spectral_power, spectrum
 from semlic_jax.objectives.style_losses import local_style, mean_style, style
 
 # The rate target of the first steps is this much looser (HiFiC: 0.20 bpp for 0.14).
@@ -252,6 +253,7 @@ class LossWeights:
     structural: float = 0.0
     lattice: float = 0.0
     spectrum: float = 0.0
+    spectral_power: float = 0.0
     perceptual: float = 0.0
     style: float = 0.0
     local_style: float = 0.0
@@ -313,6 +315,8 @@ def ensemble_terms(
         terms["lattice"] = lattice(x, x_hat)
     if weights.spectrum:
         terms["spectrum"] = spectrum(x, x_hat)
+    if weights.spectral_power:
+        terms["spectral_power"] = spectral_power(x, x_hat)
     if weights.sees_features:
         if network is None:
             raise ValueError(

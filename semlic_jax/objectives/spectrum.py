@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The spectrum term: whether the decoder makes its texture of a few waves.
+"""The spectrum terms: whether the decoder makes its texture of a few waves.
 
 A decoder that upsamples in steps of two favours some spatial frequencies. What it adds
 for fur, cloth or grain then lies in a few narrow peaks of the spectrum, which show as a
@@ -49,23 +49,44 @@ def spectrum(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     Raises:
         ValueError: a side is under 32 pixels.
     """
+    ratio, smooth = _ratios(x, x_hat)
+    return _band_mean(jnp.square(ratio - smooth))
+
+
+def spectral_power(x: jax.Array, x_hat: jax.Array) -> jax.Array:
+    """How far x_hat has too little or too much of all fine detail, float32 [B].
+
+    The mean over |f| > 0.1 cycles per pixel of s^2, with s as in `spectrum`. Where the
+    peaks are taken away, this asks for as much texture as the original has. This term
+    is ours.
+
+    Args, Raises: as `spectrum`.
+    """
+    return _band_mean(jnp.square(_ratios(x, x_hat)[1]))
+
+
+def _ratios(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """d and s of `spectrum`, [B * 3, 32, 32] each."""
     if min(x.shape[1:3]) < SPECTRUM_PIXELS:
         raise ValueError(
             f"the spectrum term needs sides of at least {SPECTRUM_PIXELS} pixels, "
             f"found {x.shape[1]} x {x.shape[2]}"
         )
-    band, response = _band(), _response()
     power, power_hat = _powers(jax.lax.stop_gradient(x)), _powers(x_hat)
-    energy = jnp.sum(power * band, axis=(2, 3), keepdims=True)
+    energy = jnp.sum(power * _band(), axis=(2, 3), keepdims=True)
     weights = 1 / (energy + _CONTRAST**2)
     floor = jnp.mean(weights, axis=1) * (_NOISE / SPECTRUM_PIXELS) ** 2
     levels, levels_hat = (
         jnp.log(jnp.mean(each * weights, axis=1) + floor) for each in (power, power_hat)
     )
     ratio = levels_hat - levels
-    smooth = jnp.fft.ifft2(jnp.fft.fft2(ratio) * response).real
-    peaks = jnp.sum(jnp.square(ratio - smooth) * band, axis=(1, 2)) / np.sum(band)
-    return jnp.mean(peaks.reshape(-1, len(_COMPONENTS)), axis=1)
+    return ratio, jnp.fft.ifft2(jnp.fft.fft2(ratio) * _response()).real
+
+
+def _band_mean(values: jax.Array) -> jax.Array:
+    """Mean over the band and the components, [B], of [B * 3, 32, 32]."""
+    means = jnp.sum(values * _band(), axis=(1, 2)) / np.sum(_band())
+    return jnp.mean(means.reshape(-1, len(_COMPONENTS)), axis=1)
 
 
 def _powers(x: jax.Array) -> jax.Array:

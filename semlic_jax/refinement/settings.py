@@ -62,8 +62,7 @@ class Settings:
             squared errors and features hardly see.
         lattice: weight, within the perceptual terms, of what repeats in every cell of
             the latents (`structure.py`). Without it, refinement makes some texture from
-            a mesh of dots; a weight of 30 removes most of the mesh, but also part of
-            what refinement gains in statistics of features.
+            a mesh of dots; a weight of 30 weakens it.
         features: the trunk, or the path of its weights (see
             `objectives.features.load_features`); None takes the packaged one.
         learning_rate: with relaxed rounding, Adam's learning rate in steps of the

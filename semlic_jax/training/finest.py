@@ -6,8 +6,8 @@
 The layers of the finest level are a small part of a decoder's weights, and decide what
 its texture is made of. What comes before them is computed once for each photograph and
 stays as it is. The loss is that of the decoder's stage without the adversary, with the
-spectrum term (`objectives/spectrum.py`) and with a term that holds the picture near the
-one before, which an adversary has formed. OUTPUT reads and writes the same files as the
+terms of `objectives/spectrum.py` and with one that holds the picture near that of
+before, which an adversary has formed. OUTPUT reads and writes the same files as the
 model.
 """
 
@@ -60,12 +60,13 @@ TEACHER = "squeezenet1_0"
 WEIGHTS = LossWeights(
     charbonnier=0.6,
     structural=0.7,
-    perceptual=0.25,
+    perceptual=0.3,
     mean_style=1.0,
     lattice=6.0,
-    spectrum=0.3,
+    spectrum=0.15,
+    spectral_power=0.05,
 )
-CLOSENESS = 1.0  # weight of the distance to the picture before
+CLOSENESS = 0.3  # weight of the distance to the picture before
 _SIDE = 320  # of what is used of a photograph, in pixels
 _LEAST_LATENTS = 4  # of a crop, for the lattice term
 _LEAST_SCALING = 0.9  # photographs are not scaled by less, which would only blur them
