@@ -38,6 +38,7 @@ _CODECS_HELP = (
 )
 _IMAGE_METRICS_HELP = (
     "psnr_db, ms_ssim, ssimulacra2, compact_distance, compact_mean_style, lattice, "
+    "spectrum, "
     "with --weights also feature_distance, lpips_alex, lpips_vgg, lpips_squeeze, "
     "dists, mobilenet_distance"
 )
