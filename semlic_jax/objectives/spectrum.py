@@ -50,19 +50,19 @@ def spectrum(x: jax.Array, x_hat: jax.Array) -> jax.Array:
         ValueError: a side is under 32 pixels.
     """
     ratio, smooth = _ratios(x, x_hat)
-    return _band_mean(jnp.square(ratio - smooth))
+    return jnp.mean(_band_means(jnp.square(ratio - smooth)), axis=1)
 
 
 def spectral_power(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     """How far x_hat has too little or too much of all fine detail, float32 [B].
 
-    The mean over |f| > 0.1 cycles per pixel of s^2, with s as in `spectrum`. Where the
-    peaks are taken away, this asks for as much texture as the original has. This term
-    is ours.
+    The mean over |f| > 0.1 cycles per pixel of s^2, with s as in `spectrum`, of luma
+    alone: grain of colours would be seen as noise. Where the peaks are taken away, this
+    asks for as much texture as the original has. This term is ours.
 
     Args, Raises: as `spectrum`.
     """
-    return _band_mean(jnp.square(_ratios(x, x_hat)[1]))
+    return _band_means(jnp.square(_ratios(x, x_hat)[1]))[:, 0]
 
 
 def _ratios(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,10 +83,10 @@ def _ratios(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     return ratio, jnp.fft.ifft2(jnp.fft.fft2(ratio) * _response()).real
 
 
-def _band_mean(values: jax.Array) -> jax.Array:
-    """Mean over the band and the components, [B], of [B * 3, 32, 32]."""
+def _band_means(values: jax.Array) -> jax.Array:
+    """Means over the band for each component, [B, 3], of [B * 3, 32, 32]."""
     means = jnp.sum(values * _band(), axis=(1, 2)) / np.sum(_band())
-    return jnp.mean(means.reshape(-1, len(_COMPONENTS)), axis=1)
+    return means.reshape(-1, len(_COMPONENTS))
 
 
 def _powers(x: jax.Array) -> jax.Array:
