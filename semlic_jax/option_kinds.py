@@ -49,7 +49,7 @@ def positive_int(text: str) -> int:
     return _checked(text, int, "a whole number of at least 1", lambda x: x >= 1)
 
 
-def seed(text: str) -> int:
+def seed_int(text: str) -> int:
     wanted = "a whole number from 0 to 4294967295"
     return _checked(text, int, wanted, lambda x: 0 <= x < 2**32)
 

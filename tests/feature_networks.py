@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 RNG = np.random.default_rng(7)
+
+
+def shared_folder(variable: str, name: str) -> Path:
+    folder = Path(
+        os.environ.get(variable) or Path(__file__).parents[2] / "shared" / name
+    )
+    if not folder.is_dir():
+        pytest.skip(f"{variable} is not set: no folder of {name}")
+    return folder
 
 
 def lively_layers(module, side, seed=0):

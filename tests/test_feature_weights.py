@@ -1,26 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of feature weights: round trips, published ones, what is refused and why."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from feature_networks import bias, kernel, random_images
+from feature_networks import bias, kernel, random_images, shared_folder
 
 from semlic_jax.objectives import feature_weights, features, trunks
 from semlic_jax.objectives.features import FeatureNetwork, load_features
-
-
-def shared_folder(variable: str, name: str) -> Path:
-    folder = Path(
-        os.environ.get(variable) or Path(__file__).parents[2] / "shared" / name
-    )
-    if not folder.is_dir():
-        pytest.skip(f"{variable} is not set: no folder of {name}")
-    return folder
 
 
 def test_own_form_round_trips_through_a_file(tmp_path):

@@ -2,7 +2,6 @@
 """Metrics of one reconstruction against independent implementations."""
 
 import io
-import os
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from feature_networks import shared_folder
 from PIL import Image
 from scipy.signal import fftconvolve
 
@@ -25,15 +25,6 @@ from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.metrics import ImageMetrics
 from semlic_jax.objectives.spectrum import spectrum
-
-
-def shared_folder(variable: str, name: str) -> Path:
-    folder = Path(
-        os.environ.get(variable) or Path(__file__).parents[2] / "shared" / name
-    )
-    if not folder.is_dir():
-        pytest.skip(f"{variable} is not set: no folder of {name}")
-    return folder
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:

@@ -39,7 +39,7 @@ from semlic_jax.model.compression import (
 )
 from semlic_jax.objectives.features import PACKAGED, load_features
 from semlic_jax.objectives.losses import LossWeights, charbonnier, weighted_sum
-from semlic_jax.option_kinds import positive_float, positive_int, seed
+from semlic_jax.option_kinds import positive_float, positive_int, seed_int
 from semlic_jax.terminal import progress_line
 from semlic_jax.training.model_files import with_decoder
 from semlic_jax.training.sources import Source, UnusableImage, open_sources
@@ -56,7 +56,7 @@ from semlic_jax.weights import ModelFile, load_model, model_bytes
 Array = jax.Array
 Tree = Any
 
-TEACHER = "squeezenet1_0"
+_TRUNK = "squeezenet1_0"
 WEIGHTS = LossWeights(
     charbonnier=0.6,
     structural=0.7,
@@ -98,11 +98,11 @@ class Inputs(NamedTuple):
 class Batch(NamedTuple):
     """Crops: `Inputs` in float32, originals in [0, 1], and the crops' first latents."""
 
-    x: np.ndarray
-    h: np.ndarray
-    y_hat: np.ndarray
-    quality: np.ndarray
-    origin: np.ndarray
+    x: Any
+    h: Any
+    y_hat: Any
+    quality: Any
+    origin: Any
 
 
 def synthesis(
@@ -159,8 +159,8 @@ def make_inputs(
 
     Args:
         codec: the model.
-        source: photographs, used again and again until there are enough examples.
-        count: number of examples.
+        source: photographs. None is used twice, so that what is held out is not known.
+        count: number of examples at most.
         rng: of the order and the qualities.
         say: is told the progress.
 
@@ -168,32 +168,34 @@ def make_inputs(
         ValueError: no photograph has sides of 320 pixels.
     """
 
-    @jax.jit
-    def enter(y_hat: Array, quality: Array) -> Array:
-        found = synthesis(codec.config, codec.params, y_hat, quality)[1]
-        return found.astype(jnp.float16)
-
     examples: list[Inputs] = []
-    while len(examples) < count:
-        before = len(examples)
-        for number in rng.permutation(len(source))[: count - before]:
-            try:
-                x = _square(source[int(number)])
-            except UnusableImage:
-                continue
-            level = int(rng.integers(*_LEVELS))
-            data = codec.encode(codec.analyse(x), level)
-            y_hat = codec.decode_latents(data)[1]
-            quality = np.array([level / (QUALITY_LEVELS - 1)], np.float32)
-            h = np.asarray(enter(y_hat[None], quality))
-            examples.append(Inputs(x, h[0], y_hat, quality[0]))
-            say(f"{len(examples)} of {count} photographs")
-        if len(examples) == before:
-            raise ValueError(
-                f"expected photographs with sides of at least {_SIDE} pixels, found "
-                f"none among {len(source)}"
-            )
+    for number in rng.permutation(len(source)):
+        try:
+            x = _square(source[int(number)])
+        except UnusableImage:
+            continue
+        level = int(rng.integers(*_LEVELS))
+        data = codec.encode(codec.analyse(x), level)
+        y_hat = codec.decode_latents(data)[1]
+        quality = np.array([level / (QUALITY_LEVELS - 1)], np.float32)
+        h = _input_of_finest(codec.config, codec.params, y_hat[None], quality)
+        examples.append(Inputs(x, np.asarray(h[0]), y_hat, quality[0]))
+        say(f"{len(examples)} of {count} photographs")
+        if len(examples) == count:
+            break
+    if not examples:
+        raise ValueError(
+            f"expected photographs with sides of at least {_SIDE} pixels, found none "
+            f"among {len(source)}"
+        )
     return Inputs(*map(np.stack, zip(*examples, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _input_of_finest(
+    config: ModelConfig, params: Tree, y_hat: Array, quality: Array
+) -> Array:
+    return synthesis(config, params, y_hat, quality)[1].astype(jnp.float16)
 
 
 def _square(pixels: np.ndarray) -> np.ndarray:
@@ -250,15 +252,14 @@ def measure(
         synthesis(
             config,
             {**before, **each},
-            jnp.asarray(batch.y_hat),
-            jnp.asarray(batch.quality),
-            h=jnp.asarray(batch.h),
-            origin=jnp.asarray(batch.origin),
+            batch.y_hat,
+            batch.quality,
+            h=batch.h,
+            origin=batch.origin,
         )[0]
         for each in (params, before)
     )
-    x = jnp.asarray(batch.x)
-    terms = reconstruction_terms(x, x_hat, WEIGHTS, trunk, key)
+    terms = reconstruction_terms(batch.x, x_hat, WEIGHTS, trunk, key)
     return terms | {"closeness": charbonnier(jax.lax.stop_gradient(x_before), x_hat)}
 
 
@@ -277,9 +278,8 @@ def update(
 
     def loss(part: Tree) -> tuple[Array, dict[str, Array]]:
         terms = measure(config, part, before, batch, trunk, key)
-        closeness = terms.pop("closeness")
-        total = weighted_sum(terms, WEIGHTS) + CLOSENESS * closeness
-        terms["closeness"] = closeness
+        weighted = {name: terms[name] for name in terms if name != "closeness"}
+        total = weighted_sum(weighted, WEIGHTS) + CLOSENESS * terms["closeness"]
         return jnp.mean(total), {name: jnp.mean(term) for name, term in terms.items()}
 
     part = {"g_s": learner.params["g_s"]}
@@ -405,17 +405,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--trunk",
-        choices=(TEACHER, PACKAGED),
-        default=TEACHER,
+        choices=(_TRUNK, PACKAGED),
+        default=_TRUNK,
         help="feature network of the loss; default: %(default)s",
     )
     for name, kind, value, text in (
-        ("examples", positive_int, 800, "photographs at one quality each"),
+        ("examples", positive_int, 800, "photographs to use at most"),
         ("steps", positive_int, 800, "number of steps"),
         ("batch", positive_int, 4, "crops in a step"),
         ("latents", positive_int, 12, "side of the crops in latents of 16 pixels"),
         ("learning-rate", positive_float, 2e-4, "the highest learning rate"),
-        ("seed", seed, 0, "seed of crops and qualities"),
+        ("seed", seed_int, 0, "seed of crops and qualities"),
     ):
         parser.add_argument(
             f"--{name}", type=kind, default=value, help=f"{text}; default: %(default)s"
