@@ -100,6 +100,44 @@ def test_only_the_finest_level_learns_and_files_stay(mini_model, inputs):
     )
 
 
+def test_a_stopped_run_goes_on_to_the_same_end(
+    mini_model, inputs, monkeypatch, tmp_path
+):
+    model = load_model(mini_model)
+    trunk = Trunk(load_small_trunk())
+    settings = dict(steps=5, batch=2, latents=4, learning_rate=1e-2)
+    whole, report = finest.train(model, inputs, trunk, **settings)
+    monkeypatch.setattr(finest, "_SAVED_STEPS", 2)
+    update, made = finest.update, []
+
+    def stopped(*parts):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(None)
+        return update(*parts)
+
+    monkeypatch.setattr(finest, "update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        finest.train(model, inputs, trunk, **settings, folder=tmp_path)
+    made.clear()
+    resumed, again = finest.train(model, inputs, trunk, **settings, folder=tmp_path)
+    assert len(made) == 3  # from step 2 to 5
+    jax.tree.map(np.testing.assert_array_equal, resumed.transforms, whole.transforms)
+    assert again == report
+    made.clear()
+    once_more, _ = finest.train(model, inputs, trunk, **settings, folder=tmp_path)
+    assert not made
+    jax.tree.map(np.testing.assert_array_equal, once_more.transforms, whole.transforms)
+    for change, name in (({"seed": 1}, "seed"), ({"batch": 1}, "batch")):
+        with pytest.raises(ValueError, match=f"other settings: {name} was"):
+            finest.train(
+                model, inputs, trunk, **{**settings, **change}, folder=tmp_path
+            )
+    others = inputs._replace(quality=inputs.quality + 1e-3)
+    with pytest.raises(ValueError, match="other settings: examples was"):
+        finest.train(model, others, trunk, **settings, folder=tmp_path)
+
+
 def test_the_loss_falls(mini_model, inputs):
     model = load_model(mini_model)
     made = dict(steps=40, batch=2, latents=6, learning_rate=3e-3)

@@ -8,13 +8,15 @@ its texture is made of. What comes before them is computed once for each photogr
 stays as it is. The loss is that of the decoder's stage without the adversary, with the
 terms of `objectives/spectrum.py` and with one that holds the picture near that of
 before, which an adversary has formed. OUTPUT reads and writes the same files as the
-model.
+model. With `--checkpoints`, a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import json
 import logging
 import sys
@@ -41,6 +43,7 @@ from semlic_jax.objectives.features import PACKAGED, load_features
 from semlic_jax.objectives.losses import LossWeights, charbonnier, weighted_sum
 from semlic_jax.option_kinds import positive_float, positive_int, seed_int
 from semlic_jax.terminal import progress_line
+from semlic_jax.training.checkpoints import Checkpoints
 from semlic_jax.training.model_files import with_decoder
 from semlic_jax.training.sources import Source, UnusableImage, open_sources
 from semlic_jax.training.stages import Optimizer
@@ -73,6 +76,7 @@ _LEAST_SCALING = 0.9  # photographs are not scaled by less, which would only blu
 _LEVELS = (20, 180)  # qualities: about 0.05 to 0.6 bpp
 _HELD_OUT = 20  # each so many photographs, one is kept for the report
 _LOGGED_STEPS = 50
+_SAVED_STEPS = 100
 
 
 class Inputs(NamedTuple):
@@ -297,6 +301,7 @@ def train(
     latents: int,
     learning_rate: float,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> tuple[ModelFile, dict[str, dict[str, float]]]:
     """Train, and measure the examples that were held out.
 
@@ -309,14 +314,26 @@ def train(
         latents: side of the crops in latents.
         learning_rate: the highest; it rises over the first tenth and falls to nearly 0.
         seed: of crops and their order.
+        folder: of checkpoints, from which a run that was stopped goes on; None: none.
 
     Returns:
         The model with the average of the last decoders, and means of the terms over
         held-out examples, `before` and `after`.
 
     Raises:
-        ValueError: there are too few examples, or a term of the loss is not finite.
+        ValueError: there are too few examples, a term of the loss is not finite, or the
+            checkpoints are of another run or damaged.
     """
+    made_of = {
+        "model": _digest(model.transforms),
+        "examples": _digest(inputs),
+        "trunk": _digest(trunk),
+        "steps": steps,
+        "batch": batch,
+        "latents": latents,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     held_out = inputs.rows(np.arange(len(inputs.x)) % _HELD_OUT == 0)
     inputs = inputs.rows(np.arange(len(inputs.x)) % _HELD_OUT != 0)
     if len(inputs.x) < batch:
@@ -337,36 +354,87 @@ def train(
     learner = new_learner(before, optimizer, steps, ("g_s",))
     # The update gives the learner's arrays away.
     learner = jax.tree.map(jnp.copy, learner)
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    started_s, rows = time.monotonic(), []
+    key = jax.random.key(seed)
     report = {"before": _means(model.config, before, before, held_out, trunk, latents)}
-    for step in range(steps):
-        chosen = inputs.rows(rng.choice(len(inputs.x), batch, replace=False))
-        free = inputs.y_hat.shape[1] - latents + 1
-        made = crops(chosen, rng.integers(0, free, (batch, 2)), latents)
-        step_key = jax.random.fold_in(key, step)
-        learner, means = update(
-            model.config, optimizer, steps, learner, before, made, trunk, step_key
-        )
-        rows.append(means)
-        done = step + 1
-        if done % _LOGGED_STEPS == 0 or done == steps:
-            found = {name: float(np.mean([r[name] for r in rows])) for name in means}
-            rows = []
-            for name, value in found.items():
-                if not np.isfinite(value):
-                    raise ValueError(f"{name} is {value} before step {done}")
-            logging.info(
-                "%d/%d: %s, %.0f min left",
-                done,
-                steps,
-                " ".join(f"{name} {value:.4g}" for name, value in found.items()),
-                (time.monotonic() - started_s) / done * (steps - done) / 60,
+    with contextlib.ExitStack() as stack:
+        checkpoints, start = None, 0
+        if folder is not None:
+            checkpoints = stack.enter_context(Checkpoints(folder, 2))
+            learner, start = _resumed(checkpoints, learner, made_of)
+        started_s, rows = time.monotonic(), []
+        for step in range(start, steps):
+            rng = np.random.default_rng((seed, step))
+            chosen = inputs.rows(rng.choice(len(inputs.x), batch, replace=False))
+            free = inputs.y_hat.shape[1] - latents + 1
+            made = crops(chosen, rng.integers(0, free, (batch, 2)), latents)
+            step_key = jax.random.fold_in(key, step)
+            learner, means = update(
+                model.config, optimizer, steps, learner, before, made, trunk, step_key
             )
+            rows.append(means)
+            done = step + 1
+            if done % _LOGGED_STEPS == 0 or done == steps:
+                step_s = (time.monotonic() - started_s) / (done - start)
+                _log(done, steps, rows, step_s)
+                rows = []
+            if checkpoints and (done % _SAVED_STEPS == 0 or done == steps):
+                checkpoints.save(done, learner._asdict())
     average = {"g_s": learner.average["g_s"]}
     report["after"] = _means(model.config, average, before, held_out, trunk, latents)
     params = jax.device_get({**before, **average})
     return with_decoder(model, model.config, params), report
+
+
+def _resumed(
+    checkpoints: Checkpoints, learner: Learner, made_of: dict[str, Any]
+) -> tuple[Learner, int]:
+    """The learner of the last checkpoint and its step, if there is one.
+
+    Raises:
+        ValueError: the checkpoints are of another run or damaged.
+    """
+    record = checkpoints.folder / "run.json"
+    found = json.loads(record.read_text()) if record.exists() else made_of
+    for name, value in made_of.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"the checkpoints in {checkpoints.folder} are of a run with other "
+                f"settings: {name} was {found.get(name)}, and is {value} now"
+            )
+    record.write_text(json.dumps(made_of))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        learner._asdict(),
+    )
+    restored = checkpoints.restore(shapes)
+    if restored is None:
+        return learner, 0
+    state, step = restored
+    logging.info("going on from step %d", step)
+    return Learner(**state), step
+
+
+def _digest(tree: Tree) -> str:
+    """What tells one set of arrays from another, 16 digits."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:16]
+
+
+def _log(done: int, steps: int, rows: list[dict[str, Array]], step_s: float) -> None:
+    found = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    for name, value in found.items():
+        if not np.isfinite(value):
+            raise ValueError(f"{name} is {value} before step {done}")
+    logging.info(
+        "%d/%d: %s, %.0f min left",
+        done,
+        steps,
+        " ".join(f"{name} {value:.4g}" for name, value in found.items()),
+        step_s * (steps - done) / 60,
+    )
 
 
 def _means(
@@ -421,6 +489,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--{name}", type=kind, default=value, help=f"{text}; default: %(default)s"
         )
     parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="DIR",
+        help="folder of checkpoints: the same command again goes on from the last one; "
+        "default: none",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="replace an existing OUTPUT"
     )
     options = parser.parse_args(argv)
@@ -458,6 +533,7 @@ def _run(options: argparse.Namespace) -> None:
         latents=options.latents,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        folder=options.checkpoints,
     )
     write_file(options.output, model_bytes(made), force=options.force)
     json.dump(report, sys.stdout)
