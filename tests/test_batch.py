@@ -17,7 +17,13 @@ from semlic_jax.refinement.steps import Latents
 
 SIZE = (50, 60)
 WEIGHTS = dict(
-    alpha=0.01, gamma=0.5, style=0.3, mean_style=2.0, structure=4.0, lattice=7.0
+    alpha=0.01,
+    gamma=0.5,
+    style=0.3,
+    mean_style=2.0,
+    structure=4.0,
+    lattice=7.0,
+    mesh=5.0,
 )
 SETTINGS = refinement.preset(
     5,
@@ -64,7 +70,7 @@ def test_settings_are_those_of_the_steps(batch):
     static = batch.frozen.static
     assert static.perceptual and static.style and static.mean_style and static.padded
     assert (static.method, static.dtype) == ("sga", "bfloat16")
-    assert batch.images.structure and batch.images.lattice
+    assert batch.images.structure and batch.images.lattice and batch.images.mesh
     np.testing.assert_allclose(np.exp(batch.log_beta), 2.5, rtol=1e-6)
     assert batch.target.integral == np.float32(0.07)
     assert batch.target.proportional == np.float32(0.9)

@@ -504,14 +504,22 @@ def test_help_names_what_there_is():
         for name, settings in PRESETS.items():
             assert f"{name} ({settings.steps}" in text
             assert f"{_RELAXED_STEPS[name]:,}" in text
-    for name in ("alpha", "gamma", "structure", "lattice", "method", "mean-style"):
+    for name in (
+        "alpha",
+        "gamma",
+        "structure",
+        "lattice",
+        "mesh",
+        "method",
+        "mean-style",
+    ):
         default = getattr(Settings(), name.replace("-", "_"))
         default = default if isinstance(default, str) else f"{default:g}"
         assert f"default {default}" in help_of("compress", f"--{name}")
     others = {PRESETS[name].mean_style for name in ("fast", "best")}
     assert others == {2.0}
     assert "or 2 with the presets fast and best" in help_of("compress", "--mean-style")
-    same = ("alpha", "gamma", "structure", "lattice", "method")
+    same = ("alpha", "gamma", "structure", "lattice", "mesh", "method")
     for name in same:
         assert len({getattr(settings, name) for settings in PRESETS.values()}) == 1
     assert "resumes" in help_of("refine", "OUT_DIR")

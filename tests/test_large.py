@@ -35,6 +35,7 @@ SETTINGS = refinement.preset(
     features=load_small_trunk(),
 )
 PLAIN = Rounding(np.zeros(1, np.float32))
+NO_TERMS = {"structure": False, "lattice": False, "mesh": False}
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,17 @@ def test_terms_of_tiles_add_up_to_those_of_the_image(pair):
         assert without.value < 0.95 * expected.value, name
 
 
+def test_mesh_terms_of_tiles_add_up_too(pair, mini_codec, image):
+    parts = []
+    for plain in pair:
+        settings = dataclasses.replace(SETTINGS, mesh=0.0)
+        other = made(type(plain), mini_codec, image, settings)
+        with_mesh = plain.score(plain.start, plain.images, PLAIN)
+        without = other.score(other.start, other.images, PLAIN)
+        parts.append((with_mesh.value - without.value).item())
+    assert parts[1] == pytest.approx(parts[0], rel=1e-3) and parts[0] > 0.1
+
+
 def test_lattice_terms_of_tiles_add_up_too(pair, mini_codec, image):
     """As far as windows without those over their ends are as many of each size."""
     settings = dataclasses.replace(SETTINGS, lattice=0.03)
@@ -148,7 +160,7 @@ def test_one_long_side_is_enough_for_tiles():
         assert windows.more_than_one_window(bucket)
         assert large.can_go_in_tiles(bucket, SETTINGS)
         size = (bucket[0] - 10, bucket[1] - 10)
-        _, found = windows.cut_image(size, bucket, structure=False, lattice=False)
+        _, found = windows.cut_image(size, bucket, **NO_TERMS)
         assert len(found) > 1
 
 

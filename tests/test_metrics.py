@@ -24,7 +24,7 @@ from semlic_jax.objectives import (
 from semlic_jax.objectives.features import FeatureNetwork
 from semlic_jax.objectives.lattice import lattice
 from semlic_jax.objectives.metrics import ImageMetrics
-from semlic_jax.objectives.spectrum import spectrum
+from semlic_jax.objectives.spectrum import mesh, spectrum
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
@@ -345,7 +345,7 @@ def test_ssimulacra2_is_its_package_on_the_same_files(tmp_path, pair):
 def test_image_metrics_measure_a_batch_by_name(tmp_path, pair):
     write_network(tmp_path, "alexnet")
     write_heads(tmp_path, "alex")
-    names = ("psnr_db", "ms_ssim", "lpips_alex", "lattice", "spectrum")
+    names = ("psnr_db", "ms_ssim", "lpips_alex", "lattice", "spectrum", "mesh")
     measure = ImageMetrics(names, tmp_path)
     x = np.stack([pair[0], pair[1]])
     x_hat = np.stack([pair[1], pair[1]])
@@ -358,6 +358,7 @@ def test_image_metrics_measure_a_batch_by_name(tmp_path, pair):
     pixels = [jnp.asarray(images, jnp.float32) / 255 for images in (x, x_hat)]
     np.testing.assert_allclose(found["lattice"], lattice(*pixels, tiles=2), 1e-4, 1e-9)
     np.testing.assert_allclose(found["spectrum"], spectrum(*pixels), 1e-3, 1e-6)
+    np.testing.assert_allclose(found["mesh"], mesh(*pixels), 1e-3, 1e-6)
 
 
 def test_small_images_give_a_reason_and_no_number():

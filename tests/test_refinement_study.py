@@ -141,9 +141,7 @@ def test_the_objective_is_measured_as_it_is_refined_for():
         gain = refinement_study.image_gain(found, "a", metric)
         assert gain.bd_rate == pytest.approx(-50, abs=0.01)
     assert list(found.image_metrics) == ["objective_db", "psnr_db"]
-    settings = Settings(
-        alpha=0.02, gamma=3.0, mean_style=0.0, structure=7.0, lattice=0.0
-    )
+    settings = Settings(alpha=0.02, gamma=3.0, mean_style=0.0, structure=7.0, mesh=0.0)
     # Not where its perceptual part was not measured, or cannot be.
     found = refinement_study.with_objective(plain, settings)
     assert all("objective_db" not in row.values for row in found.rows)
@@ -160,7 +158,11 @@ def test_the_objective_is_measured_as_it_is_refined_for():
         found = refinement_study.with_objective(full, changed)
         expected = -10 * np.log10(value)
         assert found.rows[0].values["objective_db"] == pytest.approx(expected)
-    for weight, metric in (("mean_style", "compact_mean_style"), ("lattice",) * 2):
+    for weight, metric in (
+        ("mean_style", "compact_mean_style"),
+        ("lattice",) * 2,
+        ("mesh",) * 2,
+    ):
         more = dataclasses.replace(changed, **{weight: 4.0})
         found = refinement_study.with_objective(full, more)
         assert all("objective_db" not in row.values for row in found.rows)
@@ -232,7 +234,7 @@ def test_tries():
 
 def test_objectives_have_names_of_their_own():
     """Of all weights: what is measured under one does not serve another."""
-    weights = ("alpha", "gamma", "style", "mean_style", "structure", "lattice")
+    weights = ("alpha", "gamma", "style", "mean_style", "structure", "lattice", "mesh")
     changes = [{}, *({name: 1.0} for name in weights)]
     names = [settings_study.objective_name(Settings(**change)) for change in changes]
     assert len(set(names)) == len(changes)

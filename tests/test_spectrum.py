@@ -8,22 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
+from waves import grain, wave
 
 from semlic_jax.objectives.spectrum import spectral_power, spectrum
 
-
-@pytest.fixture(scope="module")
-def grain():
-    """A grey image with fine noise, float32 [1, 256, 256, 3]."""
-    noise = np.random.default_rng(1).normal(size=(1, 256, 256, 1))
-    return np.float32(0.5 + 0.04 * np.repeat(noise, 3, axis=-1))
-
-
-def wave(rows, columns, amplitude, side=256):
-    """A wave of so many periods in 32 pixels, float32 [1, side, side, 1]."""
-    i, j = np.mgrid[:side, :side]
-    phase = 2 * np.pi * (rows * i + columns * j) / 32
-    return np.float32(amplitude * np.cos(phase))[None, ..., None]
+GRAIN = grain()
 
 
 def test_spectrum_equals_its_equation():
@@ -65,43 +54,42 @@ def test_spectrum_equals_its_equation():
         np.testing.assert_allclose(values, [np.mean(peaks), levels[0]], rtol=2e-3)
 
 
-def test_waves_of_colour_are_seen(grain):
+def test_waves_of_colour_are_seen():
     blue = wave(5, 12, 0.04) * np.float32([-0.1, -0.1, 0.8])
     assert abs(float(np.sum(blue[0, 3, 5] * [0.299, 0.587, 0.114]))) < 1e-3
-    flat = np.full_like(grain, 0.5)
+    flat = np.full_like(GRAIN, 0.5)
     assert float(spectrum(flat, flat + blue)[0]) > 0.1
 
 
-def test_a_wave_is_seen_and_grain_is_not(grain):
-    noise = np.random.default_rng(3).normal(size=(*grain.shape[:3], 1))
-    other = np.float32(0.5 + 0.04 * np.repeat(noise, 3, axis=-1))
-    seen = float(spectrum(grain, grain + wave(5, 12, 0.04))[0])
-    assert float(spectrum(grain, other)[0]) < 0.1 * seen
-    assert float(spectrum(grain, grain)[0]) < 1e-9
+def test_a_wave_is_seen_and_grain_is_not():
+    other = grain(seed=3)
+    seen = float(spectrum(GRAIN, GRAIN + wave(5, 12, 0.04))[0])
+    assert float(spectrum(GRAIN, other)[0]) < 0.1 * seen
+    assert float(spectrum(GRAIN, GRAIN)[0]) < 1e-9
     # Stronger or weaker texture, and another brightness, are no peaks.
-    assert float(spectrum(grain, 0.2 + 0.7 * grain)[0]) < 0.01 * seen
+    assert float(spectrum(GRAIN, 0.2 + 0.7 * GRAIN)[0]) < 0.01 * seen
     # A wave that the original has too is none.
-    both = spectrum(grain + wave(5, 12, 0.04), other + wave(5, 12, 0.04))
+    both = spectrum(GRAIN + wave(5, 12, 0.04), other + wave(5, 12, 0.04))
     assert float(both[0]) < 0.1 * seen
 
 
-def test_power_sees_texture_that_is_too_weak_or_too_strong_and_no_peaks(grain):
-    weak, strong = (0.5 + factor * (grain - 0.5) for factor in (0.5, 2.0))
+def test_power_sees_texture_that_is_too_weak_or_too_strong_and_no_peaks():
+    weak, strong = (0.5 + factor * (GRAIN - 0.5) for factor in (0.5, 2.0))
     expected = np.log(4) ** 2
     for made in (weak, strong):
-        assert float(spectral_power(grain, made)[0]) == pytest.approx(expected, 0.05)
-    assert float(spectral_power(grain, grain + wave(5, 12, 0.04))[0]) < 0.1 * expected
-    coloured = grain + wave(3, 4, 0.04) * np.float32([-0.114, -0.114, 0.886])
-    assert float(spectral_power(grain, coloured)[0]) < 1e-4
+        assert float(spectral_power(GRAIN, made)[0]) == pytest.approx(expected, 0.05)
+    assert float(spectral_power(GRAIN, GRAIN + wave(5, 12, 0.04))[0]) < 0.1 * expected
+    coloured = GRAIN + wave(3, 4, 0.04) * np.float32([-0.114, -0.114, 0.886])
+    assert float(spectral_power(GRAIN, coloured)[0]) < 1e-4
     # The gradient makes weak texture stronger.
-    gradient = jax.grad(lambda v: spectral_power(grain, v).sum())(jnp.asarray(weak))
+    gradient = jax.grad(lambda v: spectral_power(GRAIN, v).sum())(jnp.asarray(weak))
     assert float(np.sum(gradient * (weak - 0.5))) < 0
 
 
-def test_blur_counts_less_than_a_wave(grain):
-    blurred = np.float32(gaussian_filter(grain, (0, 0.7, 0.7, 0)))
+def test_blur_counts_less_than_a_wave():
+    blurred = np.float32(gaussian_filter(GRAIN, (0, 0.7, 0.7, 0)))
     seen = float(spectrum(blurred, blurred + wave(5, 12, 0.02))[0])
-    assert float(spectrum(grain, blurred)[0]) < 0.2 * seen
+    assert float(spectrum(GRAIN, blurred)[0]) < 0.2 * seen
 
 
 def test_what_is_slow_or_under_half_a_grey_level_is_not_seen():
@@ -111,17 +99,17 @@ def test_what_is_slow_or_under_half_a_grey_level_is_not_seen():
     assert float(spectrum(flat, flat + wave(5, 12, 0.0002, 64))[0]) < 0.01 * strong
 
 
-def test_the_gradient_takes_the_wave_away(grain):
-    made = jnp.asarray(grain + wave(5, 12, 0.04))
-    gradient = jax.grad(lambda v: spectrum(grain, v).sum())(made)
+def test_the_gradient_takes_the_wave_away():
+    made = jnp.asarray(GRAIN + wave(5, 12, 0.04))
+    gradient = jax.grad(lambda v: spectrum(GRAIN, v).sum())(made)
     assert np.isfinite(gradient).all()
     along = np.sum(np.asarray(gradient) * wave(5, 12, 1.0))
     across = np.sum(np.asarray(gradient) * wave(9, 7, 1.0))
     assert along > 0
     assert along > 5 * abs(across)
     # Nothing is asked of the original, and a plain pair has a gradient as well.
-    of_original = jax.grad(lambda v: spectrum(v, made).sum())(jnp.asarray(grain))
-    np.testing.assert_array_equal(of_original, np.zeros_like(grain))
+    of_original = jax.grad(lambda v: spectrum(v, made).sum())(jnp.asarray(GRAIN))
+    np.testing.assert_array_equal(of_original, np.zeros_like(GRAIN))
     flat = jnp.full((1, 32, 32, 3), 0.5)
     assert np.isfinite(jax.grad(lambda v: spectrum(flat, v).sum())(flat)).all()
 

@@ -38,9 +38,8 @@ _CODECS_HELP = (
 )
 _IMAGE_METRICS_HELP = (
     "psnr_db, ms_ssim, ssimulacra2, compact_distance, compact_mean_style, lattice, "
-    "spectrum, "
-    "with --weights also feature_distance, lpips_alex, lpips_vgg, lpips_squeeze, "
-    "dists, mobilenet_distance"
+    "spectrum, mesh, with --weights also feature_distance, lpips_alex, lpips_vgg, "
+    "lpips_squeeze, dists, mobilenet_distance"
 )
 _SET_METRICS_HELP = (
     "compact_frechet, compact_kernel, with --weights also frechet, kernel, "

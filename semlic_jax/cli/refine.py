@@ -240,6 +240,11 @@ def add_objective(group: argparse._ActionsContainer) -> None:
             "weight of patterns that repeat with the latents' grid of 16 pixels, among "
             "the perceptual terms; default 0",
         ),
+        (
+            "mesh",
+            "weight, among the perceptual terms, of a mesh of dots where the image has "
+            "none; default 6",
+        ),
     ):
         group.add_argument(f"--{name}", metavar="W", type=any_float, help=text)
     group.add_argument(
@@ -294,7 +299,7 @@ def settings_of(
     options: argparse.Namespace, refine: str | int | None
 ) -> Settings | None:
     """How to refine; None where that was not asked for."""
-    weights = ("alpha", "beta", "gamma", "mean_style", "structure", "lattice")
+    weights = ("alpha", "beta", "gamma", "mean_style", "structure", "lattice", "mesh")
     of_settings = (*weights, "method", "features", "seed")
     changes = {name: getattr(options, name) for name in of_settings}
     # `semlic refine` has none of these.
@@ -309,7 +314,7 @@ def settings_of(
 
     settings = refinement.preset(refine, **changes)
     if settings.gamma == 0:
-        for name in ("mean_style", "structure", "lattice", "features"):
+        for name in ("mean_style", "structure", "lattice", "mesh", "features"):
             if changes[name] is not None:
                 given = name.replace("_", "-")
                 raise ValueError(f"expected --gamma above 0 with --{given}, found 0")

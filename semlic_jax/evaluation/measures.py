@@ -100,7 +100,7 @@ SET_METRICS = {
 }
 
 _WITHOUT_NETWORKS = ("psnr_db", "ms_ssim", "ssimulacra2")
-_OF_GRIDS = ("lattice", "spectrum")  # without a network too, but not defaults
+_OF_GRIDS = ("lattice", "spectrum", "mesh")  # without a network too, but not defaults
 _OF_SQUEEZENET = ("feature_distance", "frechet", "kernel")
 _OF_PACKAGED = ("compact_distance", "compact_frechet", "compact_kernel")
 _MEAN_STYLE = "compact_mean_style"  # of the packaged network too, but not a default

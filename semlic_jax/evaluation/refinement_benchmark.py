@@ -232,9 +232,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.steps,
         method="sga",  # what the loop in PyTorch does
         gamma=0.0 if options.features is None else None,
-        structure=0.0,  # as in that loop, and the next two
+        structure=0.0,  # as in that loop, and the next three
         mean_style=0.0,
         lattice=0.0,
+        mesh=0.0,
         features=options.features,
         dtype=options.dtype,
     )

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from semlic_jax.refinement import Settings
 
 _PLAIN, _REFINED = "semlic", "refined"
-_WEIGHTS = ("alpha", "gamma", "mean_style", "structure", "lattice")
+_WEIGHTS = ("alpha", "gamma", "mean_style", "structure", "lattice", "mesh")
 _OBJECTIVE = "objective_db"
 _RATES = (0.1, 0.15, 0.25, 0.4)
 
@@ -122,7 +122,7 @@ def gain(
     if settings.gamma and settings.features is None:
         metrics += ["ms_ssim", "compact_distance"]
         metrics += ["compact_mean_style"] if settings.mean_style else []
-        metrics += ["lattice"] if settings.lattice else []
+        metrics += [name for name in ("lattice", "mesh") if getattr(settings, name)]
     if weights is not None or os.environ.get("SEMLIC_FEATURES"):
         metrics.append("feature_distance")
     contestants: list[Entrant] = [
@@ -167,7 +167,8 @@ def with_objective(results: Results, settings: Settings) -> Results:
 
     It is -10 log10 of
 
-        alpha * D + gamma * (P + m * MeanStyle + s * (1 - MS-SSIM) + l * Lattice)
+        alpha * D + gamma * (P + t * MeanStyle + s * (1 - MS-SSIM) + l * Lattice
+            + m * Mesh)
 
     and differs from PSNR by a constant where gamma is 0. Refinement takes a sum of
     squares for 1 - MS-SSIM. It is left out where P is not of the packaged feature
@@ -182,7 +183,7 @@ def with_objective(results: Results, settings: Settings) -> Results:
         needed |= {"compact_distance"}
         needed |= {"ms_ssim"} if settings.structure else set()
         needed |= {"compact_mean_style"} if settings.mean_style else set()
-        needed |= {"lattice"} if settings.lattice else set()
+        needed |= {name for name in ("lattice", "mesh") if getattr(settings, name)}
 
     def with_value(row: Row) -> Row:
         if not needed <= set(row.values):
@@ -194,8 +195,9 @@ def with_objective(results: Results, settings: Settings) -> Results:
                 distance += settings.structure * (1 - row.values["ms_ssim"])
             if settings.mean_style:
                 distance += settings.mean_style * row.values["compact_mean_style"]
-            if settings.lattice:
-                distance += settings.lattice * row.values["lattice"]
+            for name in ("lattice", "mesh"):
+                if getattr(settings, name):
+                    distance += getattr(settings, name) * row.values[name]
             value += settings.gamma * distance
         objective = {_OBJECTIVE: -10 * math.log10(max(value, 1e-9))}
         return replace(row, values=row.values | objective)

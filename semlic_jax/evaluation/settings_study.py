@@ -215,7 +215,7 @@ def objective_name(settings: Settings) -> str:
     features = settings.load_features()
     if features is None:
         return name
-    for weight in ("style", "mean_style", "structure", "lattice"):
+    for weight in ("style", "mean_style", "structure", "lattice", "mesh"):
         if getattr(settings, weight):
             name += f", {weight} {getattr(settings, weight):g}"
     digest = hashlib.sha256()

@@ -47,7 +47,12 @@ from semlic_jax.objectives.similarity import (
     ms_ssim,
     psnr_db,
 )
-from semlic_jax.objectives.spectrum import SPECTRUM_PIXELS, spectrum
+from semlic_jax.objectives.spectrum import (
+    MESH_PIXELS,
+    SPECTRUM_PIXELS,
+    mesh,
+    spectrum,
+)
 from semlic_jax.objectives.style_losses import local_mean_style
 from semlic_jax.objectives.trunks import LPIPS_TAPS
 
@@ -217,6 +222,19 @@ def spectrum_peaks(reference: Images, image: Images) -> jax.Array:
     return spectrum(x / 255, x_hat / 255)
 
 
+@exact
+def mesh_pattern(reference: Images, image: Images) -> jax.Array:
+    """How much of the image is a mesh that the reference has not there, float32 [B].
+
+    This is `spectrum.mesh`, as in the objective of refinement.
+
+    Raises:
+        ValueError: a side is under 64 pixels.
+    """
+    x, x_hat = as_pair(reference, image)
+    return mesh(x / 255, x_hat / 255)
+
+
 _NO_SSIMULACRA2 = "SSIMULACRA2 needs its package: pip install ssimulacra2"
 
 
@@ -276,6 +294,7 @@ IMAGE_METRICS = {
     "mobilenet_distance": MetricInfo("MobileNetV2 feature distance", False, 32),
     "lattice": MetricInfo("lattice", False, LATTICE_PIXELS * REFINED_TILES),
     "spectrum": MetricInfo("peaks of the spectrum", False, SPECTRUM_PIXELS),
+    "mesh": MetricInfo("mesh", False, MESH_PIXELS),
     "ssimulacra2": MetricInfo("SSIMULACRA2", True, 8),
 }
 
@@ -315,6 +334,7 @@ class ImageMetrics:
             "ssimulacra2": ssimulacra2,
             "lattice": lattice_pattern,
             "spectrum": spectrum_peaks,
+            "mesh": mesh_pattern,
         }
         if name == "ssimulacra2" and importlib.util.find_spec(name) is None:
             raise ValueError(_NO_SSIMULACRA2)

@@ -4,10 +4,14 @@
 A decoder that upsamples in steps of two favours some spatial frequencies. What it adds
 for fur, cloth or grain then lies in a few narrow peaks of the spectrum, which show as a
 mesh of dots or as a weave, and which no mean of features and no pixel-wise error tells
-from texture. Imports jax and numpy only.
+from texture. `spectrum` and `spectral_power` judge a crop as a whole, for training;
+`mesh` judges each place, for refinement. Imports jax and numpy only.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +19,13 @@ import numpy as np
 
 SPECTRUM_PIXELS = 32  # side of a window
 _STEP = SPECTRUM_PIXELS // 2
+_NEIGHBOURS = 3  # windows along a side of a patch of `mesh`
+MESH_PIXELS = SPECTRUM_PIXELS + (_NEIGHBOURS - 1) * _STEP  # side of such a patch
 _LOWEST = 0.1  # cycles per pixel: below it are the shapes of things
 _SMOOTHING = 2.5  # standard deviation in bins of what counts as the shape of a spectrum
 _CONTRAST = 2 / 255  # windows plainer than this do not count for more
 _NOISE = 0.3**0.5 / 512  # deviation of white noise that hides a peak
+_FREE_RATIO = 1.0  # of peaks in `mesh`: up to e times the power is no mesh
 # Luma and the two differences of colour of JPEG (ITU-T T.871).
 _COMPONENTS = (
     (0.299, 0.587, 0.114),
@@ -65,6 +72,64 @@ def spectral_power(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     return _band_means(jnp.square(_ratios(x, x_hat)[1]))[:, 0]
 
 
+def mesh(x: jax.Array, x_hat: jax.Array) -> jax.Array:
+    """How much of x_hat is a mesh of a few waves that x has not there, float32 [B].
+
+    The sum of `mesh_patches` over all patches, per 16 x 16 pixels of the image. This
+    term is ours.
+
+    Args, Raises: as `mesh_patches`.
+    """
+    cells = x.shape[1] * x.shape[2] / _STEP**2
+    return jnp.sum(mesh_patches(x, x_hat), axis=(1, 2)) / cells
+
+
+def mesh_patches(x: jax.Array, x_hat: jax.Array) -> jax.Array:
+    """`mesh` of patches of 64 x 64 pixels, in steps of 16 pixels, float32 [B, n, m].
+
+    With P(f) the power of luma at the spatial frequency f, a mean over 3 x 3 windows,
+
+        d(f) = ln (P(f; x_hat) + e) / (P(f; x) + e)
+        mean over |f| > 0.1 cycles per pixel of max(0, d - s - 1)^2
+
+    where s is d smoothed over neighbouring frequencies and e is of noise of half a grey
+    level. The spectrum of so few windows is uneven by chance: hence the 1, and only
+    what is too strong counts.
+
+    Args:
+        x, x_hat: float [B, H, W, 3] in [0, 1]; no gradient flows to x. Rows and columns
+            beyond whole steps of 16 pixels are left out.
+
+    Raises:
+        ValueError: a side is under 64 pixels.
+    """
+    if min(x.shape[1:3]) < MESH_PIXELS:
+        raise ValueError(
+            f"the mesh term needs sides of at least {MESH_PIXELS} pixels, found "
+            f"{x.shape[1]} x {x.shape[2]}"
+        )
+    floor = (2 * _NOISE / SPECTRUM_PIXELS) ** 2
+    levels, levels_hat = (
+        jnp.log(_patch_means(_powers(each, _COMPONENTS[:1])) + floor)
+        for each in (jax.lax.stop_gradient(x), x_hat)
+    )
+    ratio = levels_hat - levels
+    excess = jnp.maximum(ratio - _smooth(ratio) - _FREE_RATIO, 0.0)
+    return jnp.sum(jnp.square(excess) * _band(), axis=(3, 4)) / np.sum(_band())
+
+
+def _patch_means(powers: jax.Array) -> jax.Array:
+    """Means over 3 x 3 windows, [B, n - 2, m - 2, 32, 32], of [B, n, m, 32, 32]."""
+    for axis in (1, 2):
+        count = powers.shape[axis] - _NEIGHBOURS + 1
+        moved = (
+            jax.lax.slice_in_dim(powers, start, start + count, axis=axis)
+            for start in range(_NEIGHBOURS)
+        )
+        powers = functools.reduce(jnp.add, moved) / _NEIGHBOURS
+    return powers
+
+
 def _ratios(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     """d and s of `spectrum`, [B * 3, 32, 32] each."""
     if min(x.shape[1:3]) < SPECTRUM_PIXELS:
@@ -72,15 +137,23 @@ def _ratios(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
             f"the spectrum term needs sides of at least {SPECTRUM_PIXELS} pixels, "
             f"found {x.shape[1]} x {x.shape[2]}"
         )
-    power, power_hat = _powers(jax.lax.stop_gradient(x)), _powers(x_hat)
-    energy = jnp.sum(power * _band(), axis=(2, 3), keepdims=True)
+    power, power_hat = (
+        _powers(each, _COMPONENTS) for each in (jax.lax.stop_gradient(x), x_hat)
+    )
+    energy = jnp.sum(power * _band(), axis=(3, 4), keepdims=True)
     weights = 1 / (energy + _CONTRAST**2)
-    floor = jnp.mean(weights, axis=1) * (_NOISE / SPECTRUM_PIXELS) ** 2
+    floor = jnp.mean(weights, axis=(1, 2)) * (_NOISE / SPECTRUM_PIXELS) ** 2
     levels, levels_hat = (
-        jnp.log(jnp.mean(each * weights, axis=1) + floor) for each in (power, power_hat)
+        jnp.log(jnp.mean(each * weights, axis=(1, 2)) + floor)
+        for each in (power, power_hat)
     )
     ratio = levels_hat - levels
-    return ratio, jnp.fft.ifft2(jnp.fft.fft2(ratio) * _response()).real
+    return ratio, _smooth(ratio)
+
+
+def _smooth(ratio: jax.Array) -> jax.Array:
+    """Values at the frequencies [..., 32, 32], smoothed over their neighbours."""
+    return jnp.fft.ifft2(jnp.fft.fft2(ratio) * _response()).real
 
 
 def _band_means(values: jax.Array) -> jax.Array:
@@ -89,29 +162,26 @@ def _band_means(values: jax.Array) -> jax.Array:
     return means.reshape(-1, len(_COMPONENTS))
 
 
-def _powers(x: jax.Array) -> jax.Array:
-    """Power in each window at each frequency, [B * 3, windows, 32, 32].
+def _powers(x: jax.Array, components: Sequence[Sequence[float]]) -> jax.Array:
+    """Power in each window at each frequency, [B * K, n, m, 32, 32].
 
     The powers of a window add up to its mean square under the Hann window.
+
+    Args:
+        x: [B, H, W, 3].
+        components: what colours add up to, K x 3.
     """
-    components = jnp.asarray(_COMPONENTS, jnp.float32)
-    planes = jnp.einsum("bhwc,kc->bkhw", x.astype(jnp.float32), components)
-    planes = planes.reshape(-1, *x.shape[1:3])
-    side = SPECTRUM_PIXELS
-    parts = []
-    # Windows that lie side by side, from each of the four corners of a window.
-    for top in (0, _STEP):
-        for left in (0, _STEP):
-            moved = planes[:, top:, left:]
-            rows, columns = moved.shape[1] // side, moved.shape[2] // side
-            moved = moved[:, : rows * side, : columns * side]
-            moved = moved.reshape(planes.shape[0], rows, side, columns, side)
-            moved = moved.transpose(0, 1, 3, 2, 4)
-            parts.append(moved.reshape(planes.shape[0], rows * columns, side, side))
-    windows = jnp.concatenate(parts, axis=1)
-    windows = windows - jnp.mean(windows, axis=(2, 3), keepdims=True)
+    factors = jnp.asarray(components, jnp.float32)
+    planes = jnp.einsum("bhwc,kc->bkhw", x.astype(jnp.float32), factors)
+    rows, columns = (side // _STEP for side in x.shape[1:3])
+    planes = planes[:, :, : rows * _STEP, : columns * _STEP]
+    cells = planes.reshape(-1, rows, _STEP, columns, _STEP).transpose(0, 1, 3, 2, 4)
+    # A window is two neighbouring cells along each side.
+    pairs = jnp.concatenate([cells[:, :-1], cells[:, 1:]], axis=3)
+    windows = jnp.concatenate([pairs[:, :, :-1], pairs[:, :, 1:]], axis=4)
+    windows = windows - jnp.mean(windows, axis=(3, 4), keepdims=True)
     found = jnp.fft.fft2(windows * _hann())
-    return (jnp.square(found.real) + jnp.square(found.imag)) / side**4
+    return (jnp.square(found.real) + jnp.square(found.imag)) / SPECTRUM_PIXELS**4
 
 
 def _hann() -> np.ndarray:

@@ -51,7 +51,11 @@ from semlic_jax.refinement.steps import (
     pick,
     placement,
 )
-from semlic_jax.refinement.structure import lattice_weights, structure_weights
+from semlic_jax.refinement.structure import (
+    lattice_weights,
+    mesh_weights,
+    structure_weights,
+)
 from semlic_jax.refinement.symbols import Rounding
 
 if TYPE_CHECKING:
@@ -112,6 +116,7 @@ class Refined(NamedTuple):
 _original_taps = FloatProgram(original_taps)
 _structure_weights = jax.jit(structure_weights)
 _lattice_weights = jax.jit(lattice_weights)
+_mesh_weights = jax.jit(mesh_weights)
 
 
 class Batch:
@@ -211,6 +216,7 @@ class Batch:
             mean_style=jnp.float32(settings.mean_style),
             structure=jnp.float32(settings.structure),
             lattice=jnp.float32(settings.lattice),
+            mesh=jnp.float32(settings.mesh),
         )
         y_bits, _ = codec.entropy.y_tables.bits_lookup()
         z_bits, _ = codec.entropy.z_tables.bits_lookup()
@@ -271,7 +277,12 @@ class Batch:
         lattice: tuple[Any, ...] = ()
         if self.settings.lattice:
             lattice = (self.place(_lattice_weights(*known), 0),)
-        return images._replace(taps=taps, structure=structure, lattice=lattice)
+        mesh: tuple[Any, ...] = ()
+        if self.settings.mesh:
+            mesh = (self.place(_mesh_weights(images.weights, images.sizes), 0),)
+        return images._replace(
+            taps=taps, structure=structure, lattice=lattice, mesh=mesh
+        )
 
     def _require_memory(self) -> None:
         """Raise MemoryError if there is no room for the steps.

@@ -110,6 +110,7 @@ class LargeImage(Batch):
             codec.bucket(size),
             structure=features is not None and settings.structure > 0,
             lattice=features is not None and settings.lattice > 0,
+            mesh=features is not None and settings.mesh > 0,
         )
         self._steps: Any = None  # the `_Steps` under way
         super().__init__(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objective that refinement minimises, term by term, for one batch of images.
 
-    alpha * D + gamma * (Perceptual + k * Style + m * MeanStyle + s * Structure
-        + l * Lattice) + beta * R
+    alpha * D + gamma * (Perceptual + k * Style + t * MeanStyle + s * Structure
+        + l * Lattice + m * Mesh) + beta * R
 
 * D: mean squared error in 8-bit levels (100 is 28.1 dB), over the real pixels of the
   image, weighted by the region of interest.
@@ -14,8 +14,10 @@
 * Structure: 1 - MS-SSIM as a sum of squares, see `structure.py`. With a region of
   interest, its errors are weighted like those of D.
 * Lattice: what repeats in every cell of the latents, see `structure.py`; it is also
-  weighted like D. The terms above let a mesh of dots pass for texture. No preset uses
-  this term.
+  weighted like D. No preset uses this term.
+* Mesh: waves that the original has not where they are (`objectives.spectrum.mesh`);
+  weighted like D. Without this term and the one before, a mesh of dots passes for
+  texture.
 * R: bits per pixel, of relaxed latents under the densities or of rounded latents under
   the tables of the coder.
 
@@ -43,6 +45,7 @@ from semlic_jax.objectives.features import (
     feature_distance,
     normalise_channels,
 )
+from semlic_jax.objectives.spectrum import mesh_patches
 from semlic_jax.objectives.style_losses import (
     local_mean_powers,
     local_mean_style,
@@ -115,6 +118,7 @@ class Images(NamedTuple):
             [S, B, h, w, C]; if empty, they are computed when they are needed.
         structure: `structure_weights` of x; empty if the term has no weight.
         lattice: one array, `lattice_weights` of x; empty if the term has no weight.
+        mesh: one array, `mesh_weights`; empty if the term has no weight.
         mean_powers: for an image that is refined in tiles, `mean_powers` of the whole
             image; otherwise empty.
         noise_origin: first latent of a window in its image, row and column, int32
@@ -129,6 +133,7 @@ class Images(NamedTuple):
     taps: tuple[Array, ...] = ()
     structure: tuple[Array, ...] = ()
     lattice: tuple[Array, ...] = ()
+    mesh: tuple[Array, ...] = ()
     mean_powers: tuple[Array, ...] = ()
     noise_origin: Array | None = None
 
@@ -147,6 +152,7 @@ class Weights(NamedTuple):
     mean_style: Array
     structure: Array
     lattice: Array
+    mesh: Array
 
 
 class Terms(NamedTuple):
@@ -331,6 +337,9 @@ def terms_of(
     for part in _lattice_parts(images, x_hat):
         pattern = jnp.sum(jnp.square(part), (1, 2, 3, 4))
         value = value + weights.gamma * weights.lattice * pattern
+    for patches in images.mesh:
+        waves = jnp.sum(mesh_patches(images.x, x_hat) * patches, (1, 2))
+        value = value + weights.gamma * weights.mesh * waves
     return Terms(value, bits / pixels, mse, distance)
 
 
@@ -361,7 +370,7 @@ def structure_distance(images: Images, x_hat: Array) -> Array:
 def objective_residuals(
     frozen: Frozen, images: Images, weights: Weights, x_hat: Array
 ) -> tuple[Array, ...]:
-    """Residuals whose squares add up to the objective without rate and style terms.
+    """Residuals whose squares add up to the objective without rate, styles and mesh.
 
     Args:
         frozen, images, weights: those of the refinement.

@@ -17,7 +17,7 @@ from semlic_jax.refinement.sga import check_method, temperatures
 METHODS = (*RELAXED, "newton")
 # Goes up whenever the same settings come to give other files; part of what identifies a
 # finished file in the table of a folder (`folder.py`).
-REVISION = 9
+REVISION = 10
 _NOT_NEGATIVE = (
     "alpha",
     "gamma",
@@ -25,6 +25,7 @@ _NOT_NEGATIVE = (
     "mean_style",
     "structure",
     "lattice",
+    "mesh",
     "learning_rate",
     "trust_rise",
     "noise",
@@ -50,7 +51,7 @@ class Settings:
         method: `newton` (`newton.py`) or a relaxed rounding, one of `sga.METHODS`.
         alpha: weight of the mean squared error in 8-bit levels.
         gamma: weight of the perceptual terms, which include style, mean style,
-            structure and lattice; 0 refines for PSNR.
+            structure, lattice and mesh; 0 refines for PSNR.
         beta: multiplier of the rate (per bit per pixel) at the start, above 0; None
             takes the slope of the unrefined files.
         style: weight of the style within the perceptual terms.
@@ -61,8 +62,10 @@ class Settings:
             perceptual terms. Without it, refinement removes faint contrast, which
             squared errors and features hardly see.
         lattice: weight, within the perceptual terms, of what repeats in every cell of
-            the latents (`structure.py`). Without it, refinement makes some texture from
-            a mesh of dots; a weight of 30 weakens it.
+            the latents (`structure.py`).
+        mesh: weight, within the perceptual terms, of waves that the image has not where
+            they are (`objectives/spectrum.py`). Without it, refinement makes some
+            texture of fur, cloth and wood from a mesh of dots.
         features: the trunk, or the path of its weights (see
             `objectives.features.load_features`); None takes the packaged one.
         learning_rate: with relaxed rounding, Adam's learning rate in steps of the
@@ -109,6 +112,7 @@ class Settings:
     mean_style: float = 3.0
     structure: float = 50.0
     lattice: float = 0.0
+    mesh: float = 6.0
     features: FeatureNetwork | str | os.PathLike[str] | None = None
     learning_rate: float = 0.01
     decay: float = 0.3

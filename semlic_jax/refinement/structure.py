@@ -14,7 +14,8 @@ squared errors with weights that depend on x alone. On six photographs at 0.1 an
 The other one is the lattice term (`objectives/lattice.py`) as it is, in windows of
 2 x 2 cells, because refinement repeats itself over a few cells only.
 
-Sums of squares have a Gauss-Newton matrix, which `newton.py` needs.
+Sums of squares have a Gauss-Newton matrix, which `newton.py` needs. The weights of the
+mesh term are here too; it is no sum of squares and counts in gradients alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from semlic_jax.objectives.lattice import (
     window_means,
 )
 from semlic_jax.objectives.similarity import MS_SSIM_WEIGHTS, halve
+from semlic_jax.objectives.spectrum import MESH_PIXELS, SPECTRUM_PIXELS
 
 Array = jax.Array
 
@@ -153,3 +155,34 @@ def lattice_residuals(x: Array, x_hat: Array, windows: Array) -> Array:
     repeated = repeated_part(x_hat - x, period=LATTICE_PIXELS, tiles=REFINED_TILES)
     size = repeated.shape[3] * repeated.shape[4]
     return jnp.sqrt(windows / size)[..., None, None] * repeated
+
+
+def mesh_weights(weights: Array, sizes: Array) -> Array:
+    """Weights of the patches of `objectives.spectrum.mesh_patches`, float32 [B, n, m].
+
+    Patches that reach beyond the image have the weight 0. Without a region of interest,
+    the weighted sum is `objectives.spectrum.mesh`.
+
+    Args:
+        weights: weight of each pixel, [B, H, W]; 0 outside the image.
+        sizes: real height and width of each image, [B, 2].
+    """
+    batch, height, width = weights.shape
+    step = SPECTRUM_PIXELS // 2
+    cells = weights.reshape(batch, height // step, step, width // step, step)
+    means = jnp.mean(cells, axis=(2, 4))
+    for axis in (1, 2):
+        count = means.shape[axis] - MESH_PIXELS // step + 1
+        moved = (
+            jax.lax.slice_in_dim(means, start, start + count, axis=axis)
+            for start in range(MESH_PIXELS // step)
+        )
+        means = functools.reduce(jnp.add, moved) * (step / MESH_PIXELS)
+    ends = (jnp.arange(count) * step + MESH_PIXELS for count in means.shape[1:])
+    rows, columns = (
+        (end[None] <= sizes[:, axis, None]).astype(jnp.float32)
+        for axis, end in enumerate(ends)
+    )
+    pixels = jnp.prod(jnp.asarray(sizes).astype(jnp.float32), axis=1)
+    inside = rows[:, :, None] * columns[:, None, :]
+    return means * inside * (step**2 / pixels)[:, None, None]

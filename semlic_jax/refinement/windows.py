@@ -18,7 +18,11 @@ from jax import lax
 from semlic_jax.model.tiles import Cuts, cuts
 from semlic_jax.model.transforms import HYPER_STRIDE, STRIDE
 from semlic_jax.refinement.objective import Images
-from semlic_jax.refinement.structure import lattice_weights, structure_weights
+from semlic_jax.refinement.structure import (
+    lattice_weights,
+    mesh_weights,
+    structure_weights,
+)
 
 Array = jax.Array
 Place = tuple[Any, Any]  # row and column in latents
@@ -52,13 +56,14 @@ class Tiling(NamedTuple):
 
     Attributes:
         rows, columns: how the two sides of the image are cut.
-        structure, lattice: whether these terms have a weight.
+        structure, lattice, mesh: whether these terms have a weight.
     """
 
     rows: Cuts
     columns: Cuts
     structure: bool
     lattice: bool
+    mesh: bool
 
     def windows(self, grid: Sequence[int]) -> list[Window]:
         """The windows of all tiles, for a grid of h x w latents."""
@@ -80,14 +85,19 @@ class Tiling(NamedTuple):
 
 
 def cut_image(
-    size: tuple[int, int], padded: tuple[int, ...], *, structure: bool, lattice: bool
+    size: tuple[int, int],
+    padded: tuple[int, ...],
+    *,
+    structure: bool,
+    lattice: bool,
+    mesh: bool,
 ) -> tuple[Tiling, list[Window]]:
     """Decide how an image is cut; return this and its windows.
 
     Args:
         size: real height and width in pixels.
         padded: padded height and width in pixels.
-        structure, lattice: see `Tiling`.
+        structure, lattice, mesh: see `Tiling`.
     """
     # The decoder's image is cut off where the real one ends, so latents beyond that and
     # outside every margin have no effect.
@@ -95,7 +105,8 @@ def cut_image(
         min(_UNIT * -(-side // HYPER_STRIDE) + _MARGIN, most // STRIDE)
         for side, most in zip(size, padded, strict=True)
     ]
-    tiling = Tiling(_cut_side(grid[0]), _cut_side(grid[1]), structure, lattice)
+    sides = _cut_side(grid[0]), _cut_side(grid[1])
+    tiling = Tiling(*sides, structure, lattice, mesh)
     return tiling, tiling.windows(grid)
 
 
@@ -149,6 +160,7 @@ def view(tiling: Tiling, images: Images, window: Window) -> Images:
         feature_weights=feature_weights,
         structure=structure_weights(x, weights, sizes) if tiling.structure else (),
         lattice=(lattice_weights(x, weights, sizes),) if tiling.lattice else (),
+        mesh=(mesh_weights(weights, sizes),) if tiling.mesh else (),
         noise_origin=None if origin is None else origin + start,
     )
 
@@ -207,4 +219,5 @@ def only_tile(tiling: Tiling, own: Images, window: Window) -> Images:
         weights=weights,
         feature_weights=own.feature_weights * mask,
         lattice=tuple(lattice_weights(own.x, weights, own.sizes) for _ in own.lattice),
+        mesh=tuple(mesh_weights(weights, own.sizes) for _ in own.mesh),
     )
