@@ -66,8 +66,8 @@ WEIGHTS = LossWeights(
     perceptual=0.3,
     mean_style=1.0,
     lattice=6.0,
-    spectrum=0.15,
-    spectral_power=0.05,
+    spectrum=0.3,
+    spectral_power=0.1,
 )
 CLOSENESS = 0.3  # weight of the distance to the picture before
 _SIDE = 320  # of what is used of a photograph, in pixels
