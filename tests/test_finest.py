@@ -133,6 +133,10 @@ def test_a_stopped_run_goes_on_to_the_same_end(
             finest.train(
                 model, inputs, trunk, **{**settings, **change}, folder=tmp_path
             )
+    with monkeypatch.context() as patch:
+        patch.setattr(finest, "CLOSENESS", 0.4)
+        with pytest.raises(ValueError, match="other settings: loss was"):
+            finest.train(model, inputs, trunk, **settings, folder=tmp_path)
     others = inputs._replace(quality=inputs.quality + 1e-3)
     with pytest.raises(ValueError, match="other settings: examples was"):
         finest.train(model, others, trunk, **settings, folder=tmp_path)

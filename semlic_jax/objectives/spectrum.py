@@ -110,7 +110,7 @@ def mesh_patches(x: jax.Array, x_hat: jax.Array) -> jax.Array:
         )
     floor = (2 * _NOISE / SPECTRUM_PIXELS) ** 2
     levels, levels_hat = (
-        jnp.log(_patch_means(_powers(each, _COMPONENTS[:1])) + floor)
+        jnp.log(sliding_means(_powers(each, _COMPONENTS[:1]), _NEIGHBOURS) + floor)
         for each in (jax.lax.stop_gradient(x), x_hat)
     )
     ratio = levels_hat - levels
@@ -118,16 +118,21 @@ def mesh_patches(x: jax.Array, x_hat: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(excess) * _band(), axis=(3, 4)) / np.sum(_band())
 
 
-def _patch_means(powers: jax.Array) -> jax.Array:
-    """Means over 3 x 3 windows, [B, n - 2, m - 2, 32, 32], of [B, n, m, 32, 32]."""
+def sliding_means(values: jax.Array, side: int) -> jax.Array:
+    """Means over side x side neighbours, [B, n - side + 1, m - side + 1, ...].
+
+    Args:
+        values: [B, n, m, ...].
+        side: number of neighbours along axes 1 and 2, at most n and m.
+    """
     for axis in (1, 2):
-        count = powers.shape[axis] - _NEIGHBOURS + 1
+        count = values.shape[axis] - side + 1
         moved = (
-            jax.lax.slice_in_dim(powers, start, start + count, axis=axis)
-            for start in range(_NEIGHBOURS)
+            jax.lax.slice_in_dim(values, start, start + count, axis=axis)
+            for start in range(side)
         )
-        powers = functools.reduce(jnp.add, moved) / _NEIGHBOURS
-    return powers
+        values = functools.reduce(jnp.add, moved) / side
+    return values
 
 
 def _ratios(x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, jax.Array]:

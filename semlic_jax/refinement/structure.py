@@ -35,7 +35,11 @@ from semlic_jax.objectives.lattice import (
     window_means,
 )
 from semlic_jax.objectives.similarity import MS_SSIM_WEIGHTS, halve
-from semlic_jax.objectives.spectrum import MESH_PIXELS, SPECTRUM_PIXELS
+from semlic_jax.objectives.spectrum import (
+    MESH_PIXELS,
+    SPECTRUM_PIXELS,
+    sliding_means,
+)
 
 Array = jax.Array
 
@@ -134,12 +138,7 @@ def lattice_weights(x: Array, weights: Array, sizes: Array) -> Array:
     shape = {"period": LATTICE_PIXELS, "tiles": REFINED_TILES}
     visible = visibility(x, **shape)
     side = LATTICE_PIXELS * REFINED_TILES
-    ends = (jnp.arange(count) * LATTICE_PIXELS + side for count in visible.shape[1:])
-    rows, columns = (
-        (end[None] <= sizes[:, axis, None]).astype(jnp.float32)
-        for axis, end in enumerate(ends)
-    )
-    inside = rows[:, :, None] * columns[:, None, :]
+    inside = _inside(visible.shape[1:], LATTICE_PIXELS, side, sizes)
     means = jnp.mean(window_means(weights[..., None], **shape), axis=(3, 4))
     count = jnp.maximum(jnp.sum(inside, axis=(1, 2), keepdims=True), 1.0)
     return visible * means * inside / count
@@ -170,19 +169,23 @@ def mesh_weights(weights: Array, sizes: Array) -> Array:
     batch, height, width = weights.shape
     step = SPECTRUM_PIXELS // 2
     cells = weights.reshape(batch, height // step, step, width // step, step)
-    means = jnp.mean(cells, axis=(2, 4))
-    for axis in (1, 2):
-        count = means.shape[axis] - MESH_PIXELS // step + 1
-        moved = (
-            jax.lax.slice_in_dim(means, start, start + count, axis=axis)
-            for start in range(MESH_PIXELS // step)
-        )
-        means = functools.reduce(jnp.add, moved) * (step / MESH_PIXELS)
-    ends = (jnp.arange(count) * step + MESH_PIXELS for count in means.shape[1:])
+    means = sliding_means(jnp.mean(cells, axis=(2, 4)), MESH_PIXELS // step)
+    inside = _inside(means.shape[1:], step, MESH_PIXELS, sizes)
+    pixels = jnp.prod(jnp.asarray(sizes).astype(jnp.float32), axis=1)
+    return means * inside * (step**2 / pixels)[:, None, None]
+
+
+def _inside(counts: Sequence[int], step: int, side: int, sizes: Array) -> Array:
+    """1 for squares within the real image, else 0, float32 [B, n, m].
+
+    Args:
+        counts: n and m.
+        step, side: distance and side of the squares, in pixels.
+        sizes: real height and width of each image, [B, 2].
+    """
+    ends = (jnp.arange(count) * step + side for count in counts)
     rows, columns = (
         (end[None] <= sizes[:, axis, None]).astype(jnp.float32)
         for axis, end in enumerate(ends)
     )
-    pixels = jnp.prod(jnp.asarray(sizes).astype(jnp.float32), axis=1)
-    inside = rows[:, :, None] * columns[:, None, :]
-    return means * inside * (step**2 / pixels)[:, None, None]
+    return rows[:, :, None] * columns[:, None, :]

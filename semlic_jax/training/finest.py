@@ -328,6 +328,7 @@ def train(
         "model": _digest(model.transforms),
         "examples": _digest(inputs),
         "trunk": _digest(trunk),
+        "loss": f"{WEIGHTS}, closeness {CLOSENESS:g}",
         "steps": steps,
         "batch": batch,
         "latents": latents,
@@ -401,7 +402,8 @@ def _resumed(
                 f"the checkpoints in {checkpoints.folder} are of a run with other "
                 f"settings: {name} was {found.get(name)}, and is {value} now"
             )
-    record.write_text(json.dumps(made_of))
+    if not record.exists():
+        record.write_text(json.dumps(made_of))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
