@@ -9,8 +9,9 @@ It starts as the same function as `small`. It needs the SqueezeNet 1.0 feature w
 (SEMLIC_FEATURES or --config.features). Expected: 12 minutes of steps on one H100 (35
 and 25 ms a step in the two stages, if the crops are ready in time) and 2 to 5 minutes
 of compilation; days without an accelerator. The packaged weights were made with the
-same updates in another training loop, and their decoder is the mean of three
-(semlic_jax/pretrained/base/card.md); this config has not been run to its end.
+same updates in another training loop, and their decoder is a mean of three whose finest
+level was trained further (semlic_jax/pretrained/base/card.md); this config has not been
+run to its end.
 """
 
 import runpy
